@@ -1,0 +1,6 @@
+"""Decoders that load Hugging Face weights: for evaluation, calibration and generation."""
+
+from fp8x.models import hf_names as hf_names
+from fp8x.models.config import DecoderConfig as DecoderConfig
+from fp8x.models.decoder import Cache as Cache
+from fp8x.models.decoder import Decoder as Decoder

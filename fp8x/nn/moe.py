@@ -1,0 +1,78 @@
+"""`MoE`: router, gated experts (w13, w2), combine."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from fp8x.errors import ShapeError
+from fp8x.nn.unquantized import GatedMLP, UnquantizedGroupedLinear, gate_activation
+
+
+class MoE(nnx.Module):
+    """A mixture of gated experts: each token goes to its `top_k` experts, and their outputs are summed by router weight.
+
+    Arguments:
+        hidden: features of a token.
+        intermediate: features between w13 and w2.
+        num_experts, top_k: how many experts there are, and how many a token visits.
+        recipe: a `Recipe` or its code quantizes the experts; None leaves them in `param_dtype`. The router never is.
+        activation: of the gate, by its Hugging Face name.
+        normalize_top_k: whether the chosen experts' probabilities are scaled to sum to one.
+        use_bias: whether every expert's matrices add a bias.
+        shared_intermediate: gives a shared expert of that width, which every token visits with weight one.
+        dtype: computation type; None takes the parameters'.
+        param_dtype: type of what is not quantized.
+
+    Attributes:
+        router: `nnx.Linear`, hidden -> num_experts, without bias.
+        w13: weights `[E, 2, intermediate, hidden]`: gate (w1), then up (w3).
+        w2: weights `[E, hidden, intermediate]`.
+        shared: a `GatedMLP`, or None.
+
+    Raises:
+        ShapeError: `top_k` over `num_experts`, or sizes that the recipe's blocks do not fit (MX: multiples of 32).
+    """
+
+    def __init__(self, hidden: int, intermediate: int, num_experts: int, top_k: int, *, recipe=None, activation: str = "silu",
+                 normalize_top_k: bool = True, use_bias: bool = False, shared_intermediate: int | None = None, dtype=None,
+                 param_dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
+        if not 1 <= top_k <= num_experts:
+            raise ShapeError(f"top_k: {top_k} does not fit {num_experts} experts; use 1 to {num_experts}")
+        options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.top_k, self.num_experts, self.normalize_top_k = top_k, num_experts, normalize_top_k
+        self.activation = gate_activation(activation)
+        self.router = nnx.Linear(hidden, num_experts, use_bias=False, **options)
+        self.w13 = UnquantizedGroupedLinear(num_experts, hidden, (2, intermediate), use_bias=use_bias, **options)
+        self.w2 = UnquantizedGroupedLinear(num_experts, intermediate, hidden, use_bias=use_bias, **options)
+        self.shared = (
+            None
+            if shared_intermediate is None
+            else GatedMLP(hidden, shared_intermediate, activation=activation, use_bias=use_bias, **options)
+        )
+
+    def __call__(self, x: Float[Array, "... h"]) -> Float[Array, "... h"]:
+        tokens = x.reshape(-1, x.shape[-1])
+        weights, experts = self.route(tokens)
+        y = self.combine(tokens, weights, experts)
+        if self.shared is not None:
+            y += self.shared(tokens)
+        return y.astype(x.dtype).reshape(x.shape)
+
+    def route(self, tokens: Float[Array, "t h"]) -> tuple[Float[Array, "t k"], Int[Array, "t k"]]:
+        """Router weights (float32) and experts of each token: softmax over all experts in float32, then top-k."""
+        probabilities = jax.nn.softmax(self.router(tokens).astype(jnp.float32), axis=-1)
+        weights, experts = jax.lax.top_k(probabilities, self.top_k)
+        if self.normalize_top_k:
+            weights /= jnp.sum(weights, axis=-1, keepdims=True)
+        return weights, experts
+
+    def combine(self, tokens: Float[Array, "t h"], weights: Float[Array, "t k"], experts: Int[Array, "t k"]) -> Float[Array, "t h"]:
+        """Sends each token to its experts and sums what they return, in float32."""
+        order = jnp.argsort(experts.reshape(-1), stable=True)
+        group_sizes = jnp.bincount(experts.reshape(-1), length=self.num_experts).astype(jnp.int32)
+        gate_up = self.w13(tokens[order // self.top_k], group_sizes)
+        y = self.w2(self.activation(gate_up[:, 0]) * gate_up[:, 1], group_sizes)
+        # Back to token order: the inverse permutation gathers, where a scatter-add would sum in no fixed order.
+        y = y[jnp.argsort(order)].reshape(*experts.shape, -1)
+        return jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=1)

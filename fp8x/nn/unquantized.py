@@ -1,0 +1,96 @@
+"""The 16/32-bit layers that a mixture of experts is built from before it is quantized; trainable."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from fp8x.errors import ShapeError
+from fp8x.ops.groups import check_group_sizes, row_groups
+from fp8x.ops.xla import ragged_dot
+
+
+def features(n: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Output features as a tuple: `n`, or several axes of them as `(2, n)` for gate and up side by side."""
+    return n if isinstance(n, tuple) else (n,)
+
+
+class UnquantizedGroupedLinear(nnx.Module):
+    """One matrix per expert: `y[r] = x[r] @ weight[expert of r].T + bias[expert of r]`.
+
+    Arguments:
+        e: the number of experts.
+        k: input features.
+        n: output features; a tuple `(p, n)` makes p matrices an expert and outputs `[M, p, n]`.
+        use_bias: whether each expert adds a bias.
+        dtype: computation type; None takes the weight's.
+        param_dtype: the weights' type.
+        rngs: the stream `params` initializes (truncated normal of variance 1/k).
+
+    Attributes:
+        weight: `nnx.Param`, `[E, *n, K]`, K-major as Hugging Face stores matrices.
+        bias: `nnx.Param`, `[E, *n]`, or None.
+    """
+
+    def __init__(self, e: int, k: int, n: int | tuple[int, ...], *, use_bias: bool = False, dtype=None,
+                 param_dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
+        shape = (e, *features(n), k)
+        init = jax.nn.initializers.truncated_normal(stddev=math.sqrt(1.0 / k))
+        self.weight = nnx.Param(init(rngs.params(), shape, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(shape[:-1], param_dtype)) if use_bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "m k"], group_sizes: Int[Array, " e"]) -> Float[Array, "m ..."]:
+        """Rows sorted by expert; rows past `sum(group_sizes)` come out zero."""
+        weight = self.weight[...]
+        dtype = self.dtype or weight.dtype
+        if x.ndim != 2 or x.shape[1] != weight.shape[-1]:
+            raise ShapeError(f"x: shape is {x.shape}, but the layer takes [M, {weight.shape[-1]}]")
+        check_group_sizes(group_sizes, weight.shape[0], x.shape[0])
+        flat = weight.reshape(weight.shape[0], -1, weight.shape[-1])
+        y = ragged_dot(x.astype(dtype), flat.astype(dtype), group_sizes).reshape(-1, *weight.shape[1:-1])
+        if self.bias is not None:
+            group = row_groups(group_sizes, x.shape[0])
+            y += jnp.take(self.bias[...].astype(dtype), group, axis=0, mode="fill", fill_value=0)
+        return y
+
+
+class GatedMLP(nnx.Module):
+    """`down(act(gate(x)) * up(x))`: one expert as plain linears, for shared experts and dense layers.
+
+    Attributes:
+        gate_proj, up_proj: `nnx.Linear`, hidden -> intermediate.
+        down_proj: `nnx.Linear`, intermediate -> hidden.
+    """
+
+    def __init__(self, hidden: int, intermediate: int, *, activation: str = "silu", use_bias: bool = False, dtype=None,
+                 param_dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
+        options = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.gate_proj = nnx.Linear(hidden, intermediate, **options)
+        self.up_proj = nnx.Linear(hidden, intermediate, **options)
+        self.down_proj = nnx.Linear(intermediate, hidden, **options)
+        self.activation = gate_activation(activation)
+
+    def __call__(self, x: Float[Array, "... h"]) -> Float[Array, "... h"]:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+}
+
+
+def gate_activation(name: str):
+    """The gate's activation by its Hugging Face name.
+
+    Raises:
+        ShapeError: an unknown name.
+    """
+    if name not in ACTIVATIONS:
+        raise ShapeError(f"activation: {name!r} is unknown; use one of {', '.join(map(repr, ACTIVATIONS))}")
+    return ACTIVATIONS[name]

@@ -1,0 +1,131 @@
+"""Amax, scale rules, quantize, dequantize: pure jnp over blocks. docs/numerics.md explains each choice.
+
+Everything is computed in float32, and eager and jit agree bit for bit: scales come from multiplications by constants
+and from bit arithmetic, never from a division by a constant (XLA turns those into multiplications in some contexts
+and not in others), `log2` (off by one ulp at powers of two) or a cast to e8m0 (rounds to nearest, turns 0 into NaN).
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from fp8x.array import ScaledArray
+from fp8x.errors import ShapeError
+from fp8x.scheme import ELEMENTS, MIN_SCALE, Scheme
+
+
+def quantize(x: Float[Array, "..."], scheme: Scheme, *, name: str = "x") -> ScaledArray:
+    """Quantizes `x` by the amax of its own blocks.
+
+    `q = cast(clip(x * 1/s, ±max))` in float32 from the scale as stored, rounding to nearest even. NaN stays NaN,
+    ±Inf becomes ±max (as `cvt.satfinite` does); neither enters an amax.
+
+    Raises:
+        ShapeError: `x` has too few dims for the block, or an MX scheme meets a ragged dim; `name` is in the message.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ShapeError(f"{name}: dtype is {x.dtype}; quantize takes a floating-point array")
+    scheme.check_shape(x.shape, name)
+    return quantize_with_scale(x, compute_scale(block_amax(x, scheme), scheme), scheme)
+
+
+def quantize_with_scale(x: Float[Array, "..."], scale: Float[Array, "..."], scheme: Scheme) -> ScaledArray:
+    """Quantizes `x` with scales that are already known (a calibrated activation scale, say)."""
+    inverse = _expand(_inverse(scale), x.shape, scheme)
+    limit = np.float32(scheme.max)
+    data = jnp.clip(x.astype(jnp.float32) * inverse, -limit, limit).astype(scheme.dtype)
+    return ScaledArray(data, scale, scheme)
+
+
+def dequantize(q: ScaledArray, dtype=jnp.float32) -> Float[Array, "..."]:
+    """`data * scale` in float32, cast once to `dtype`."""
+    data = q.data.astype(jnp.float32)
+    if not q.scheme.is_mx:
+        return (data * _expand(q.scale, q.shape, q.scheme)).astype(dtype)
+    byte = _byte(q.scale)
+    # 2^-127 (byte 0) is subnormal in float32, which XLA flushes on CPU: multiply by 2^-1 and by 2^-126 instead.
+    half = jnp.where(byte == 0, np.float32(0.5), np.float32(1.0))
+    power = jnp.where(byte == 255, np.float32(np.nan), _power_of_two(jnp.maximum(byte, 1)))
+    return ((data * _expand(half, q.shape, q.scheme)) * _expand(power, q.shape, q.scheme)).astype(dtype)
+
+
+def block_amax(x: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
+    """The largest finite magnitude of every block, float32, in the shape of the scales. 0 for an empty block."""
+    blocks = scheme.block_of(x.shape)
+    counts = scheme.scale_shape(x.shape)
+    x = x.astype(jnp.float32)
+    x = jnp.where(jnp.isfinite(x), jnp.abs(x), np.float32(0.0))
+    x = jnp.pad(x, [(0, c * b - n) for n, b, c in zip(x.shape, blocks, counts)])
+    x = x.reshape([extent for pair in zip(counts, blocks) for extent in pair])
+    return jnp.max(x, axis=tuple(range(1, x.ndim, 2)), initial=np.float32(0.0))
+
+
+def compute_scale(amax: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
+    """The scale that `scheme` gives a block of magnitude `amax` (float32, finite, ≥ 0), in the scheme's scale type.
+
+    float32: `max(amax * f32(1/max), 2^-126)`, and 1 for an all-zero block (DESIGN.md, "Quantizing").
+    e8m0, with `amax = m * 2^E`: the exponent `E - emax`, plus one where `m` is beyond what the rule admits
+    (OCP Microscaling Formats v1.0, section 6.3, for "floor"; NVIDIA's PTX `cvt.rp.satfinite.ue8m0x2` for "rceil").
+    """
+    amax = amax.astype(jnp.float32)
+    if scheme.is_mx:
+        return _e8m0_scale(amax, scheme)
+    if scheme.scale_rule == "unit":
+        return jnp.ones_like(amax)
+    scale = jnp.maximum(amax * np.float32(1.0 / scheme.max), MIN_SCALE)
+    if scheme.scale_rule == "pow2":
+        bits = jax.lax.bitcast_convert_type(scale, jnp.uint32)
+        # Adding all ones below the exponent carries into it unless the mantissa is zero: the next power of two.
+        bits = (bits + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000)
+        scale = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.where(amax == 0, np.float32(1.0), scale)
+
+
+def _e8m0_scale(amax: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
+    element = ELEMENTS[scheme.element]
+    bits = jax.lax.bitcast_convert_type(amax, jnp.uint32).astype(jnp.int32)
+    exponent, mantissa = bits >> 23, bits & 0x7FFFFF
+    beyond = {
+        "floor": jnp.zeros_like(mantissa),
+        "rceil": mantissa > _mantissa_field(element.max_mantissa),
+        "ceil": mantissa > 0,
+        # Rounding amax to the element's mantissa carries into the exponent from here on.
+        "even": mantissa >= _mantissa_field(2.0 - 2.0 ** -(element.mantissa_bits + 1)),
+    }[scheme.scale_rule]
+    byte = jnp.clip(exponent - element.emax + beyond.astype(jnp.int32), 0, 254)
+    return jax.lax.bitcast_convert_type(byte.astype(jnp.uint8), scheme.scale_dtype)
+
+
+def _mantissa_field(mantissa: float) -> int:
+    """The 23 stored bits of a mantissa in [1, 2)."""
+    return int((mantissa - 1.0) * 2**23)
+
+
+def _byte(scale: Float[Array, "..."]) -> UInt8[Array, "..."]:
+    return jax.lax.bitcast_convert_type(scale, jnp.uint8)
+
+
+def _power_of_two(biased_exponent: Array) -> Float[Array, "..."]:
+    """`2^(b-127)` for a biased exponent 1 ≤ b ≤ 254, built from bits."""
+    return jax.lax.bitcast_convert_type(biased_exponent.astype(jnp.uint32) << 23, jnp.float32)
+
+
+def _inverse(scale: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`1 / scale` in float32. e8m0: from bits, since XLA flushes 2^-127 on CPU and 1/0 would be Inf."""
+    if scale.dtype == jnp.float32:
+        return np.float32(1.0) / scale
+    byte = _byte(scale).astype(jnp.int32)
+    # Bytes 254 and 255 (2^127, NaN) have no normal reciprocal; amax / max never reaches either.
+    return jnp.where(byte < 254, _power_of_two(jnp.maximum(254 - byte, 1)), jnp.where(byte == 254, np.float32(0.0), np.float32(np.nan)))
+
+
+def _expand(scale: Float[Array, "..."], shape: Sequence[int], scheme: Scheme) -> Float[Array, "..."]:
+    """Repeats each scale over its block, cut to `shape`. Dims with one block are left to broadcasting."""
+    for axis, (n, block) in enumerate(zip(shape, scheme.block_of(shape))):
+        if scale.shape[axis] != 1 and block != 1:
+            scale = jax.lax.slice_in_dim(jnp.repeat(scale, block, axis=axis), 0, n, axis=axis)
+    return scale

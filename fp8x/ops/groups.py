@@ -1,0 +1,65 @@
+"""Group sizes: int32 `[E]`, the number of rows of each expert, as `jax.lax.ragged_dot` takes them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from fp8x.errors import ShapeError
+
+
+def group_sizes_from_indptr(indptr: Int[Array, " n"], num_groups: int) -> Int[Array, " e"]:
+    """Group sizes from row offsets, in either form, told apart by their length.
+
+    Arguments:
+        indptr: `[num_groups + 1]` (starts at 0, as CSR has it) or `[num_groups]` (inclusive ends).
+        num_groups: the number of groups, E.
+
+    Raises:
+        ShapeError: another length, or concrete offsets that decrease or do not start at 0.
+    """
+    indptr = jnp.asarray(indptr)
+    if indptr.ndim != 1 or indptr.shape[0] not in (num_groups, num_groups + 1):
+        raise ShapeError(
+            f"indptr: shape is {indptr.shape}; use [{num_groups + 1}] (starting at 0) or [{num_groups}] (inclusive ends)"
+        )
+    if not jnp.issubdtype(indptr.dtype, jnp.integer):
+        raise ShapeError(f"indptr: dtype is {indptr.dtype}; use an integer type")
+    if indptr.shape[0] == num_groups:
+        indptr = jnp.concatenate([jnp.zeros((1,), indptr.dtype), indptr])
+    elif (values := concrete(indptr)) is not None and values[0] != 0:
+        raise ShapeError(f"indptr: starts at {values[0]}; the form with {num_groups + 1} offsets starts at 0")
+    sizes = jnp.diff(indptr).astype(jnp.int32)
+    if (values := concrete(sizes)) is not None and (values < 0).any():
+        raise ShapeError(f"indptr: decreases at group {int(np.argmax(values < 0))}; offsets never decrease")
+    return sizes
+
+
+def check_group_sizes(group_sizes: Int[Array, " e"], num_groups: int, rows: int) -> None:
+    """Raises ShapeError unless the sizes fit `num_groups` experts and, where they are concrete, `rows` rows."""
+    if group_sizes.shape != (num_groups,):
+        raise ShapeError(f"group_sizes: shape is {group_sizes.shape}, but the weights hold {num_groups} experts; use [{num_groups}]")
+    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise ShapeError(f"group_sizes: dtype is {group_sizes.dtype}; use int32")
+    values = concrete(group_sizes)
+    if values is None:
+        return
+    if (values < 0).any():
+        raise ShapeError(f"group_sizes: group {int(np.argmax(values < 0))} is {values.min()}; sizes are never negative")
+    if values.sum() > rows:
+        raise ShapeError(f"group_sizes: they sum to {values.sum()}, but x has {rows} rows; they may sum to at most that")
+
+
+def row_mask(group_sizes: Int[Array, " e"], m: int) -> Array:
+    """Bool `[m]`: which rows belong to a group. Rows past the sum come out zero and enter no amax."""
+    return jnp.arange(m) < jnp.sum(group_sizes)
+
+
+def row_groups(group_sizes: Int[Array, " e"], m: int) -> Int[Array, " m"]:
+    """The group of each row; the number of groups for rows past the sum."""
+    return jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(m), side="right")
+
+
+def concrete(x: Array) -> np.ndarray | None:
+    """The values of `x`, or None while it is traced."""
+    return None if isinstance(x, jax.core.Tracer) else np.asarray(x)

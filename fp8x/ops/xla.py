@@ -1,0 +1,85 @@
+"""The XLA path: runs everywhere, and is the one that CPU and TPU take."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from fp8x.array import ScaledArray
+from fp8x.ops.groups import row_groups
+from fp8x.ops.reference import as_float32, matmul  # noqa: F401  (one dense matmul: XLA's own is the contract itself)
+from fp8x.pallas.schedule import TileTable, tile_table
+
+# Rows a tile: dequantizing an expert's matrix costs about as much as multiplying a few rows by it, so enough rows to
+# hide that, and few enough that E groups of a few rows do not mostly multiply padding.
+BLOCK_M = 128
+
+
+def grouped_matmul(
+    x: Float[Array, "m k"] | ScaledArray,
+    w: ScaledArray,
+    group_sizes: Int[Array, " e"],
+    bias: Float[Array, "e n"] | None,
+    out_dtype,
+) -> Float[Array, "m n"]:
+    """Tile by tile: each dequantizes its expert's matrix, so that one matrix at most exists in float32."""
+    x = as_float32(x)
+    m, n = x.shape[0], w.shape[1]
+    if m == 0:
+        return jnp.zeros((0, n), out_dtype)
+    tiles = tile_table(group_sizes, m, BLOCK_M)
+    rows = min(BLOCK_M, m)
+
+    def tile(_, index):
+        group, start, used = index
+
+        def product():
+            expert = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, group, keepdims=False), w)
+            y = jnp.matmul(x[_tile_rows(start, rows, m)], as_float32(expert).T, precision="highest")
+            if bias is not None:
+                y += jax.lax.dynamic_index_in_dim(bias, group, keepdims=False).astype(jnp.float32)
+            return y.astype(out_dtype)
+
+        return None, jax.lax.cond(used > 0, product, lambda: jnp.zeros((rows, n), out_dtype))
+
+    _, out = jax.lax.scan(tile, None, (tiles.group, tiles.start, tiles.rows))
+    return _untile(out, tiles, group_sizes, m, BLOCK_M)
+
+
+def ragged_dot(x: Float[Array, "m k"], w: Float[Array, "e n k"], group_sizes: Int[Array, " e"]) -> Float[Array, "m n"]:
+    """`jax.lax.ragged_dot` with K-major weights, for layers that are not quantized. Differentiable.
+
+    On CPU, where XLA multiplies every row by every expert, tiles of rows meet a gathered matrix each instead.
+    """
+    return jax.lax.platform_dependent(x, w, group_sizes, cpu=_ragged_dot_tiles, default=_ragged_dot_native)
+
+
+def _ragged_dot_native(x, w, group_sizes):
+    y = jax.lax.ragged_dot(x, w.swapaxes(1, 2), group_sizes, preferred_element_type=jnp.float32)
+    return jnp.where((row_groups(group_sizes, x.shape[0]) < w.shape[0])[:, None], y, 0).astype(x.dtype)
+
+
+def _ragged_dot_tiles(x, w, group_sizes):
+    m, e = x.shape[0], w.shape[0]
+    if m == 0:
+        return jnp.zeros((0, w.shape[1]), x.dtype)
+    block_m = max(32, -(-m // e))  # at most two tiles a group on average: gathers at most twice the weights
+    tiles = tile_table(group_sizes, m, block_m)
+    rows = min(block_m, m)
+    x_tiles = x[_tile_rows(tiles.start[:, None], rows, m)]
+    y = jnp.einsum("tmk,tnk->tmn", x_tiles, w[tiles.group], preferred_element_type=jnp.float32)
+    return _untile(y.astype(x.dtype), tiles, group_sizes, m, block_m)
+
+
+def _tile_rows(start, rows: int, m: int):
+    """Rows of the tile; those past the end repeat the last one, and `_untile` never reads what becomes of them."""
+    return jnp.minimum(start + jnp.arange(rows), m - 1)
+
+
+def _untile(out: Float[Array, "tiles rows n"], tiles: TileTable, group_sizes, m: int, block_m: int) -> Float[Array, "m n"]:
+    """Row r of the result from its tile; rows past the groups are zero."""
+    group = row_groups(group_sizes, m)
+    inside = group < group_sizes.shape[0]
+    group = jnp.minimum(group, group_sizes.shape[0] - 1)
+    offset = jnp.arange(m) - (tiles.ends - group_sizes)[group]
+    tile = jnp.where(inside, tiles.first[group] + offset // block_m, 0)
+    return jnp.where(inside[:, None], out[tile, offset % block_m], 0)

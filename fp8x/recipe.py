@@ -1,0 +1,155 @@
+"""`Recipe`: what one layer does. The short codes of the common ones, and the rules that say which layer gets which."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from fp8x.errors import RecipeError, RuleError
+from fp8x.scheme import Scheme, mx, per_row, per_tensor
+
+OUT_DTYPES = {"bf16": np.dtype(jnp.bfloat16), "f16": np.dtype(jnp.float16), "f32": np.dtype(jnp.float32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What one layer does.
+
+    Arguments:
+        weight: the weights' scheme, over `[N, K]` (the same blocks per expert for `[E, N, K]`).
+        activation: the activations' scheme, over `[M, K]`; None keeps them in 16 bits (weight-only, W8A16).
+        activation_scale: `"dynamic"`: from each input; `"static"`: calibrated once. A static scale can't depend on the
+            rows, so its scheme's block is None over them. Given exactly when `activation` is.
+        out_dtype: what the layer returns: bfloat16, float16 or float32. Products accumulate in float32.
+        observer: `"max"` builds the layer in calibration: it gathers the running amax of its input and fake-quantizes
+            with the scale that follows from it, until `fp8x.calibrate` ends it. Static activation scales only.
+
+    Raises:
+        RecipeError: fields that contradict each other.
+    """
+
+    weight: Scheme
+    activation: Scheme | None = None
+    activation_scale: Literal["static", "dynamic"] | None = None
+    out_dtype: np.dtype = OUT_DTYPES["bf16"]
+    observer: Literal["max"] | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.weight, Scheme):
+            raise RecipeError(f"weight: {self.weight!r} is not a Scheme; use one like Scheme('e4m3', block=(128, 128))")
+        if not (self.activation is None or isinstance(self.activation, Scheme)):
+            raise RecipeError(f"activation: {self.activation!r} is not a Scheme; use a Scheme, or None for weight-only")
+        fits = (None,) if self.activation is None else ("static", "dynamic")
+        if self.activation_scale not in fits:
+            raise RecipeError(
+                f"activation_scale: {self.activation_scale!r} does not fit activation {self.activation}; use one of {fits}"
+            )
+        if self.activation is not None and len(self.activation.block) != 2:
+            raise RecipeError(f"activation: block {self.activation.block} has to name two dims, over [M, K]")
+        if self.activation_scale == "static" and (self.activation.is_mx or self.activation.block[0] is not None):
+            raise RecipeError(
+                f"activation: {self.activation} has a scale for every row, which can't be known before the rows are; "
+                "a static activation scale needs block (None, None) or (None, group) and float32 scales"
+            )
+        out_dtype = np.dtype(self.out_dtype)
+        if out_dtype not in OUT_DTYPES.values():
+            raise RecipeError(f"out_dtype: {out_dtype} does not fit; use one of {', '.join(map(str, OUT_DTYPES.values()))}")
+        if self.observer not in (None, "max"):
+            raise RecipeError(f"observer: {self.observer!r} is unknown; use 'max' or None")
+        if self.observer and self.activation_scale != "static":
+            raise RecipeError(f"observer: {self.observer!r} needs a static activation scale; this recipe's is {self.activation_scale}")
+        object.__setattr__(self, "out_dtype", out_dtype)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the layer holds a calibrated activation scale."""
+        return self.activation_scale == "static"
+
+
+def _codes(out: str) -> dict[str, Recipe]:
+    dtype = OUT_DTYPES[out]
+    unit = Scheme("e5m2", block=(None, None), scale_rule="unit")
+    block, group = Scheme("e4m3", block=(128, 128)), Scheme("e4m3", block=(1, 128))
+    static = {
+        f"e4m3_e4m3_{out}": Recipe(per_tensor(), per_tensor(), "static", dtype),
+        f"e5m2_e5m2_{out}": Recipe(unit, unit, "static", dtype),
+        f"fp8_e4m3fn_{out}_block_scale_static_activation": Recipe(block, Scheme("e4m3", block=(None, 128)), "static", dtype),
+    }
+    return (
+        static
+        | {f"{code}_max_calibrate": dataclasses.replace(recipe, observer="max") for code, recipe in static.items()}
+        | {
+            f"e4m3_e4m3_{out}_dynamic": Recipe(per_row(), per_row(), "dynamic", dtype),
+            f"e4m3_{out}": Recipe(per_row(), out_dtype=dtype),
+            f"fp8_e4m3fn_{out}_block_scale": Recipe(block, group, "dynamic", dtype),
+            f"mxfp8_{out}": Recipe(mx(), out_dtype=dtype),
+            f"mxfp8_mxfp8_{out}": Recipe(mx(), mx(), "dynamic", dtype),
+        }
+    )
+
+
+RECIPES: dict[str, Recipe] = _codes("bf16") | _codes("f16")
+
+
+def recipe(code: str) -> Recipe:
+    """The recipe with a short code, like `"fp8_e4m3fn_bf16_block_scale"`; `RECIPES` holds them all.
+
+    Raises:
+        RecipeError: an unknown code; the message lists the nearest.
+    """
+    if isinstance(code, str) and code in RECIPES:
+        return RECIPES[code]
+    near = difflib.get_close_matches(str(code), RECIPES, n=3, cutoff=0.3) or list(RECIPES)
+    raise RecipeError(f"recipe: {code!r} is unknown; near it: {', '.join(near)} (fp8x.RECIPES lists all {len(RECIPES)})")
+
+
+def as_recipe(value: "Recipe | str") -> Recipe:
+    """A `Recipe` as it is, or the one with that code."""
+    return value if isinstance(value, Recipe) else recipe(value)
+
+
+# Read by tables that a small error shifts for every token: never quantized unless a rule says so.
+BUILT_IN_SKIPS = (r"(.*\.)?(embed_tokens|embed|embedding|lm_head|router|gate|shared_expert_gate)",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Which module gets which recipe: an ordered mapping of path regex to a recipe (or its code), or None to skip.
+
+    The first pattern that matches a whole path (`layers.0.self_attn.q_proj`) wins; then the built-in skips
+    (embeddings, `lm_head`, routers and gates); then `default`.
+    """
+
+    default: Recipe | None
+    rules: Mapping[str, Recipe | str | None] = dataclasses.field(default_factory=dict)
+
+    def resolve(self, paths: Iterable[str]) -> dict[str, Recipe | None]:
+        """The recipe of every path, None where it stays as it is.
+
+        Raises:
+            RuleError: a pattern that is no regular expression, or that matches none of the paths: a typo must not
+                silently leave a layer in bf16.
+        """
+        paths = list(paths)
+        table: list[tuple[re.Pattern, Recipe | None]] = []
+        for pattern, value in self.rules.items():
+            try:
+                regex = re.compile(pattern)
+            except re.error as error:
+                raise RuleError(f"rules: {pattern!r} is not a regular expression: {error}") from None
+            if not any(regex.fullmatch(path) for path in paths):
+                near = difflib.get_close_matches(pattern.replace("\\", ""), paths, n=3, cutoff=0.0)
+                raise RuleError(
+                    f"rules: {pattern!r} matches no module (the whole path has to match); "
+                    + (f"near it: {', '.join(near)}" if near else "the model has no module that can be quantized")
+                )
+            table.append((regex, None if value is None else as_recipe(value)))
+        table += [(re.compile(pattern), None) for pattern in BUILT_IN_SKIPS]
+        return {path: next((r for regex, r in table if regex.fullmatch(path)), self.default) for path in paths}
+
+
+
