@@ -37,7 +37,7 @@ class Rotary(NamedTuple):
     sin: Float[Array, "t head_dim"]
 
     @classmethod
-    def at(cls, positions: Int[Array, "t"], head_dim: int, theta: float, dtype: DTypeLike) -> "Rotary":
+    def at(cls, positions: Int[Array, " t"], head_dim: int, theta: float, dtype: DTypeLike) -> "Rotary":
         """Angles `position · theta^(-2i/head_dim)` in float32 (RoFormer, arXiv:2104.09864, section 3.2.2)."""
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
         frequencies = np.float32(1) / np.float32(theta) ** exponents
@@ -65,7 +65,7 @@ class KeyValues(NamedTuple):
         )
 
 
-def causal_mask(queries: Int[Array, "t"], keys: Int[Array, "s"], window: int | None) -> Bool[Array, "t s"]:
+def causal_mask(queries: Int[Array, " t"], keys: Int[Array, " s"], window: int | None) -> Bool[Array, "t s"]:
     """Which key position each query position sees: itself and those before, `window` in all if given."""
     distance = queries[:, None] - keys[None, :]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from fp8x.errors import ConfigError
+from fp8x.nn.unquantized import ACTIVATIONS
 
 ModelType = Literal["mixtral", "qwen3_moe"]
 
@@ -13,7 +14,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "eos_token_id": 2},
     "qwen3_moe": {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "eos_token_id": None},
 }
-_ACTIVATIONS = ("silu", "swish")
 _DTYPES = ("float32", "bfloat16", "float16")
 _QWEN3_DEFAULT_WINDOW = 4096
 
@@ -71,9 +71,9 @@ class DecoderConfig:
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must be at most the number of experts "
                 f"({self.num_experts})"
             )
-        if self.hidden_act not in _ACTIVATIONS:
+        if self.hidden_act not in ACTIVATIONS:
             raise ConfigError(
-                f"hidden_act {self.hidden_act!r} is not supported; supported: {', '.join(_ACTIVATIONS)}"
+                f"hidden_act {self.hidden_act!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
             )
         if self.dtype not in _DTYPES:
             raise ConfigError(f"dtype {self.dtype!r} is not supported; supported: {', '.join(_DTYPES)}")
