@@ -1,0 +1,22 @@
+"""FP8 for JAX and Flax: quantized layers, calibration, checkpoints."""
+
+from fp8x import nn, ops
+from fp8x.array import ScaledArray
+from fp8x.nn import quantize_model
+from fp8x.numerics import quantize
+from fp8x.ops import backend
+from fp8x.recipe import RECIPES, Recipe, recipe
+from fp8x.scheme import Scheme
+
+__all__ = [
+    "RECIPES",
+    "Recipe",
+    "ScaledArray",
+    "Scheme",
+    "backend",
+    "nn",
+    "ops",
+    "quantize",
+    "quantize_model",
+    "recipe",
+]

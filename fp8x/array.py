@@ -34,7 +34,9 @@ class ScaledArray:
         if self.data.dtype != self.scheme.dtype:
             raise ShapeError(f"data: dtype is {self.data.dtype}, but scheme {self.scheme} stores {self.scheme.dtype}")
         if self.scale.dtype != self.scheme.scale_dtype:
-            raise ShapeError(f"scale: dtype is {self.scale.dtype}, but scheme {self.scheme} has {self.scheme.scale_dtype} scales")
+            raise ShapeError(
+                f"scale: dtype is {self.scale.dtype}, but scheme {self.scheme} has {self.scheme.scale_dtype} scales"
+            )
         self.scheme.check_shape(self.data.shape, "data")
         expected = self.scheme.scale_shape(self.data.shape)
         if self.scale.shape != expected:
@@ -57,7 +59,8 @@ class ScaledArray:
 
     def dequantize(self, dtype=jnp.float32) -> Float[Array, "..."]:
         """`data * scale` in float32, cast once to `dtype`."""
-        from fp8x import numerics  # numerics builds ScaledArrays, so it imports this module
+        # Imported late: numerics builds ScaledArrays, so it imports this module.
+        from fp8x import numerics
 
         return numerics.dequantize(self, dtype)
 

@@ -41,6 +41,29 @@ def quantize_with_scale(x: Float[Array, "..."], scale: Float[Array, "..."], sche
     return ScaledArray(data, scale, scheme)
 
 
+def quantize_weight(w: Float[Array, "..."], scheme: Scheme, *, name: str, allow_nonfinite: bool = False) -> ScaledArray:
+    """`quantize`, compiled, for a weight: refuses NaN and Inf, which in a trained matrix mean a broken checkpoint.
+
+    Raises:
+        ShapeError: as `quantize`; or `w` holds NaN or Inf and `allow_nonfinite` is False: the message has name and count.
+    """
+    if not allow_nonfinite and not isinstance(w, jax.core.Tracer) and (count := int(_count_nonfinite(w))):
+        raise ShapeError(
+            f"{name}: holds {count} NaN or Inf of {w.size} values; mend the weights, or pass allow_nonfinite=True "
+            "(NaN stays NaN, Inf becomes the largest finite value)"
+        )
+    scheme.check_shape(w.shape, name)
+    return _quantize_jit(w, scheme)
+
+
+@jax.jit
+def _count_nonfinite(w: Float[Array, "..."]) -> Array:
+    return jnp.sum(~jnp.isfinite(w))
+
+
+_quantize_jit = jax.jit(quantize, static_argnames="scheme")
+
+
 def dequantize(q: ScaledArray, dtype=jnp.float32) -> Float[Array, "..."]:
     """`data * scale` in float32, cast once to `dtype`."""
     data = q.data.astype(jnp.float32)
@@ -120,7 +143,11 @@ def _inverse(scale: Float[Array, "..."]) -> Float[Array, "..."]:
         return np.float32(1.0) / scale
     byte = _byte(scale).astype(jnp.int32)
     # Bytes 254 and 255 (2^127, NaN) have no normal reciprocal; amax / max never reaches either.
-    return jnp.where(byte < 254, _power_of_two(jnp.maximum(254 - byte, 1)), jnp.where(byte == 254, np.float32(0.0), np.float32(np.nan)))
+    return jnp.where(
+        byte < 254,
+        _power_of_two(jnp.maximum(254 - byte, 1)),
+        jnp.where(byte == 254, np.float32(0.0), np.float32(np.nan)),
+    )
 
 
 def _expand(scale: Float[Array, "..."], shape: Sequence[int], scheme: Scheme) -> Float[Array, "..."]:

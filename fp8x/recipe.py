@@ -57,11 +57,15 @@ class Recipe:
             )
         out_dtype = np.dtype(self.out_dtype)
         if out_dtype not in OUT_DTYPES.values():
-            raise RecipeError(f"out_dtype: {out_dtype} does not fit; use one of {', '.join(map(str, OUT_DTYPES.values()))}")
+            raise RecipeError(
+                f"out_dtype: {out_dtype} does not fit; use one of {', '.join(map(str, OUT_DTYPES.values()))}"
+            )
         if self.observer not in (None, "max"):
             raise RecipeError(f"observer: {self.observer!r} is unknown; use 'max' or None")
         if self.observer and self.activation_scale != "static":
-            raise RecipeError(f"observer: {self.observer!r} needs a static activation scale; this recipe's is {self.activation_scale}")
+            raise RecipeError(
+                f"observer: {self.observer!r} needs a static activation scale; this recipe's is {self.activation_scale}"
+            )
         object.__setattr__(self, "out_dtype", out_dtype)
 
     @property
@@ -77,7 +81,9 @@ def _codes(out: str) -> dict[str, Recipe]:
     static = {
         f"e4m3_e4m3_{out}": Recipe(per_tensor(), per_tensor(), "static", dtype),
         f"e5m2_e5m2_{out}": Recipe(unit, unit, "static", dtype),
-        f"fp8_e4m3fn_{out}_block_scale_static_activation": Recipe(block, Scheme("e4m3", block=(None, 128)), "static", dtype),
+        f"fp8_e4m3fn_{out}_block_scale_static_activation": Recipe(
+            block, Scheme("e4m3", block=(None, 128)), "static", dtype
+        ),
     }
     return (
         static
@@ -104,7 +110,9 @@ def recipe(code: str) -> Recipe:
     if isinstance(code, str) and code in RECIPES:
         return RECIPES[code]
     near = difflib.get_close_matches(str(code), RECIPES, n=3, cutoff=0.3) or list(RECIPES)
-    raise RecipeError(f"recipe: {code!r} is unknown; near it: {', '.join(near)} (fp8x.RECIPES lists all {len(RECIPES)})")
+    raise RecipeError(
+        f"recipe: {code!r} is unknown; near it: {', '.join(near)} (fp8x.RECIPES lists all {len(RECIPES)})"
+    )
 
 
 def as_recipe(value: "Recipe | str") -> Recipe:
@@ -150,6 +158,3 @@ class Rules:
             table.append((regex, None if value is None else as_recipe(value)))
         table += [(re.compile(pattern), None) for pattern in BUILT_IN_SKIPS]
         return {path: next((r for regex, r in table if regex.fullmatch(path)), self.default) for path in paths}
-
-
-

@@ -77,7 +77,9 @@ class Scheme:
             raise RecipeError(f"element: {self.element!r} is unknown; use one of {', '.join(map(repr, ELEMENTS))}")
         block = tuple(self.block) if isinstance(self.block, Sequence) else (self.block,)
         if not block or not all(b is None or (isinstance(b, (int, np.integer)) and b > 0) for b in block):
-            raise ShapeError(f"block: {self.block!r} does not fit; use a tuple of positive ints and None, like (128, 128)")
+            raise ShapeError(
+                f"block: {self.block!r} does not fit; use a tuple of positive ints and None, like (128, 128)"
+            )
         scale_dtype = np.dtype(self.scale_dtype)
         if scale_dtype not in SCALE_RULES:
             raise RecipeError(f"scale_dtype: {scale_dtype} does not fit; use float32 or float8_e8m0fnu")

@@ -1,12 +1,16 @@
 """`MoE`: router, gated experts (w13, w2), combine."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fp8x.errors import ShapeError
+from fp8x.nn.grouped import GroupedLinear
 from fp8x.nn.unquantized import GatedMLP, UnquantizedGroupedLinear, gate_activation
+from fp8x.recipe import Recipe, as_recipe
 
 
 class MoE(nnx.Module):
@@ -34,7 +38,7 @@ class MoE(nnx.Module):
         ShapeError: `top_k` over `num_experts`, or sizes that the recipe's blocks do not fit (MX: multiples of 32).
     """
 
-    def __init__(self, hidden: int, intermediate: int, num_experts: int, top_k: int, *, recipe=None, activation: str = "silu",
+    def __init__(self, hidden: int, intermediate: int, num_experts: int, top_k: int, *, recipe: Recipe | str | None = None, activation: str = "silu",
                  normalize_top_k: bool = True, use_bias: bool = False, shared_intermediate: int | None = None, dtype=None,
                  param_dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
         if not 1 <= top_k <= num_experts:
@@ -43,8 +47,15 @@ class MoE(nnx.Module):
         self.top_k, self.num_experts, self.normalize_top_k = top_k, num_experts, normalize_top_k
         self.activation = gate_activation(activation)
         self.router = nnx.Linear(hidden, num_experts, use_bias=False, **options)
-        self.w13 = UnquantizedGroupedLinear(num_experts, hidden, (2, intermediate), use_bias=use_bias, **options)
-        self.w2 = UnquantizedGroupedLinear(num_experts, intermediate, hidden, use_bias=use_bias, **options)
+        if recipe is None:
+            make = functools.partial(UnquantizedGroupedLinear, num_experts, use_bias=use_bias, **options)
+        else:
+            recipe = as_recipe(recipe)
+            recipe.weight.check_shape((intermediate, hidden), "w13, [intermediate, hidden]")
+            recipe.weight.check_shape((hidden, intermediate), "w2, [hidden, intermediate]")
+            make = functools.partial(GroupedLinear, num_experts, use_bias=use_bias, recipe=recipe, rngs=rngs)
+        self.w13 = make(hidden, (2, intermediate))
+        self.w2 = make(intermediate, hidden)
         self.shared = (
             None
             if shared_intermediate is None
@@ -67,7 +78,9 @@ class MoE(nnx.Module):
             weights /= jnp.sum(weights, axis=-1, keepdims=True)
         return weights, experts
 
-    def combine(self, tokens: Float[Array, "t h"], weights: Float[Array, "t k"], experts: Int[Array, "t k"]) -> Float[Array, "t h"]:
+    def combine(
+        self, tokens: Float[Array, "t h"], weights: Float[Array, "t k"], experts: Int[Array, "t k"]
+    ) -> Float[Array, "t h"]:
         """Sends each token to its experts and sums what they return, in float32."""
         order = jnp.argsort(experts.reshape(-1), stable=True)
         group_sizes = jnp.bincount(experts.reshape(-1), length=self.num_experts).astype(jnp.int32)

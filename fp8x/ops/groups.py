@@ -38,7 +38,9 @@ def group_sizes_from_indptr(indptr: Int[Array, " n"], num_groups: int) -> Int[Ar
 def check_group_sizes(group_sizes: Int[Array, " e"], num_groups: int, rows: int) -> None:
     """Raises ShapeError unless the sizes fit `num_groups` experts and, where they are concrete, `rows` rows."""
     if group_sizes.shape != (num_groups,):
-        raise ShapeError(f"group_sizes: shape is {group_sizes.shape}, but the weights hold {num_groups} experts; use [{num_groups}]")
+        raise ShapeError(
+            f"group_sizes: shape is {group_sizes.shape}, but the weights hold {num_groups} experts; use [{num_groups}]"
+        )
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise ShapeError(f"group_sizes: dtype is {group_sizes.dtype}; use int32")
     values = concrete(group_sizes)
@@ -47,7 +49,9 @@ def check_group_sizes(group_sizes: Int[Array, " e"], num_groups: int, rows: int)
     if (values < 0).any():
         raise ShapeError(f"group_sizes: group {int(np.argmax(values < 0))} is {values.min()}; sizes are never negative")
     if values.sum() > rows:
-        raise ShapeError(f"group_sizes: they sum to {values.sum()}, but x has {rows} rows; they may sum to at most that")
+        raise ShapeError(
+            f"group_sizes: they sum to {values.sum()}, but x has {rows} rows; they may sum to at most that"
+        )
 
 
 def row_mask(group_sizes: Int[Array, " e"], m: int) -> Array:

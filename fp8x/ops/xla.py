@@ -1,5 +1,8 @@
 """The XLA path: runs everywhere, and is the one that CPU and TPU take."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -33,8 +36,7 @@ def grouped_matmul(
         group, start, used = index
 
         def product():
-            expert = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, group, keepdims=False), w)
-            y = jnp.matmul(x[_tile_rows(start, rows, m)], as_float32(expert).T, precision="highest")
+            y = jnp.matmul(x[_tile_rows(start, rows, m)], as_float32(_expert(w, group)).T, precision="highest")
             if bias is not None:
                 y += jax.lax.dynamic_index_in_dim(bias, group, keepdims=False).astype(jnp.float32)
             return y.astype(out_dtype)
@@ -43,6 +45,13 @@ def grouped_matmul(
 
     _, out = jax.lax.scan(tile, None, (tiles.group, tiles.start, tiles.rows))
     return _untile(out, tiles, group_sizes, m, BLOCK_M)
+
+
+def _expert(w: ScaledArray, e: Int[Array, ""]) -> ScaledArray:
+    """The matrix `[N, K]` of one expert, whose scale may be shared with others."""
+    take = functools.partial(jax.lax.dynamic_index_in_dim, axis=0, keepdims=False)
+    scheme = dataclasses.replace(w.scheme, block=w.scheme.block[-2:])
+    return ScaledArray(take(w.data, e), take(w.scale, e // w.scheme.block_of(w.shape)[0]), scheme)
 
 
 def ragged_dot(x: Float[Array, "m k"], w: Float[Array, "e n k"], group_sizes: Int[Array, " e"]) -> Float[Array, "m n"]:
@@ -75,7 +84,9 @@ def _tile_rows(start, rows: int, m: int):
     return jnp.minimum(start + jnp.arange(rows), m - 1)
 
 
-def _untile(out: Float[Array, "tiles rows n"], tiles: TileTable, group_sizes, m: int, block_m: int) -> Float[Array, "m n"]:
+def _untile(
+    out: Float[Array, "tiles rows n"], tiles: TileTable, group_sizes, m: int, block_m: int
+) -> Float[Array, "m n"]:
     """Row r of the result from its tile; rows past the groups are zero."""
     group = row_groups(group_sizes, m)
     inside = group < group_sizes.shape[0]

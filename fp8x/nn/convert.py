@@ -1,0 +1,122 @@
+"""From a model in 16 or 32 bits to a quantized one: a registry of module types, and the walk that applies it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
+
+from flax import nnx
+
+from fp8x.errors import RecipeError, RuleError
+from fp8x.nn.grouped import GroupedLinear
+from fp8x.nn.linear import Linear
+from fp8x.nn.quantized import QuantizedLayer
+from fp8x.nn.unquantized import UnquantizedGroupedLinear
+from fp8x.recipe import Recipe, Rules, as_recipe
+
+
+class Converter(Protocol):
+    """Makes the quantized counterpart of a module. `name` is its path, for errors."""
+
+    def __call__(self, module: nnx.Module, recipe: Recipe, *, name: str, allow_nonfinite: bool) -> nnx.Module: ...
+
+
+_CONVERTERS: dict[type[nnx.Module], Converter] = {
+    nnx.Linear: Linear.from_linear,
+    UnquantizedGroupedLinear: GroupedLinear.from_unquantized,
+}
+
+
+def register(
+    source: type[nnx.Module], converter: Converter | None = None
+) -> Callable[[Converter], Converter] | Converter:
+    """Teaches `quantize_model` a module type: exactly `source`, not its subclasses. Usable as a decorator.
+
+    @fp8x.nn.register(MyExperts)
+    def quantize_my_experts(module, recipe, *, name, allow_nonfinite):
+        return fp8x.nn.GroupedLinear.from_arrays(...)
+    """
+    if converter is None:
+        return lambda function: register(source, function)
+    _CONVERTERS[source] = converter
+    return converter
+
+
+def named_modules(model: nnx.Module, path: str = "") -> Iterator[tuple[str, nnx.Module]]:
+    """Every module with its dotted path (`layers.0.self_attn.q_proj`); one that is held twice comes twice."""
+    yield path, model
+    for key, child in nnx.iter_children(model):
+        if isinstance(child, nnx.Module):
+            yield from named_modules(child, f"{path}.{key}" if path else str(key))
+
+
+def named_layers(model: nnx.Module) -> dict[str, QuantizedLayer]:
+    """The quantized layers of a model, by path."""
+    return {path: module for path, module in named_modules(model) if isinstance(module, QuantizedLayer)}
+
+
+def quantizable(model: nnx.Module) -> dict[str, nnx.Module]:
+    """The modules that `quantize_model` can convert, by path."""
+    return {path: module for path, module in named_modules(model) if type(module) in _CONVERTERS}
+
+
+def quantize_module(module: nnx.Module, recipe: Recipe, *, name: str, allow_nonfinite: bool = False) -> nnx.Module:
+    """The quantized counterpart of one module of a registered type."""
+    return _CONVERTERS[type(module)](module, recipe, name=name, allow_nonfinite=allow_nonfinite)
+
+
+def quantize_model(
+    model: nnx.Module,
+    recipe: Recipe | str | None,
+    rules: Mapping[str, Recipe | str | None] | None = None,
+    *,
+    allow_nonfinite: bool = False,
+) -> nnx.Module:
+    """Swaps the modules of a model for quantized ones, in place, one at a time: peak memory is the model and one layer.
+
+    Arguments:
+        model: any NNX module; every `nnx.Linear`, `fp8x.nn.UnquantizedGroupedLinear` and registered type inside.
+        recipe: for what no rule names; a `Recipe`, its code, or None to quantize only what rules name.
+        rules: path regex to a recipe, its code, or None to skip; the first that matches a whole path wins. Embeddings,
+            `lm_head`, routers and gates are skipped unless a rule names them.
+        allow_nonfinite: quantize weights that hold NaN or Inf instead of raising.
+
+    Returns:
+        The model; a new layer where `model` itself is a layer.
+
+    Raises:
+        RecipeError: the model is quantized already, or holds nothing that can be quantized.
+        RuleError: a rule that matches no module.
+        ShapeError: a weight that its recipe does not fit, named by path.
+    """
+    if layers := named_layers(model):
+        raise RecipeError(f"model: {next(iter(layers)) or 'it'} is quantized already; start from the unquantized model")
+    modules = quantizable(model)
+    if not modules:
+        known = ", ".join(source.__name__ for source in _CONVERTERS)
+        raise RecipeError(f"model: {type(model).__name__} holds no module to quantize ({known}); see fp8x.nn.register")
+    chosen = Rules(None if recipe is None else as_recipe(recipe), rules or {}).resolve(modules)
+    converted: dict[int, nnx.Module] = {}  # a module that is held twice stays one
+    for path in list(modules):
+        module = modules.pop(path)
+        if chosen[path] is None:
+            continue
+        if id(module) not in converted:
+            converted[id(module)] = quantize_module(
+                module, chosen[path], name=path or "model", allow_nonfinite=allow_nonfinite
+            )
+        if not path:
+            return converted[id(module)]
+        set_module(model, path, converted[id(module)])
+    if not converted:
+        raise RuleError("rules: they skip every module; nothing would be quantized")
+    return model
+
+
+def set_module(model: nnx.Module, path: str, module: nnx.Module) -> None:
+    """Puts `module` at a dotted path."""
+    *parents, last = path.split(".")
+    for key in parents:
+        model = model[int(key)] if isinstance(model, nnx.List) else getattr(model, key)
+    if isinstance(model, nnx.List):
+        model[int(last)] = module
+    else:
+        setattr(model, last, module)

@@ -1,0 +1,138 @@
+"""`GroupedLinear`: one matrix per expert, in 8 bits."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from fp8x import numerics, ops
+from fp8x.array import ScaledArray
+from fp8x.errors import ShapeError
+from fp8x.nn.quantized import QuantizedLayer, initial_weight
+from fp8x.nn.unquantized import UnquantizedGroupedLinear, features
+from fp8x.ops.groups import row_mask
+from fp8x.recipe import Recipe, as_recipe
+from fp8x.scheme import Scheme
+
+
+class GroupedLinear(QuantizedLayer):
+    """`y[r] = x[r] @ weight[expert of r].T + bias[expert of r]`, in 8 bits.
+
+    Arguments:
+        e: the number of experts.
+        k: input features.
+        n: output features; a tuple `(p, n)` makes p matrices an expert (gate and up), each with scales of its own,
+            and outputs `[M, p, n]`.
+        recipe: a `Recipe` or its code. The weight's scheme holds per expert, unless its block names three dims:
+            `(None, None, None)` is one scale across all experts.
+        use_bias: whether each expert adds a bias, of the recipe's output type.
+        rngs: the stream `params` initializes the weight.
+
+    Raises:
+        ShapeError: sizes that the recipe's blocks do not fit (MX: `k` a multiple of 32).
+    """
+
+    def __init__(
+        self, e: int, k: int, n: int | tuple[int, ...], *, recipe: Recipe | str, use_bias: bool = False, rngs: nnx.Rngs
+    ):
+        recipe = as_recipe(recipe)
+        shape = (e, *features(n), k)
+        bias = jnp.zeros(shape[:-1], recipe.out_dtype) if use_bias else None
+        self.hold(initial_weight(rngs, shape, weight_scheme(recipe, len(shape))), recipe, bias)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        weight: ScaledArray,
+        recipe: Recipe | str,
+        *,
+        bias: Float[Array, "e ..."] | None = None,
+        input_scale: Float[Array, "1 groups"] | None = None,
+    ) -> "GroupedLinear":
+        """A layer around a weight `[E, *n, K]` that is quantized already.
+
+        Raises:
+            ShapeError: arrays that do not fit each other.
+        """
+        if weight.ndim not in (3, 4) or (bias is not None and bias.shape != weight.shape[:-1]):
+            raise ShapeError(
+                f"weight {weight.shape} and bias {getattr(bias, 'shape', None)} do not fit; use [E, N, K] and [E, N], "
+                "or [E, P, N, K] and [E, P, N]"
+            )
+        e, *n, k = weight.shape
+        layer = nnx.eval_shape(lambda: cls(e, k, tuple(n), recipe=recipe, rngs=nnx.Rngs(0)))
+        layer.hold(weight, as_recipe(recipe), bias, input_scale)
+        return layer
+
+    @classmethod
+    def from_unquantized(
+        cls,
+        source: UnquantizedGroupedLinear,
+        recipe: Recipe | str,
+        *,
+        name: str = "weight",
+        allow_nonfinite: bool = False,
+    ) -> "GroupedLinear":
+        """Quantizes an `UnquantizedGroupedLinear`; `name` stands in errors.
+
+        Raises:
+            ShapeError: sizes that the recipe's blocks do not fit, or NaN or Inf in the weight.
+        """
+        recipe = as_recipe(recipe)
+        scheme = weight_scheme(recipe, source.weight.ndim)
+        weight = numerics.quantize_weight(source.weight[...], scheme, name=name, allow_nonfinite=allow_nonfinite)
+        bias = None if source.bias is None else source.bias[...]
+        return cls.from_arrays(weight, recipe, bias=bias)
+
+    def __call__(self, x: Float[Array, "m k"], group_sizes: Int[Array, " e"]) -> Float[Array, "m ..."]:
+        """One product, of the recipe's output type; rows sorted by expert, rows past `sum(group_sizes)` come out zero.
+
+        Raises:
+            ShapeError: `x` is not `[M, K]`, or group sizes that do not fit.
+            CalibrationError: a static activation scale that is not calibrated, outside of jit (inside, the result is NaN).
+        """
+        recipe, shape = self.recipe, self.weight.shape
+        if x.ndim != 2 or x.shape[1] != shape[-1]:
+            raise ShapeError(f"x: shape is {x.shape}, but the layer takes [M, {shape[-1]}], rows sorted by expert")
+        # Quantized once, for all the matrices of an expert.
+        if recipe.is_static:
+            x = self._static_input(jnp.where(row_mask(group_sizes, x.shape[0])[:, None], x, 0), group_sizes)
+        weight, bias = self.quantized_weight, None if self.bias is None else self.bias[...]
+        options = dict(activation=None if recipe.is_static else recipe.activation, out_dtype=recipe.out_dtype)
+        if weight.ndim == 3:
+            return ops.grouped_matmul(x, weight, group_sizes, bias=bias, **options)
+        if (merged := merge_rows(weight)) is not None:
+            flat_bias = None if bias is None else bias.reshape(bias.shape[0], -1)
+            return ops.grouped_matmul(x, merged, group_sizes, bias=flat_bias, **options).reshape(-1, *shape[1:-1])
+        parts = [
+            ops.grouped_matmul(x, _part(weight, p), group_sizes, bias=None if bias is None else bias[:, p], **options)
+            for p in range(shape[1])
+        ]
+        return jnp.stack(parts, axis=1)
+
+
+def weight_scheme(recipe: Recipe, ndim: int) -> Scheme:
+    """The recipe's weight scheme for `[E, N, K]` or `[E, P, N, K]`: a block over experts does not reach across P."""
+    scheme = recipe.weight
+    if ndim == 4 and len(scheme.block) == 3:
+        return dataclasses.replace(scheme, block=(scheme.block[0], 1, *scheme.block[1:]))
+    return scheme
+
+
+def merge_rows(w: ScaledArray) -> ScaledArray | None:
+    """`[E, P, N, K]` as `[E, P * N, K]`, or None where a block would reach from one matrix into the next."""
+    e, p, n, k = w.shape
+    block = (1,) * (4 - len(w.scheme.block)) + w.scheme.block
+    rows = block[2] or n
+    if block[1] != 1 or rows == 0 or n % rows:
+        return None
+    scheme = dataclasses.replace(w.scheme, block=(block[0], rows, block[3]))
+    return ScaledArray(w.data.reshape(e, p * n, k), w.scale.reshape(w.scale.shape[0], -1, w.scale.shape[-1]), scheme)
+
+
+def _part(w: ScaledArray, p: int) -> ScaledArray:
+    scheme = dataclasses.replace(
+        w.scheme, block=w.scheme.block[-2:] if len(w.scheme.block) < 4 else (w.scheme.block[0], *w.scheme.block[2:])
+    )
+    return ScaledArray(w.data[:, p], w.scale[:, p], scheme)

@@ -1,0 +1,87 @@
+"""`Linear`: `nnx.Linear` in 8 bits."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fp8x import numerics, ops
+from fp8x.array import ScaledArray
+from fp8x.errors import ShapeError
+from fp8x.nn.quantized import QuantizedLayer, initial_weight
+from fp8x.recipe import Recipe, as_recipe
+
+
+class Linear(QuantizedLayer):
+    """`y = x @ weight.T + bias`, weights (and, if the recipe says so, activations) in 8 bits.
+
+    Arguments:
+        k: input features.
+        n: output features.
+        recipe: a `Recipe` or its code.
+        use_bias: whether a bias is added, of the recipe's output type.
+        rngs: the stream `params` initializes the weight.
+
+    Raises:
+        ShapeError: sizes that the recipe's blocks do not fit (MX: `k` a multiple of 32).
+    """
+
+    def __init__(self, k: int, n: int, *, recipe: Recipe | str, use_bias: bool = True, rngs: nnx.Rngs):
+        recipe = as_recipe(recipe)
+        bias = jnp.zeros((n,), recipe.out_dtype) if use_bias else None
+        self.hold(initial_weight(rngs, (n, k), recipe.weight), recipe, bias)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        weight: ScaledArray,
+        recipe: Recipe | str,
+        *,
+        bias: Float[Array, " n"] | None = None,
+        input_scale: Float[Array, "1 groups"] | None = None,
+    ) -> "Linear":
+        """A layer around a weight `[N, K]` that is quantized already.
+
+        Raises:
+            ShapeError: arrays that do not fit each other.
+        """
+        if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+            raise ShapeError(
+                f"weight {weight.shape} and bias {getattr(bias, 'shape', None)} do not fit; use [N, K] and [N]"
+            )
+        n, k = weight.shape
+        layer = nnx.eval_shape(lambda: cls(k, n, recipe=recipe, use_bias=False, rngs=nnx.Rngs(0)))
+        layer.hold(weight, as_recipe(recipe), bias, input_scale)
+        return layer
+
+    @classmethod
+    def from_linear(
+        cls, linear: nnx.Linear, recipe: Recipe | str, *, name: str = "kernel", allow_nonfinite: bool = False
+    ) -> "Linear":
+        """Quantizes an `nnx.Linear`; its kernel `[K, N]` is transposed once. `name` stands in errors.
+
+        Raises:
+            ShapeError: sizes that the recipe's blocks do not fit, or NaN or Inf in the kernel.
+        """
+        recipe = as_recipe(recipe)
+        weight = numerics.quantize_weight(
+            linear.kernel[...].T, recipe.weight, name=name, allow_nonfinite=allow_nonfinite
+        )
+        bias = None if linear.bias is None else linear.bias[...]
+        return cls.from_arrays(weight, recipe, bias=bias)
+
+    def __call__(self, x: Float[Array, "... k"]) -> Float[Array, "... n"]:
+        """One product, of the recipe's output type, whatever the batch.
+
+        Raises:
+            ShapeError: `x`'s last dim is not K.
+            CalibrationError: a static activation scale that is not calibrated, outside of jit (inside, the result is NaN).
+        """
+        k = self.weight.shape[-1]
+        if x.shape[-1:] != (k,):
+            raise ShapeError(f"x: shape is {x.shape}, but the layer takes [..., {k}]")
+        options = dict(bias=None if self.bias is None else self.bias[...], out_dtype=self.recipe.out_dtype)
+        if not self.recipe.is_static:
+            return ops.matmul(x, self.quantized_weight, activation=self.recipe.activation, **options)
+        rows = x.reshape(-1, k)
+        y = ops.matmul(self._static_input(rows, rows.shape[0]), self.quantized_weight, **options)
+        return y.reshape(*x.shape[:-1], -1)

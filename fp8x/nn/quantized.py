@@ -1,0 +1,132 @@
+"""What the quantized layers share: their variables, their static activation scale, and calibration."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fp8x import numerics
+from fp8x.array import ScaledArray
+from fp8x.errors import CalibrationError, ShapeError
+from fp8x.ops.groups import concrete
+from fp8x.recipe import Recipe
+from fp8x.scheme import Scheme
+
+
+class Float8Weight(nnx.Variable):
+    """Weights in 8 bits. No `nnx.Param`: optimizers pass it by."""
+
+
+class WeightScale(nnx.Variable):
+    """The scales of a `Float8Weight`."""
+
+
+class InputScale(nnx.Variable):
+    """A static activation scale, float32 `[1, ceil(K / block_k)]`; NaN until it is calibrated."""
+
+
+class Amax(nnx.Variable):
+    """The running amax of a layer's input while it is in calibration, in the shape of its `InputScale`."""
+
+
+class TokenCount(nnx.Variable):
+    """Rows that a layer has seen in calibration, int32: `[]`, or `[E]` for one matrix per expert."""
+
+
+class QuantizedLayer(nnx.Module):
+    """Base of `Linear` and `GroupedLinear`.
+
+    Attributes:
+        recipe: what the layer does.
+        weight: `Float8Weight` `[..., N, K]`, K-major.
+        weight_scale: `WeightScale`, `weight_scheme.scale_shape(weight.shape)`.
+        weight_scheme: the scheme of the two above.
+        bias: `nnx.Param` or None.
+        input_scale: `InputScale`, or None unless the recipe's activation scale is static.
+        amax, tokens: statistics while the layer is in calibration, else None.
+    """
+
+    def hold(self, weight: ScaledArray, recipe: Recipe, bias: Array | None, input_scale: Array | None = None) -> None:
+        """Sets every variable: what constructors end with, and how another weight gets into a layer."""
+        self.recipe = recipe
+        self.weight_scheme = weight.scheme
+        self.weight = Float8Weight(weight.data)
+        self.weight_scale = WeightScale(weight.scale)
+        self.bias = nnx.data(None if bias is None else nnx.Param(bias))
+        self.input_scale = nnx.data(
+            InputScale(_initial_scale(recipe, weight, input_scale)) if recipe.is_static else None
+        )
+        self.amax = self.tokens = nnx.data(None)
+        if recipe.observer:
+            self.start_calibration()
+
+    @property
+    def quantized_weight(self) -> ScaledArray:
+        """Weight and scale as one array."""
+        return ScaledArray(self.weight[...], self.weight_scale[...], self.weight_scheme)
+
+    @property
+    def is_calibrating(self) -> bool:
+        return self.amax is not None
+
+    def start_calibration(self) -> None:
+        """From now on a call gathers the running amax of its input, and fake-quantizes with the scale that follows.
+
+        Raises:
+            CalibrationError: the recipe has no static activation scale.
+        """
+        if not self.recipe.is_static:
+            raise CalibrationError(
+                f"recipe: its activation scale is {self.recipe.activation_scale}; only a static one is calibrated"
+            )
+        self.amax = nnx.data(Amax(jnp.zeros(self.input_scale.shape, jnp.float32)))
+        self.tokens = nnx.data(TokenCount(jnp.zeros(self.weight.shape[:-2][:1], jnp.int32)))
+
+    def finish_calibration(self) -> None:
+        """Sets the static scale from the amax gathered, and ends calibration.
+
+        Raises:
+            CalibrationError: no calibration was started, or the amax is zero: the layer saw nothing.
+        """
+        if not self.is_calibrating:
+            raise CalibrationError("layer: it is not in calibration; call start_calibration first")
+        if not np.asarray(self.amax[...]).any():
+            raise CalibrationError(f"layer: it saw no activation other than zero in {np.sum(self.tokens[...])} tokens")
+        self.input_scale[...] = numerics.compute_scale(self.amax[...], self.recipe.activation)
+        self.recipe = dataclasses.replace(self.recipe, observer=None)
+        self.amax = self.tokens = nnx.data(None)
+
+    def _static_input(self, x: Float[Array, "m k"], tokens: Array) -> ScaledArray:
+        """`x` in the static scale; in calibration, after `x` (of `tokens` rows) has joined the running amax."""
+        scheme = self.recipe.activation
+        if not self.is_calibrating:
+            scale = self.input_scale[...]
+            values = concrete(scale)
+            if values is not None and np.isnan(values).any():
+                raise CalibrationError(
+                    f"input_scale: the layer [{x.shape[-1]} -> {self.weight.shape[-2]}] is not calibrated; "
+                    "run fp8x.calibrate(model, batches), or use a recipe with dynamic activation scales"
+                )
+            return numerics.quantize_with_scale(x, scale, scheme)
+        self.amax[...] = jnp.maximum(self.amax[...], numerics.block_amax(x, scheme))
+        self.tokens[...] = self.tokens[...] + tokens
+        return numerics.quantize_with_scale(x, numerics.compute_scale(self.amax[...], scheme), scheme)
+
+
+def _initial_scale(recipe: Recipe, weight: ScaledArray, given: Array | None) -> Float[Array, "1 groups"]:
+    shape = recipe.activation.scale_shape((1, weight.shape[-1]))
+    if given is None:
+        # A unit scale needs no calibration.
+        return jnp.full(shape, 1.0 if recipe.activation.scale_rule == "unit" else jnp.nan, jnp.float32)
+    if given.shape != shape or given.dtype != jnp.float32:
+        raise ShapeError(f"input_scale: {given.dtype}{list(given.shape)} does not fit; use float32{list(shape)}")
+    return given
+
+
+def initial_weight(rngs: nnx.Rngs, shape: tuple[int, ...], scheme: Scheme) -> ScaledArray:
+    """A random weight `[..., K]`: truncated normal of variance 1/K, as `nnx.Linear` has it."""
+    scheme.check_shape(shape, "weight")
+    stddev = shape[-1] ** -0.5 if shape[-1] else 1.0
+    return numerics.quantize(nnx.initializers.truncated_normal(stddev)(rngs.params(), shape, jnp.float32), scheme)

@@ -1,0 +1,127 @@
+"""Which kernel a call takes: the first in `KERNELS` that supports it, unless a backend is asked for by name."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from fp8x.errors import BackendError
+from fp8x.ops import xla
+from fp8x.scheme import Scheme
+
+BACKENDS = ("xla", "mosaic_gpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What a kernel needs to know to say whether it supports a call."""
+
+    op: str
+    m: int
+    n: int
+    k: int
+    groups: int
+    x: Scheme | np.dtype
+    w: Scheme
+    bias: bool
+    out_dtype: np.dtype
+
+    def __str__(self) -> str:
+        groups = f" x {self.groups} groups" if self.groups > 1 else ""
+        return (
+            f"{self.op} [{self.m}, {self.k}] x [{self.n}, {self.k}]{groups}: {self.x} by {self.w} -> {self.out_dtype}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One implementation of an op.
+
+    Attributes:
+        op: `"matmul"` or `"grouped_matmul"`.
+        backend: one of `BACKENDS`.
+        unsupported: the reason why the kernel can't do a call, or None if it can.
+        run: takes what the op's reference takes.
+    """
+
+    op: str
+    name: str
+    backend: str
+    unsupported: Callable[[Call], str | None]
+    run: Callable
+
+
+# In order of preference; XLA, last, supports every call.
+KERNELS: tuple[Kernel, ...] = (
+    Kernel("matmul", "xla_matmul", "xla", lambda call: None, xla.matmul),
+    Kernel("grouped_matmul", "xla_grouped_matmul", "xla", lambda call: None, xla.grouped_matmul),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The kernel that a call takes, and the reasons why those before it do not."""
+
+    call: Call
+    kernel: str
+    rejected: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [f"{self.call}: {self.kernel}", *(f"  not {name}: {reason}" for name, reason in self.rejected)]
+        )
+
+
+# JAX keys its jit cache by these, so a function that is already compiled is traced again where they change.
+_backend = jax.make_user_context(None)
+_recorder = jax.make_user_context(None)
+_choices: list[Choice] = []
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Within it, every op takes a kernel of this backend (`"xla"` or `"mosaic_gpu"`); see also FP8X_BACKEND.
+
+    Raises:
+        BackendError: an unknown name; and, from an op inside, no kernel of that backend supports the call.
+    """
+    with _backend(_check_backend(name, "backend")):
+        yield
+
+
+def _check_backend(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise BackendError(f"{source}: {name!r} is unknown; use one of {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+def choose(call: Call) -> Kernel:
+    """The first kernel that supports `call`.
+
+    Raises:
+        BackendError: a backend was asked for and none of its kernels supports the call; the message says why.
+    """
+    wanted = _backend.value
+    if wanted is None and (variable := os.environ.get("FP8X_BACKEND")):
+        wanted = _check_backend(variable, "FP8X_BACKEND")
+    rejected = []
+    for kernel in (kernel for kernel in KERNELS if kernel.op == call.op):
+        reason = kernel.unsupported(call) if wanted in (None, kernel.backend) else f"backend {wanted!r} was asked for"
+        if reason is None:
+            if _recorder.value is not None:
+                _choices.append(Choice(call, kernel.name, tuple(rejected)))
+            return kernel
+        rejected.append((kernel.name, reason))
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected)
+    raise BackendError(f"no kernel of backend {wanted!r} runs {call} ({reasons})")
+
+
+def explain(fn: Callable, *args) -> list[Choice]:
+    """Which kernel each op inside `fn(*args)` takes, and why not the ones before it. Traces `fn`; runs nothing."""
+    _choices.clear()
+    with _recorder(object()):  # a fresh object: inner jitted functions miss their cache and are traced too
+        jax.eval_shape(fn, *args)
+    return list(_choices)
