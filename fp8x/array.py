@@ -41,7 +41,7 @@ class ScaledArray:
         expected = self.scheme.scale_shape(self.data.shape)
         if self.scale.shape != expected:
             raise ShapeError(
-                f"scale: shape is {self.scale.shape}, but data {self.data.shape} in scheme {self.scheme} needs {expected}"
+                f"scale: shape is {self.scale.shape}, but data {self.data.shape} in {self.scheme} needs {expected}"
             )
 
     @property

@@ -45,7 +45,7 @@ def quantize_weight(w: Float[Array, "..."], scheme: Scheme, *, name: str, allow_
     """`quantize`, compiled, for a weight: refuses NaN and Inf, which in a trained matrix mean a broken checkpoint.
 
     Raises:
-        ShapeError: as `quantize`; or `w` holds NaN or Inf and `allow_nonfinite` is False: the message has name and count.
+        ShapeError: as `quantize`; or `w` holds NaN or Inf, not allowed: the message has name and count.
     """
     if not allow_nonfinite and not isinstance(w, jax.core.Tracer) and (count := int(_count_nonfinite(w))):
         raise ShapeError(

@@ -46,7 +46,8 @@ class Recipe:
         fits = (None,) if self.activation is None else ("static", "dynamic")
         if self.activation_scale not in fits:
             raise RecipeError(
-                f"activation_scale: {self.activation_scale!r} does not fit activation {self.activation}; use one of {fits}"
+                f"activation_scale: {self.activation_scale!r} does not fit activation {self.activation}; "
+                f"use one of {fits}"
             )
         if self.activation is not None and len(self.activation.block) != 2:
             raise RecipeError(f"activation: block {self.activation.block} has to name two dims, over [M, K]")

@@ -58,7 +58,7 @@ class Scheme:
             named have block 1. `scale.shape[i] == ceil(shape[i] / block[i])`.
         scale_dtype: float32, or float8_e8m0fnu (byte b means 2^(b-127)).
         scale_rule: how a scale follows from a block's amax; see docs/numerics.md.
-            float32: `"amax"` (amax / max, the default), `"pow2"` (that, rounded up to a power of two), `"unit"` (always 1).
+            float32: `"amax"` (amax / max, the default), `"pow2"` (that, rounded up to a power of two), `"unit"` (1).
             float8_e8m0fnu: `"rceil"` (the default), `"floor"` (OCP MX v1.0), `"ceil"`, `"even"`.
 
     Raises:
@@ -134,8 +134,9 @@ class Scheme:
             for axis, (n, b) in enumerate(zip(shape, extents)):
                 if n % b:
                     raise ShapeError(
-                        f"{name}: dim {axis} of shape {tuple(shape)} is {n}, which {b} does not divide; an MX scheme needs "
-                        f"whole blocks of {b} (K % {b} == 0): pad the dim to {-(-n // b) * b}, or use a scheme with float32 scales"
+                        f"{name}: dim {axis} of shape {tuple(shape)} is {n}, which {b} does not divide; an MX scheme "
+                        f"needs whole blocks of {b} (K % {b} == 0): pad the dim to {-(-n // b) * b}, or use a scheme "
+                        "with float32 scales"
                     )
 
     def __str__(self) -> str:

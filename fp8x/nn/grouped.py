@@ -90,7 +90,7 @@ class GroupedLinear(QuantizedLayer):
 
         Raises:
             ShapeError: `x` is not `[M, K]`, or group sizes that do not fit.
-            CalibrationError: a static activation scale that is not calibrated, outside of jit (inside, the result is NaN).
+            CalibrationError: a static activation scale is not calibrated; inside jit the result is NaN instead.
         """
         recipe, shape = self.recipe, self.weight.shape
         if x.ndim != 2 or x.shape[1] != shape[-1]:

@@ -74,7 +74,7 @@ class Linear(QuantizedLayer):
 
         Raises:
             ShapeError: `x`'s last dim is not K.
-            CalibrationError: a static activation scale that is not calibrated, outside of jit (inside, the result is NaN).
+            CalibrationError: a static activation scale is not calibrated; inside jit the result is NaN instead.
         """
         k = self.weight.shape[-1]
         if x.shape[-1:] != (k,):

@@ -14,7 +14,7 @@ from fp8x.recipe import Recipe, as_recipe
 
 
 class MoE(nnx.Module):
-    """A mixture of gated experts: each token goes to its `top_k` experts, and their outputs are summed by router weight.
+    """A mixture of gated experts: each token visits its `top_k` experts, and the router weighs what they return.
 
     Arguments:
         hidden: features of a token.
@@ -38,9 +38,22 @@ class MoE(nnx.Module):
         ShapeError: `top_k` over `num_experts`, or sizes that the recipe's blocks do not fit (MX: multiples of 32).
     """
 
-    def __init__(self, hidden: int, intermediate: int, num_experts: int, top_k: int, *, recipe: Recipe | str | None = None, activation: str = "silu",
-                 normalize_top_k: bool = True, use_bias: bool = False, shared_intermediate: int | None = None, dtype=None,
-                 param_dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
+    def __init__(
+        self,
+        hidden: int,
+        intermediate: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        recipe: Recipe | str | None = None,
+        activation: str = "silu",
+        normalize_top_k: bool = True,
+        use_bias: bool = False,
+        shared_intermediate: int | None = None,
+        dtype=None,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         if not 1 <= top_k <= num_experts:
             raise ShapeError(f"top_k: {top_k} does not fit {num_experts} experts; use 1 to {num_experts}")
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)

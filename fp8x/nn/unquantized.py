@@ -34,8 +34,17 @@ class UnquantizedGroupedLinear(nnx.Module):
         bias: `nnx.Param`, `[E, *n]`, or None.
     """
 
-    def __init__(self, e: int, k: int, n: int | tuple[int, ...], *, use_bias: bool = False, dtype=None,
-                 param_dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
+    def __init__(
+        self,
+        e: int,
+        k: int,
+        n: int | tuple[int, ...],
+        *,
+        use_bias: bool = False,
+        dtype=None,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         shape = (e, *features(n), k)
         init = jax.nn.initializers.truncated_normal(stddev=math.sqrt(1.0 / k))
         self.weight = nnx.Param(init(rngs.params(), shape, param_dtype))
@@ -65,8 +74,17 @@ class GatedMLP(nnx.Module):
         down_proj: `nnx.Linear`, intermediate -> hidden.
     """
 
-    def __init__(self, hidden: int, intermediate: int, *, activation: str = "silu", use_bias: bool = False, dtype=None,
-                 param_dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
+    def __init__(
+        self,
+        hidden: int,
+        intermediate: int,
+        *,
+        activation: str = "silu",
+        use_bias: bool = False,
+        dtype=None,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         options = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.gate_proj = nnx.Linear(hidden, intermediate, **options)
         self.up_proj = nnx.Linear(hidden, intermediate, **options)

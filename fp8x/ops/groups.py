@@ -21,7 +21,7 @@ def group_sizes_from_indptr(indptr: Int[Array, " n"], num_groups: int) -> Int[Ar
     indptr = jnp.asarray(indptr)
     if indptr.ndim != 1 or indptr.shape[0] not in (num_groups, num_groups + 1):
         raise ShapeError(
-            f"indptr: shape is {indptr.shape}; use [{num_groups + 1}] (starting at 0) or [{num_groups}] (inclusive ends)"
+            f"indptr: shape is {indptr.shape}; use [{num_groups + 1}] (from 0) or [{num_groups}] (inclusive ends)"
         )
     if not jnp.issubdtype(indptr.dtype, jnp.integer):
         raise ShapeError(f"indptr: dtype is {indptr.dtype}; use an integer type")
