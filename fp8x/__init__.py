@@ -2,6 +2,7 @@
 
 from fp8x import nn, ops
 from fp8x.array import ScaledArray
+from fp8x.calibrate import calibrate
 from fp8x.nn import quantize_model
 from fp8x.numerics import quantize
 from fp8x.ops import backend
@@ -14,6 +15,7 @@ __all__ = [
     "ScaledArray",
     "Scheme",
     "backend",
+    "calibrate",
     "nn",
     "ops",
     "quantize",

@@ -96,6 +96,10 @@ class QuantizedLayer(nnx.Module):
             raise CalibrationError(f"layer: it saw no activation other than zero in {np.sum(self.tokens[...])} tokens")
         self.input_scale[...] = numerics.compute_scale(self.amax[...], self.recipe.activation)
         self.recipe = dataclasses.replace(self.recipe, observer=None)
+        self.abandon_calibration()
+
+    def abandon_calibration(self) -> None:
+        """Ends calibration and keeps the static scale as it was before."""
         self.amax = self.tokens = nnx.data(None)
 
     def _static_input(self, x: Float[Array, "m k"], tokens: Array) -> ScaledArray:

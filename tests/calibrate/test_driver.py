@@ -1,0 +1,145 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import fp8x
+from fp8x.calibrate import driver
+from fp8x.errors import CalibrationError, DataError
+from fp8x.nn.convert import named_layers
+
+
+class Mlp(nnx.Module):
+    """Two linears and a mixture of experts, of which the router sends every token with a positive first feature to 0."""
+
+    def __init__(self, rngs):
+        self.up = nnx.Linear(32, 64, rngs=rngs)
+        self.moe = fp8x.nn.MoE(64, 32, 4, 1, rngs=rngs)
+        self.down = nnx.Linear(64, 32, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(self.moe(self.up(x)))
+
+
+def batches(count=3, rows=8, seed=0):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=(rows, 32)), jnp.float32) for _ in range(count)]
+
+
+def model(code="e4m3_e4m3_bf16"):
+    return fp8x.quantize_model(Mlp(nnx.Rngs(0)), code)
+
+
+def test_first_layer_amax_is_numpys_over_all_batches():
+    data = batches()
+    report = fp8x.calibrate(model(), data)
+    amax = np.abs(np.concatenate(data)).max()
+    assert report.batches == 3
+    np.testing.assert_array_equal(report.layers["up"].amax, [[amax]])
+    np.testing.assert_array_equal(report.layers["up"].scale, [[amax * np.float32(1 / 448)]])
+    assert report.layers["up"].tokens == 24
+
+
+def test_per_group_amax_is_numpys():
+    code = "fp8_e4m3fn_bf16_block_scale_static_activation"
+    layer = fp8x.nn.Linear(300, 8, recipe=code, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(5, 300)).astype(np.float32)
+    report = fp8x.calibrate(layer, [jnp.asarray(x)])
+    expected = [[np.abs(x[:, :128]).max(), np.abs(x[:, 128:256]).max(), np.abs(x[:, 256:]).max()]]
+    np.testing.assert_array_equal(report.layers[""].amax, expected)
+
+
+def test_scales_land_in_the_layers_and_calibration_ends():
+    calibrated = model()
+    report = fp8x.calibrate(calibrated, batches())
+    for path, layer in named_layers(calibrated).items():
+        np.testing.assert_array_equal(layer.input_scale[...], report.layers[path].scale)
+        assert not layer.is_calibrating
+    assert np.isfinite(calibrated(batches()[0]).astype(jnp.float32)).all()
+
+
+def test_max_calibrate_code_is_the_same_recipe_in_calibration():
+    observed = model("e4m3_e4m3_bf16_max_calibrate")
+    assert all(layer.is_calibrating for layer in named_layers(observed).values())
+    fp8x.calibrate(observed, batches())
+    plain = model()
+    fp8x.calibrate(plain, batches())
+    for one, other in zip(named_layers(observed).values(), named_layers(plain).values()):
+        assert one.recipe == other.recipe == fp8x.recipe("e4m3_e4m3_bf16")
+        np.testing.assert_array_equal(one.input_scale[...], other.input_scale[...])
+
+
+def test_calibration_forward_is_the_inference_forward_with_the_running_scale():
+    x = batches(1)[0]
+    layer = fp8x.nn.Linear(32, 16, recipe="e4m3_e4m3_bf16", rngs=nnx.Rngs(0))
+    layer.start_calibration()
+    observed = layer(x)
+    layer.finish_calibration()
+    np.testing.assert_array_equal(observed, layer(x))
+
+
+def test_calibrating_again_forgets_the_scales_before():
+    calibrated = model()
+    fp8x.calibrate(calibrated, [100 * x for x in batches()])
+    again = fp8x.calibrate(calibrated, batches()).layers
+    first = fp8x.calibrate(model(), batches()).layers
+    for path in first:
+        np.testing.assert_array_equal(again[path].amax, first[path].amax)
+
+
+def test_batches_of_one_shape_compile_once():
+    before = driver._step._cache_size()
+    fp8x.calibrate(model(), batches(5, rows=7))
+    assert driver._step._cache_size() == before + 1
+
+
+def test_experts_that_saw_little_are_named():
+    m = model()
+    m.up.bias[...] = jnp.zeros_like(m.up.bias[...])
+    report = fp8x.calibrate(m, batches(1))
+    counts = report.layers["moe.w13"].tokens
+    assert counts.sum() == 8 and counts.shape == (4,)
+    expected = [f"moe.{w} expert {e}" for w in ("w13", "w2") for e in range(4) if counts[e] < 3]
+    assert sorted(report.undersampled(3)) == sorted(expected)
+    assert set(report.undersampled(9)) >= {"up", "down"}
+
+
+def test_non_finite_activations_enter_no_amax():
+    layer = fp8x.nn.Linear(32, 16, recipe="e4m3_e4m3_bf16", rngs=nnx.Rngs(0))
+    x = np.ones((4, 32), np.float32)
+    x[0, 0], x[1, 1] = np.inf, np.nan
+    assert fp8x.calibrate(layer, [jnp.asarray(x)]).layers[""].amax == 1.0
+
+
+def test_no_batches():
+    m = model()
+    with pytest.raises(DataError, match="batches: there are none"):
+        fp8x.calibrate(m, [])
+    assert not any(layer.is_calibrating for layer in named_layers(m).values())
+
+
+def test_no_static_layer():
+    with pytest.raises(CalibrationError, match="no layer has a static activation scale"):
+        fp8x.calibrate(model("mxfp8_bf16"), batches())
+
+
+def test_a_layer_that_sees_zeros_is_named_and_the_old_scales_stay():
+    m = model()
+    fp8x.calibrate(m, batches())
+    before = m.up.input_scale[...]
+    with pytest.raises(CalibrationError, match="up: saw no activation other than zero"):
+        fp8x.calibrate(m, [jnp.zeros((4, 32))])
+    np.testing.assert_array_equal(m.up.input_scale[...], before)
+    assert not m.up.is_calibrating
+
+
+def test_uncalibrated_layer_raises_on_concrete_values_and_gives_nan_under_jit():
+    m = model()
+    with pytest.raises(CalibrationError, match=r"\[32 -> 64\] is not calibrated; run fp8x.calibrate"):
+        m(batches(1)[0])
+    assert np.isnan(nnx.jit(lambda m, x: m(x))(m, batches(1)[0]).astype(jnp.float32)).all()
+
+
+def test_mesh_is_refused():
+    with pytest.raises(NotImplementedError, match="mesh"):
+        fp8x.calibrate(model(), batches(), mesh=object())
