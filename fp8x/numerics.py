@@ -27,9 +27,7 @@ def quantize(x: Float[Array, "..."], scheme: Scheme, *, name: str = "x") -> Scal
         ShapeError: `x` has too few dims for the block, or an MX scheme meets a ragged dim; `name` is in the message.
     """
     x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ShapeError(f"{name}: dtype is {x.dtype}; quantize takes a floating-point array")
-    scheme.check_shape(x.shape, name)
+    _check_input(x, scheme, name)
     return quantize_with_scale(x, compute_scale(block_amax(x, scheme), scheme), scheme)
 
 
@@ -37,7 +35,7 @@ def quantize_with_scale(x: Float[Array, "..."], scale: Float[Array, "..."], sche
     """Quantizes `x` with scales that are already known (a calibrated activation scale, say)."""
     inverse = _expand(_inverse(scale), x.shape, scheme)
     limit = np.float32(scheme.max)
-    data = jnp.clip(x.astype(jnp.float32) * inverse, -limit, limit).astype(scheme.dtype)
+    data = jnp.clip(_float32(x) * inverse, -limit, limit).astype(scheme.dtype)
     return ScaledArray(data, scale, scheme)
 
 
@@ -47,13 +45,19 @@ def quantize_weight(w: Float[Array, "..."], scheme: Scheme, *, name: str, allow_
     Raises:
         ShapeError: as `quantize`; or `w` holds NaN or Inf, not allowed: the message has name and count.
     """
+    _check_input(w, scheme, name)
     if not allow_nonfinite and not isinstance(w, jax.core.Tracer) and (count := int(_count_nonfinite(w))):
         raise ShapeError(
             f"{name}: holds {count} NaN or Inf of {w.size} values; mend the weights, or pass allow_nonfinite=True "
             "(NaN stays NaN, Inf becomes the largest finite value)"
         )
-    scheme.check_shape(w.shape, name)
     return _quantize_jit(w, scheme)
+
+
+def _check_input(x: Float[Array, "..."], scheme: Scheme, name: str) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ShapeError(f"{name}: dtype is {x.dtype}; quantize takes a floating-point array")
+    scheme.check_shape(x.shape, name)
 
 
 @jax.jit
@@ -80,7 +84,7 @@ def block_amax(x: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
     """The largest finite magnitude of every block, float32, in the shape of the scales. 0 for an empty block."""
     blocks = scheme.block_of(x.shape)
     counts = scheme.scale_shape(x.shape)
-    x = x.astype(jnp.float32)
+    x = _float32(x)
     x = jnp.where(jnp.isfinite(x), jnp.abs(x), np.float32(0.0))
     x = jnp.pad(x, [(0, c * b - n) for n, b, c in zip(x.shape, blocks, counts)])
     x = x.reshape([extent for pair in zip(counts, blocks) for extent in pair])
@@ -150,8 +154,21 @@ def _inverse(scale: Float[Array, "..."]) -> Float[Array, "..."]:
     )
 
 
+def _float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x` in float32, with no more mantissa than its own type has.
+
+    Inside jit XLA skips the rounding of a bfloat16 result that is cast up at once ("excess precision"); a scale and
+    an element made from the unrounded value would differ from those that eager execution finds.
+    """
+    mantissa_bits = min(jnp.finfo(x.dtype).nmant, jnp.finfo(jnp.float32).nmant)
+    return jax.lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=mantissa_bits)
+
+
 def _expand(scale: Float[Array, "..."], shape: Sequence[int], scheme: Scheme) -> Float[Array, "..."]:
     """Repeats each scale over its block, cut to `shape`. Dims with one block are left to broadcasting."""
+    # A scale that jit closes over is a constant, and XLA multiplies constants with each other first: 2^-1 and 2^-126
+    # to a 2^-127 that it flushes, or a user's factor and the scale to a product that rounds in another place.
+    scale = jax.lax.optimization_barrier(scale)
     for axis, (n, block) in enumerate(zip(shape, scheme.block_of(shape))):
         if scale.shape[axis] != 1 and block != 1:
             scale = jax.lax.slice_in_dim(jnp.repeat(scale, block, axis=axis), 0, n, axis=axis)

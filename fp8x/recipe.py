@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fp8x.errors import RecipeError, RuleError
-from fp8x.scheme import Scheme, mx, per_row, per_tensor
+from fp8x.scheme import Scheme, as_dtype, mx, per_row, per_tensor
 
 OUT_DTYPES = {"bf16": np.dtype(jnp.bfloat16), "f16": np.dtype(jnp.float16), "f32": np.dtype(jnp.float32)}
 
@@ -56,7 +56,7 @@ class Recipe:
                 f"activation: {self.activation} has a scale for every row, which can't be known before the rows are; "
                 "a static activation scale needs block (None, None) or (None, group) and float32 scales"
             )
-        out_dtype = np.dtype(self.out_dtype)
+        out_dtype = as_dtype(self.out_dtype, "out_dtype")
         if out_dtype not in OUT_DTYPES.values():
             raise RecipeError(
                 f"out_dtype: {out_dtype} does not fit; use one of {', '.join(map(str, OUT_DTYPES.values()))}"
@@ -121,7 +121,7 @@ def as_recipe(value: "Recipe | str") -> Recipe:
     return value if isinstance(value, Recipe) else recipe(value)
 
 
-# Read by tables that a small error shifts for every token: never quantized unless a rule says so.
+# Small matrices whose error reaches every token or moves it to another expert: quantized only where a rule says so.
 BUILT_IN_SKIPS = (r"(.*\.)?(embed_tokens|embed|embedding|lm_head|router|gate|shared_expert_gate)",)
 
 
@@ -133,7 +133,7 @@ class Rules:
     (embeddings, `lm_head`, routers and gates); then `default`.
     """
 
-    default: Recipe | None
+    default: Recipe | str | None
     rules: Mapping[str, Recipe | str | None] = dataclasses.field(default_factory=dict)
 
     def resolve(self, paths: Iterable[str]) -> dict[str, Recipe | None]:
@@ -158,4 +158,5 @@ class Rules:
                 )
             table.append((regex, None if value is None else as_recipe(value)))
         table += [(re.compile(pattern), None) for pattern in BUILT_IN_SKIPS]
-        return {path: next((r for regex, r in table if regex.fullmatch(path)), self.default) for path in paths}
+        default = None if self.default is None else as_recipe(self.default)
+        return {path: next((r for regex, r in table if regex.fullmatch(path)), default) for path in paths}

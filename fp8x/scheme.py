@@ -76,11 +76,11 @@ class Scheme:
         if self.element not in ELEMENTS:
             raise RecipeError(f"element: {self.element!r} is unknown; use one of {', '.join(map(repr, ELEMENTS))}")
         block = tuple(self.block) if isinstance(self.block, Sequence) else (self.block,)
-        if not block or not all(b is None or (isinstance(b, (int, np.integer)) and b > 0) for b in block):
+        if not block or not all(map(_is_extent, block)):
             raise ShapeError(
                 f"block: {self.block!r} does not fit; use a tuple of positive ints and None, like (128, 128)"
             )
-        scale_dtype = np.dtype(self.scale_dtype)
+        scale_dtype = as_dtype(self.scale_dtype, "scale_dtype")
         if scale_dtype not in SCALE_RULES:
             raise RecipeError(f"scale_dtype: {scale_dtype} does not fit; use float32 or float8_e8m0fnu")
         rules = SCALE_RULES[scale_dtype]
@@ -144,6 +144,22 @@ class Scheme:
         scale = "e8m0" if self.is_mx else "f32"
         rule = "" if self.scale_rule == SCALE_RULES[self.scale_dtype][0] else f" {self.scale_rule}"
         return f"{self.element} {block} {scale}{rule}"
+
+
+def as_dtype(value, name: str) -> np.dtype:
+    """`np.dtype(value)`.
+
+    Raises:
+        RecipeError: `value` names no type; `name` is in the message.
+    """
+    try:
+        return np.dtype(value)
+    except TypeError:
+        raise RecipeError(f"{name}: {value!r} is no dtype; use one like jnp.float32") from None
+
+
+def _is_extent(b) -> bool:
+    return b is None or (isinstance(b, (int, np.integer)) and not isinstance(b, bool) and b > 0)
 
 
 def per_tensor(element: ElementName = "e4m3") -> Scheme:

@@ -47,7 +47,8 @@ def check_group_sizes(group_sizes: Int[Array, " e"], num_groups: int, rows: int)
     if values is None:
         return
     if (values < 0).any():
-        raise ShapeError(f"group_sizes: group {int(np.argmax(values < 0))} is {values.min()}; sizes are never negative")
+        group = int(np.argmax(values < 0))
+        raise ShapeError(f"group_sizes: group {group} is {values[group]}; sizes are never negative")
     if values.sum() > rows:
         raise ShapeError(
             f"group_sizes: they sum to {values.sum()}, but x has {rows} rows; they may sum to at most that"
