@@ -1,0 +1,199 @@
+"""Texts to calibrate and evaluate on: read from JSON and JSONL, tokenized, packed into rows of one length."""
+
+import json
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+from tokenizers import Tokenizer
+
+from fp8x.errors import DataError
+
+Text = str | list[int]
+
+PADDING = -1
+MAX_REPORTS = 10
+_FORMS = "'text', 'messages', 'conversations', 'ids' or 'input_ids'"
+
+
+def read_texts(path: str | Path, *, report: Callable[[str], None] = warnings.warn) -> list[Text]:
+    """The documents of a data file, in its order: strings, or lists of token ids.
+
+    A file is JSONL (one object a line) or one JSON array of objects. An object is read by the first of these it has:
+        `text`: a string.
+        `messages`: chat turns; their `content` is a string, or a list of parts of which `text` ones count.
+        `conversations`: ShareGPT turns, with their words in `value`.
+        `ids`, `input_ids`: token ids.
+    The turns of one conversation become one text, a blank line between them; no chat template is applied.
+
+    Arguments:
+        path: the file.
+        report: called with a message for each malformed line (or item of an array), which is skipped: its number and
+            what is wrong with it; from the eleventh on they are only counted.
+
+    Raises:
+        DataError: the file can't be read, or holds nothing that can be used.
+    """
+    path = Path(path)
+    texts, malformed = [], []
+    for where, record in _records(path):
+        try:
+            texts.append(_text_of(record()))
+        # RecursionError: JSON nested thousands deep.
+        except (ValueError, RecursionError) as error:
+            malformed.append(f"{path}: {where}: {error}; skipped")
+    for message in malformed[:MAX_REPORTS]:
+        report(message)
+    if len(malformed) > MAX_REPORTS:
+        report(f"{path}: {len(malformed) - MAX_REPORTS} more are malformed; skipped")
+    if not texts:
+        found = f"all {len(malformed)} records are malformed" if malformed else "it is empty"
+        raise DataError(f"{path}: {found}; use JSONL, or a JSON array, of objects with {_FORMS}")
+    return texts
+
+
+def tokenize(text: Text, tokenizer: Tokenizer, bos_id: int) -> list[int]:
+    """The ids of one document, `bos_id` first; ids that begin with it already stay as they are."""
+    ids = tokenizer.encode(text, add_special_tokens=False).ids if isinstance(text, str) else text
+    return list(ids) if isinstance(text, list) and ids[0] == bos_id else [bos_id, *ids]
+
+
+def pack(
+    texts: Sequence[Text],
+    tokenizer: Tokenizer,
+    length: int,
+    num_samples: int,
+    seed: int = 0,
+    *,
+    bos_id: int,
+) -> Int32[np.ndarray, "samples length"]:
+    """Rows of `length` tokens: the documents in an order drawn from `seed`, each after `bos_id`, end to end.
+
+    Returns at most `num_samples` rows; fewer where the texts end earlier, the last then padded by -1.
+
+    Raises:
+        DataError: there is no text.
+    """
+    order = random.Random(seed).sample(range(len(texts)), len(texts))
+    ids: list[int] = []
+    for index in order:
+        ids += tokenize(texts[index], tokenizer, bos_id)
+        if len(ids) >= num_samples * length:
+            break
+    if not ids:
+        raise DataError("texts: there are none to pack")
+    ids = ids[: num_samples * length]
+    rows = np.full(-(-len(ids) // length) * length, PADDING, np.int32)
+    rows[: len(ids)] = ids
+    return rows.reshape(-1, length)
+
+
+def batches(
+    rows: Int32[np.ndarray, "samples length"], batch_size: int
+) -> Iterator[Int32[np.ndarray, "batch_size length"]]:
+    """The rows in batches of one shape; the last is filled up with rows of padding."""
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        missing = batch_size - len(batch)
+        yield np.pad(batch, [(0, missing), (0, 0)], constant_values=PADDING)
+
+
+def _records(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Where each record of a file is, and a function that parses it or raises ValueError."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; give a JSONL or JSON file") from None
+    if b"\0" in raw[:8192]:
+        raise DataError(f"{path}: it is binary; give a JSONL or JSON file, uncompressed and in UTF-8")
+    raw = raw.removeprefix(b"\xef\xbb\xbf")
+    if raw.lstrip()[:1] == b"[":
+        try:
+            items = _parse(raw)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: it begins like a JSON array, but is none: {error}") from None
+        for number, item in enumerate(items, 1):
+            yield f"item {number}", lambda item=item: item
+    else:
+        for number, line in enumerate(raw.split(b"\n"), 1):
+            if line.strip():
+                yield f"line {number}", lambda line=line: _parse(line)
+
+
+def _parse(raw: bytes) -> Any:
+    try:
+        return json.loads(raw.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error})") from None
+
+
+def _text_of(record: Any) -> Text:
+    """The document in one record; ValueError says why there is none."""
+    if not isinstance(record, dict):
+        raise ValueError(f"it is {_kind(record)}, not an object with {_FORMS}")
+    if "text" in record:
+        return _checked(record["text"], "text")
+    for field, words in (("messages", "content"), ("conversations", "value")):
+        if field in record:
+            return _checked("\n\n".join(_turns(record[field], field, words)), field)
+    for field in ("ids", "input_ids"):
+        if field in record:
+            return _ids(record[field], field)
+    raise ValueError(f"it has none of {_FORMS}")
+
+
+def _turns(turns: Any, field: str, words: str) -> Iterator[str]:
+    if not isinstance(turns, list):
+        raise ValueError(f"{field!r} is {_kind(turns)}, not a list of turns")
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict) or words not in turn:
+            raise ValueError(f"turn {number} of {field!r} has no {words!r}")
+        content = turn[words]
+        if isinstance(content, list):
+            content = "\n".join(_parts(content))
+        # A turn that only calls a tool has null for its content.
+        if content is not None and not isinstance(content, str):
+            raise ValueError(f"{words!r} of turn {number} of {field!r} is {_kind(content)}, not a string")
+        if content:
+            yield content
+
+
+def _parts(parts: list) -> Iterator[str]:
+    """The text parts of a message; images and the like are left out."""
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else part
+        if isinstance(text, str):
+            yield text
+
+
+def _checked(text: Any, field: str) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"{field!r} is {_kind(text)}, not a string")
+    if not text:
+        raise ValueError(f"{field!r} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{field!r} holds half of a surrogate pair, which is no character") from None
+    return text
+
+
+def _ids(ids: Any, field: str) -> list[int]:
+    if not isinstance(ids, list) or not ids:
+        raise ValueError(f"{field!r} is {_kind(ids) if ids else 'empty'}, not a list of token ids")
+    for number, token in enumerate(ids, 1):
+        # JSON's true is an int in Python.
+        if type(token) is not int or not 0 <= token < 2**31:
+            raise ValueError(f"entry {number} of {field!r} is {token!r:.40}, not a token id")
+    return ids
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

@@ -1,0 +1,79 @@
+"""What several tests need: a tokenizer of bytes, and a tiny random checkpoint in Hugging Face's format."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+TINY_MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "vocab_size": 258,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "dtype": "bfloat16",
+}
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte of UTF-8, then `<s>` (256) and `</s>` (257)."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory, byte_tokenizer) -> Path:
+    """A Mixtral of two layers and four experts in bf16, with random weights."""
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    write_checkpoint(path, TINY_MIXTRAL, byte_tokenizer)
+    return path
+
+
+def write_checkpoint(path: Path, config: dict, tokenizer: Tokenizer, seed: int = 0) -> None:
+    from fp8x.models.config import DecoderConfig
+    from fp8x.models.hf_names import linear_names, param_names
+
+    rng = np.random.default_rng(seed)
+    decoder = DecoderConfig.from_hf(config)
+    shapes = _shapes(decoder, linear_names(decoder)) | {
+        name: (decoder.vocab_size, decoder.hidden_size) if "embed" in name else (decoder.hidden_size,)
+        for name in param_names(decoder).values()
+    }
+    tensors = {}
+    for name, shape in shapes.items():
+        value = np.ones(shape) if len(shape) == 1 else rng.standard_normal(shape) * shape[-1] ** -0.5
+        tensors[name] = np.asarray(jax.numpy.asarray(value, "bfloat16"))
+    path.mkdir(parents=True)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps(config))
+    tokenizer.save(str(path / "tokenizer.json"))
+
+
+def _shapes(config, names) -> dict[str, tuple[int, int]]:
+    hidden, inner = config.hidden_size, config.moe_intermediate_size
+    keys = config.num_key_value_heads * config.head_dim
+    outputs = {"k_proj": (keys, hidden), "v_proj": (keys, hidden), "router": (config.num_experts, hidden)}
+    outputs |= {"w13": (inner, hidden), "w2": (hidden, inner), "lm_head": (config.vocab_size, hidden)}
+    shapes = {}
+    for path, tree in names.items():
+        for prefix in jax.tree.leaves(tree):
+            shapes[f"{prefix}.weight"] = outputs.get(path.split(".")[-1], (hidden, hidden))
+    return shapes
