@@ -1,0 +1,52 @@
+"""Hugging Face directories: reading and writing, and the quantized formats on disk. Knows nothing of models."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fp8x.checkpoint.compressed_tensors import CompressedTensors
+from fp8x.checkpoint.format import Format as Format
+from fp8x.checkpoint.fp8 import Fp8
+from fp8x.checkpoint.reader import CONFIG as CONFIG
+from fp8x.checkpoint.reader import Reader as Reader
+from fp8x.checkpoint.writer import Writer as Writer
+from fp8x.errors import CheckpointError
+from fp8x.recipe import Recipe
+
+# In the order in which a model without a wish gets one.
+FORMATS: dict[str, Format] = {format.name: format for format in (CompressedTensors(), Fp8())}
+
+
+def format_of(config: Mapping[str, Any]) -> Format | None:
+    """The format that a config.json names; None for an unquantized checkpoint.
+
+    Raises:
+        CheckpointError: a `quant_method` that is not supported.
+    """
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    for format in FORMATS.values():
+        if format.quant_method == method:
+            return format
+    known = ", ".join(repr(format.quant_method) for format in FORMATS.values())
+    raise CheckpointError(f"config.json: quantization_config.quant_method is {method!r}; fp8x reads {known}")
+
+
+def choose_format(recipes: Iterable[Recipe], name: str | None = None) -> Format:
+    """The format of that name, or the first that can hold these recipes.
+
+    Raises:
+        CheckpointError: an unknown name, or no format that can hold them; the message says why.
+    """
+    recipes = list(recipes)
+    if name is not None and name not in FORMATS:
+        raise CheckpointError(f"format: {name!r} is unknown; use one of {', '.join(map(repr, FORMATS))}")
+    objections = {}
+    for format in FORMATS.values() if name is None else [FORMATS[name]]:
+        reason = format.objection(recipes)
+        if reason is None:
+            return format
+        objections[format.name] = reason
+    reasons = "; ".join(f"{name!r}: {reason}" for name, reason in objections.items())
+    raise CheckpointError(f"format: can't hold this model: {reasons}")

@@ -1,0 +1,192 @@
+"""`quant_method: "compressed-tensors"`: what llm-compressor writes and vLLM reads.
+
+`format` is "float-quantized" (float32 scales) or "mxfp8-quantized" (e8m0 scales as U8), and "mixed-precision" for both
+in one model. Fields and shapes follow compressed-tensors 0.20: `quantization/quant_args.py`, `quant_scheme.py` (presets
+FP8, FP8_DYNAMIC, FP8_BLOCK, MXFP8, MXFP8A16) and `lifecycle/initialize.py`. An FP8 KV cache (`kv_cache_scheme`) is not
+used: ours is in 16 bits.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from fp8x.checkpoint.extras import KEY, apply_extras, extras
+from fp8x.checkpoint.fields import Fields
+from fp8x.checkpoint.format import Format, Layout, Recipes, TensorSpec, weight_spec
+from fp8x.checkpoint.names import patterns
+from fp8x.errors import CheckpointError
+from fp8x.recipe import Recipe
+from fp8x.scheme import Scheme, mx, per_row, per_tensor
+
+FLOAT, MXFP8, MIXED = "float-quantized", "mxfp8-quantized", "mixed-precision"
+NAIVE = "naive-quantized"  # what the library infers for weight-only FP8; stored alike
+SCALES = ("F32", "BF16", "F16")  # the library gives scales the model's type
+UINT8 = ("torch.uint8", "uint8")
+LINEAR = "Linear"  # the class name that stands for every matrix
+
+
+class CompressedTensors(Format):
+    """Per tensor, per channel, block and MXFP8 weights, e4m3 only."""
+
+    name = quant_method = "compressed-tensors"
+
+    def objection(self, recipes: Iterable[Recipe]) -> str | None:
+        for recipe in recipes:
+            if "e5m2" in (recipe.weight.element, recipe.activation and recipe.activation.element):
+                return "no e5m2: its 8-bit floats are e4m3"
+            if _weight_args(recipe) is None:
+                return f"weights {recipe.weight} are neither per tensor, per channel, 2-d blocks nor MXFP8"
+            if recipe.activation is not None and _input_args(recipe) is None:
+                return f"{recipe.activation_scale} activations {recipe.activation} have no strategy there"
+        return None
+
+    def to_config(self, recipes: Recipes, out_dtype: np.dtype) -> dict[str, Any]:
+        # The commonest recipe takes every matrix that no other group names, as the library's own files have it.
+        ordered = [recipe for recipe, _ in Counter(r for r in recipes.values() if r is not None).most_common()]
+        formats = {recipe: MXFP8 if recipe.weight.is_mx else FLOAT for recipe in ordered}
+        groups, added = {}, {}
+        for index, recipe in enumerate(ordered):
+            name, mine = f"group_{index}", [prefix for prefix, other in recipes.items() if other == recipe]
+            groups[name] = {
+                "targets": [LINEAR] if index == 0 else patterns(mine, set(recipes) - set(mine)),
+                "weights": _weight_args(recipe),
+                "input_activations": _input_args(recipe),
+                "output_activations": None,
+            }
+            if fields := extras(recipe, _recipe(Fields(groups[name], name), out_dtype, recipe.weight.is_mx)):
+                added[name] = fields
+            if len(set(formats.values())) > 1:
+                groups[name]["format"] = formats[recipe]
+        kept = [prefix for prefix, recipe in recipes.items() if recipe is None]
+        return {
+            "quant_method": self.quant_method,
+            "format": formats[ordered[0]] if len(set(formats.values())) == 1 else MIXED,
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": patterns(kept, set(recipes) - set(kept)),
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        } | ({KEY: added} if added else {})
+
+    def from_config(self, config: Mapping[str, Any], prefixes: Iterable[str], out_dtype: np.dtype) -> Recipes:
+        fields = Fields(config, "quantization_config")
+        common = fields.one_of("format", FLOAT, NAIVE, MXFP8, MIXED)
+        fields.one_of("quantization_status", "compressed", default="compressed")
+        for name in ("sparsity_config", "transform_config"):
+            # Both change what the stored weights mean.
+            if fields.get(name, None):
+                raise fields.error(name, "none: fp8x reads quantization alone")
+        added = fields.object(KEY, {})
+        targets: dict[str, Recipe] = {}
+        groups = fields.object("config_groups")
+        for name in groups.value:
+            group = groups.object(name)
+            own = group.one_of("format", None, FLOAT, NAIVE, MXFP8, default=None) or common
+            recipe = apply_extras(_recipe(group, out_dtype, own == MXFP8), added.object(name, {}))
+            targets |= dict.fromkeys(group.strings("targets"), recipe)
+        if not targets:
+            raise fields.error("config_groups", "an object of groups with targets")
+        ignore = _compile(fields.strings("ignore", []))
+        # Names before patterns before classes, as the library matches.
+        ordered = sorted(targets, key=lambda target: (target == LINEAR, target.startswith("re:"), target))
+        table = list(zip(_compile(ordered), ordered))
+        return {
+            prefix: None
+            if any(pattern.match(prefix) for pattern in ignore)
+            else next((targets[target] for pattern, target in table if pattern.match(prefix)), None)
+            for prefix in prefixes
+        }
+
+    def layout(self, recipe: Recipe, shape: tuple[int, int]) -> Layout:
+        scheme, n = recipe.weight, shape[0]
+        scale_shape = scheme.scale_shape(shape)
+        shapes = {(None, None): ((1,), ()), (1, None): ((n, 1), (n,))}.get(scheme.block, (scale_shape,))
+        dtypes = ("U8", "F8_E8M0") if scheme.is_mx else SCALES
+        return Layout(
+            weight_spec(recipe, shape),
+            TensorSpec((".weight_scale",), shapes, dtypes),
+            TensorSpec((".input_scale",), ((1,), ()), SCALES) if recipe.is_static else None,
+        )
+
+
+def _compile(targets: Iterable[str]) -> list[re.Pattern]:
+    """Matchers of target strings: `re:` and a pattern for the start of a name, a class, or a whole name."""
+    compiled = []
+    for target in targets:
+        plain = ".*" if target == LINEAR else re.escape(target) + "$"
+        pattern = target.removeprefix("re:") if target.startswith("re:") else plain
+        try:
+            compiled.append(re.compile(pattern))
+        except re.error as error:
+            raise CheckpointError(f"config.json: quantization_config: {target!r} is no pattern: {error}") from None
+    return compiled
+
+
+def _recipe(group: Fields, out_dtype: np.dtype, is_mx: bool) -> Recipe:
+    """What a config group says; `is_mx`: its format has e8m0 scales, whether or not its arguments say so."""
+    group.one_of("output_activations", None, default=None)
+    weights = group.object("weights")
+    weights.one_of("dynamic", False, default=False)
+    weight = _scheme(weights, "channel", is_mx)
+    if group.get("input_activations", None) is None:
+        return Recipe(weight, out_dtype=out_dtype)
+    inputs = group.object("input_activations")
+    activation = _scheme(inputs, "token", is_mx)
+    dynamic = inputs.one_of("dynamic", *((True, False) if activation.block == (None, None) else (True,)), default=False)
+    return Recipe(weight, activation, "dynamic" if dynamic else "static", out_dtype)
+
+
+def _scheme(args: Fields, row_strategy: str, is_mx: bool) -> Scheme:
+    """What QuantizationArgs say. `row_strategy`: what a scale a row is called, "channel" or "token"."""
+    args.one_of("num_bits", 8)
+    args.one_of("type", "float")
+    args.one_of("symmetric", True, default=True)
+    is_mx = args.one_of("scale_dtype", None, *UINT8, default=None) in UINT8 or is_mx
+    size = args.get("group_size", None)
+    implied = "tensor" if size is None else row_strategy if size == -1 else "group"
+    if args.get("strategy", None) is None:
+        strategy = implied
+    else:
+        own = ("channel", "block") if row_strategy == "channel" else ("token",)
+        strategy = args.one_of("strategy", "tensor", "group", *own)
+    if is_mx and (strategy != "group" or args.size("group_size") != 32):
+        raise args.error("strategy", "'group' with group_size 32, beside scale_dtype uint8")
+    match strategy:
+        case "tensor":
+            return per_tensor()
+        case "group":
+            return mx() if is_mx else Scheme("e4m3", block=(1, args.size("group_size")))
+        case "block":
+            return Scheme("e4m3", block=args.block("block_structure"))
+    return per_row()
+
+
+def _args(scheme: Scheme, row_strategy: str, dynamic: bool) -> dict[str, Any] | None:
+    """The inverse of `_scheme`; None where there is none."""
+    args = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": dynamic, "group_size": None}
+    match scheme.block:
+        case (1, 32) if scheme.is_mx:
+            return args | {"strategy": "group", "group_size": 32, "scale_dtype": UINT8[0]}
+        case _ if scheme.is_mx:
+            return None
+        case (None, None):
+            return args | {"strategy": "tensor"}
+        case (1, None):
+            return args | {"strategy": row_strategy}
+        # Static scales per group of K: the library has the words for them, but broadcasts them over rows (0.20).
+        case (1, int(size)) if dynamic:
+            return args | {"strategy": "group", "group_size": size}
+        case (int(rows), int(columns)) if not dynamic:
+            return args | {"strategy": "block", "block_structure": [rows, columns]}
+    return None
+
+
+def _weight_args(recipe: Recipe) -> dict[str, Any] | None:
+    return _args(recipe.weight, "channel", dynamic=False)
+
+
+def _input_args(recipe: Recipe) -> dict[str, Any] | None:
+    return None if recipe.activation is None else _args(recipe.activation, "token", dynamic=not recipe.is_static)

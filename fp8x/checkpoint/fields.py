@@ -1,0 +1,63 @@
+"""Typed access to the fields of a `quantization_config`, with the field's path in every error."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fp8x.errors import CheckpointError
+
+_MISSING = object()
+
+
+class Fields:
+    """An object inside config.json. `where` is its path there, for errors."""
+
+    def __init__(self, value: Any, where: str):
+        if not isinstance(value, Mapping):
+            raise CheckpointError(f"config.json: {where} is {value!r}, expected an object")
+        self.value = value
+        self.where = where
+
+    def get(self, name: str, default: Any = _MISSING) -> Any:
+        """A field; without `default`, it has to be there."""
+        value = self.value.get(name, default)
+        if value is _MISSING:
+            raise CheckpointError(f"config.json: {self.where} has no {name}")
+        return value
+
+    def one_of(self, name: str, *fits: Any, default: Any = _MISSING) -> Any:
+        """A field that has to be one of `fits`."""
+        value = self.get(name, default)
+        # 1 == True in Python, not in JSON.
+        if not any(value == fit and isinstance(value, bool) == isinstance(fit, bool) for fit in fits):
+            raise CheckpointError(
+                f"config.json: {self.where}.{name} is {value!r}; fp8x reads {' or '.join(map(repr, fits))}"
+            )
+        return value
+
+    def object(self, name: str, default: Any = _MISSING) -> "Fields":
+        """A field that is an object."""
+        return Fields(self.get(name, default), f"{self.where}.{name}")
+
+    def strings(self, name: str, default: Any = _MISSING) -> list[str]:
+        """A field that is a list of strings, or null, which means none."""
+        value = self.get(name, default) or []
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.error(name, "a list of strings")
+        return value
+
+    def size(self, name: str) -> int:
+        """A field that is a positive integer."""
+        value = self.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.error(name, "a positive integer")
+        return value
+
+    def block(self, name: str) -> tuple[int, int]:
+        """A field that is a list of two positive integers."""
+        value = self.get(name)
+        if not isinstance(value, list) or len(value) != 2 or not all(type(item) is int and item > 0 for item in value):
+            raise self.error(name, "a list of two positive integers, like [128, 128]")
+        return value[0], value[1]
+
+    def error(self, name: str, expected: str) -> CheckpointError:
+        return CheckpointError(f"config.json: {self.where}.{name} is {self.value.get(name)!r}, expected {expected}")

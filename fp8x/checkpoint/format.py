@@ -1,0 +1,149 @@
+"""`Format`: how quantized matrices lie on disk. Its subclasses know tensors and config fields; here the bytes move.
+
+Everything is by Hugging Face prefix: `model.layers.0.self_attn.q_proj` has the tensor `….weight`, and so on.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fp8x.array import ScaledArray
+from fp8x.checkpoint.reader import DTYPE_NAMES, DTYPES, Reader
+from fp8x.errors import CheckpointError
+from fp8x.recipe import Recipe
+from fp8x.scheme import E8M0, FLOAT32
+
+Recipes = Mapping[str, Recipe | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a matrix, as a format stores it; the first of each is written, the others are read too."""
+
+    suffixes: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+
+    def name(self, prefix: str, reader: Reader) -> str:
+        """The tensor's name in a checkpoint: the first suffix that is there, else the first."""
+        names = [prefix + suffix for suffix in self.suffixes]
+        return next((name for name in names if name in reader), names[0])
+
+    def read(self, prefix: str, reader: Reader) -> np.ndarray:
+        return reader.read(self.name(prefix, reader), shapes=self.shapes, dtypes=self.dtypes)
+
+    def write(self, prefix: str, array: jax.Array | np.ndarray) -> dict[str, np.ndarray]:
+        """The array's bytes, unchanged, in this tensor's type and shape."""
+        dtype = DTYPES[self.dtypes[0]]
+        return {prefix + self.suffixes[0]: np.asarray(array, order="C").view(dtype).reshape(self.shapes[0])}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The tensors of one matrix `[N, K]` beside each other."""
+
+    weight: TensorSpec
+    weight_scale: TensorSpec
+    input_scale: TensorSpec | None = None
+
+
+class Format(abc.ABC):
+    """How quantized matrices lie on disk.
+
+    Attributes:
+        name: as `fp8x.save` takes it.
+        quant_method: what `quantization_config` calls it.
+    """
+
+    name: str
+    quant_method: str
+
+    @abc.abstractmethod
+    def objection(self, recipes: Iterable[Recipe]) -> str | None:
+        """Why a model with these recipes can't be written in this format; None if it can."""
+
+    @abc.abstractmethod
+    def to_config(self, recipes: Recipes, out_dtype: np.dtype) -> dict[str, Any]:
+        """The `quantization_config` of a model.
+
+        Arguments:
+            recipes: of every matrix, by prefix; None where it stays as it is.
+            out_dtype: the model's type, which a reader takes for the layers' output.
+        """
+
+    @abc.abstractmethod
+    def from_config(self, config: Mapping[str, Any], prefixes: Iterable[str], out_dtype: np.dtype) -> Recipes:
+        """The recipe of every prefix; the inverse of `to_config`.
+
+        Raises:
+            CheckpointError: a field that is missing or not supported, by name.
+        """
+
+    @abc.abstractmethod
+    def layout(self, recipe: Recipe, shape: tuple[int, int]) -> Layout:
+        """The tensors of a matrix of `shape` `[N, K]`."""
+
+    def encode(
+        self, prefix: str, recipe: Recipe, weight: ScaledArray, input_scale: jax.Array | np.ndarray | None
+    ) -> dict[str, np.ndarray]:
+        """The tensors of one matrix, name -> array: the bytes of `weight` `[N, K]` and `input_scale` `[1, groups]`."""
+        layout = self.layout(recipe, weight.shape)
+        tensors = layout.weight.write(prefix, weight.data) | layout.weight_scale.write(prefix, weight.scale)
+        if layout.input_scale is not None:
+            tensors |= layout.input_scale.write(prefix, input_scale)
+        return tensors
+
+    def names(self, prefix: str, recipe: Recipe, shape: tuple[int, int], reader: Reader) -> list[str]:
+        """The tensors that `decode` reads."""
+        layout = self.layout(recipe, shape)
+        specs = (layout.weight, layout.weight_scale, layout.input_scale)
+        return [spec.name(prefix, reader) for spec in specs if spec is not None]
+
+    def decode(
+        self, prefix: str, recipe: Recipe, shape: tuple[int, int], reader: Reader
+    ) -> tuple[ScaledArray, np.ndarray | None]:
+        """One matrix and its static activation scale (float32 `[1, groups]`, or None), as stored: nothing is rounded.
+
+        Raises:
+            CheckpointError: a tensor is missing, of another shape or type, or a scale that is no scale.
+            ShapeError: a matrix that the scheme does not fit.
+        """
+        layout, scheme = self.layout(recipe, shape), recipe.weight
+        scheme.check_shape(shape, f"{prefix}.weight")
+        scale = _as_scale(layout.weight_scale.read(prefix, reader), scheme.scale_dtype)
+        _check_scale(scale, layout.weight_scale.name(prefix, reader), reader)
+        weight = ScaledArray(layout.weight.read(prefix, reader), scale.reshape(scheme.scale_shape(shape)), scheme)
+        if layout.input_scale is None:
+            return weight, None
+        input_scale = _as_scale(layout.input_scale.read(prefix, reader), FLOAT32)
+        _check_scale(input_scale, layout.input_scale.name(prefix, reader), reader)
+        return weight, input_scale.reshape(recipe.activation.scale_shape((1, shape[1])))
+
+
+def weight_spec(recipe: Recipe, shape: tuple[int, int]) -> TensorSpec:
+    """The matrix itself, in any format: `….weight`, as it is."""
+    return TensorSpec((".weight",), (tuple(shape),), (DTYPE_NAMES[recipe.weight.dtype],))
+
+
+def _as_scale(stored: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Scales in a scheme's type, from any type that formats store them in; exact."""
+    if dtype == E8M0:
+        return stored.view(E8M0)
+    if stored.dtype != E8M0:
+        return np.asarray(jnp.asarray(stored).astype(FLOAT32))
+    byte = stored.view(np.uint8).astype(np.uint32)
+    # From bits: 2^-127 (byte 0) is subnormal in float32, which XLA flushes on CPU. 255 is NaN.
+    bits = np.where(byte == 0, 0x00400000, np.where(byte == 255, 0x7FC00000, byte << 23))
+    return bits.astype(np.uint32).view(FLOAT32)
+
+
+def _check_scale(scale: np.ndarray, name: str, reader: Reader) -> None:
+    bad = scale.view(np.uint8) == 255 if scale.dtype == E8M0 else ~(np.isfinite(scale) & (scale >= 0))
+    if count := int(bad.sum()):
+        file = reader.stored(name).file
+        raise CheckpointError(f"{name} in {file}: {count} of {scale.size} scales are NaN, infinite or negative")

@@ -1,0 +1,166 @@
+"""`Reader`: the tensors of a Hugging Face directory, memory-mapped and checked before anyone computes with them."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from fp8x.errors import CheckpointError
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# The safetensors library gives no float8 to numpy or flax (0.8 looks for numpy.float8_e4m3fn), so it only validates
+# headers here, and tensors are views of the mapped file in these types.
+DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype(jnp.float32),
+    "F16": np.dtype(jnp.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
+    "F8_E8M0": np.dtype(jnp.float8_e8m0fnu),
+    "U8": np.dtype(np.uint8),
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: its file, its type by safetensors' name, its shape, and its bytes in the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class Reader:
+    """A Hugging Face directory: `config.json`, and `model.safetensors` or several files with an index.
+
+    Only headers are read when one is built; a tensor's bytes are read when they are used.
+
+    Attributes:
+        path: the directory, absolute.
+        config: the parsed config.json.
+
+    Raises:
+        CheckpointError: anything is missing, truncated or contradicts itself; the message names file and tensor.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).expanduser().absolute()
+        if not self.path.is_dir():
+            found = "is a file" if self.path.exists() else "does not exist"
+            raise CheckpointError(f"{self.path}: {found}; give a directory with {CONFIG} and {SINGLE}")
+        self.config: dict[str, Any] = read_json(self.path / CONFIG)
+        self._tensors: dict[str, Stored] = {}
+        self._maps: dict[Path, np.ndarray] = {}
+        listed = _listed_files(self.path)
+        for file in dict.fromkeys(listed.values()) if listed else [self.path / SINGLE]:
+            for name, tensor in _read_header(file):
+                if name in self._tensors:
+                    first = self._tensors[name].file.name
+                    raise CheckpointError(f"{name}: is in both {first} and {file.name} of {self.path}")
+                self._tensors[name] = tensor
+        for name, file in listed.items():
+            if name not in self._tensors or self._tensors[name].file != file:
+                raise CheckpointError(f"{self.path / INDEX}: says that {file.name} holds {name}, but it does not")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def stored(self, name: str) -> Stored:
+        """Where a tensor lies.
+
+        Raises:
+            CheckpointError: the checkpoint has no such tensor.
+        """
+        if name not in self._tensors:
+            raise CheckpointError(f"{name}: missing from {self.path} ({len(self._tensors)} tensors)")
+        return self._tensors[name]
+
+    def read(self, name: str, *, shapes: Iterable[tuple[int, ...]], dtypes: Iterable[str]) -> np.ndarray:
+        """A tensor, as a read-only view of its file.
+
+        Arguments:
+            shapes: what fits.
+            dtypes: what fits, by safetensors' names ("BF16", "F8_E4M3").
+
+        Raises:
+            CheckpointError: no such tensor, or one of another shape or type.
+        """
+        tensor, shapes, dtypes = self.stored(name), list(shapes), list(dtypes)
+        where = f"{name} in {tensor.file}"
+        if tensor.dtype not in dtypes:
+            raise CheckpointError(f"{where}: dtype is {tensor.dtype}, expected {' or '.join(dtypes)}")
+        if tensor.shape not in shapes:
+            expected = " or ".join(str(list(shape)) for shape in shapes)
+            raise CheckpointError(f"{where}: shape is {list(tensor.shape)}, expected {expected}")
+        if tensor.start == tensor.stop:
+            return np.empty(tensor.shape, DTYPES[tensor.dtype])
+        if tensor.file not in self._maps:
+            self._maps[tensor.file] = np.memmap(tensor.file, np.uint8, "r")
+        data = self._maps[tensor.file][tensor.start : tensor.stop]
+        return data.view(np.ndarray).view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: no file, no JSON, or no object in it.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file}: missing; a Hugging Face directory has {CONFIG} beside its safetensors files")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _listed_files(path: Path) -> dict[str, Path]:
+    """What the index says: tensor name -> file. Empty where one file holds everything."""
+    if (path / SINGLE).is_file():
+        return {}
+    if not (path / INDEX).is_file():
+        there = sorted(f.name for f in path.iterdir() if f.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
+        found = f"found {', '.join(there[:4])}" if there else "found no weights"
+        raise CheckpointError(f"{path}: has neither {SINGLE} nor {INDEX}; {found}")
+    weight_map = read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not weight_map:
+        raise CheckpointError(f"{path / INDEX}: has no weight_map, an object of tensor name -> file name")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(f"{path / INDEX}: {name} lies in {file!r}, which is not a file name")
+        if not (path / file).is_file():
+            raise CheckpointError(f"{path / INDEX}: {name} lies in {file}, which is missing")
+    return {name: path / file for name, file in weight_map.items()}
+
+
+def _read_header(file: Path) -> Iterator[tuple[str, Stored]]:
+    try:
+        # Checks everything: lengths, JSON, that shapes fit offsets and that offsets cover the file.
+        with safe_open(file, framework="numpy"):
+            pass
+        with file.open("rb") as f:
+            size = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(size))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: is truncated or not a safetensors file: {error}") from None
+    header.pop("__metadata__", None)
+    for name, tensor in header.items():
+        start, stop = (8 + size + offset for offset in tensor["data_offsets"])
+        yield name, Stored(file, tensor["dtype"], tuple(tensor["shape"]), start, stop)

@@ -1,0 +1,145 @@
+"""`load` and `save`: Hugging Face directories in and out of a `Decoder`, one layer at a time."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from fp8x.array import ScaledArray
+from fp8x.checkpoint import CONFIG, Format, Reader, Writer, choose_format, format_of
+from fp8x.checkpoint.writer import DEFAULT_SHARD_BYTES
+from fp8x.errors import CalibrationError, CheckpointError
+from fp8x.models.config import DecoderConfig
+from fp8x.models.decoder import Decoder
+from fp8x.models.hf_names import Names, linear_names, param_names
+from fp8x.models.loading import Loader, flat, get, some
+from fp8x.nn.quantized import QuantizedLayer
+from fp8x.recipe import Recipe, Rules, as_recipe
+
+
+def load(
+    path: str | Path,
+    recipe: Recipe | str | None = None,
+    mesh: Mesh | None = None,
+    *,
+    rules: Mapping[str, Recipe | str | None] | None = None,
+    allow_nonfinite: bool = False,
+) -> Decoder:
+    """Loads a Mixtral or Qwen3-MoE checkpoint, quantized or not.
+
+    Each matrix goes from its file into its place; with a recipe it is quantized on the way, so a bf16 model is never
+    whole in memory. What is in 8 bits on disk stays so, byte by byte; its layers return the checkpoint's type.
+
+    Arguments:
+        path: a directory with config.json and safetensors files.
+        recipe: quantizes while loading, as `fp8x.quantize_model` does: a `Recipe` or its code.
+        mesh: not supported yet.
+        rules: exceptions to `recipe`, as `fp8x.quantize_model` takes them.
+        allow_nonfinite: load weights that hold NaN or Inf instead of raising.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged, quantized in a way that is not supported, or quantized
+            already where a recipe is given.
+        ConfigError: config.json describes no model that fp8x can build.
+        RuleError: a rule that matches no module.
+        ShapeError: a weight that its recipe does not fit.
+    """
+    if mesh is not None:
+        raise CheckpointError("mesh: sharded loading is not there yet; load without a mesh, then place the model")
+    reader = Reader(path)
+    # As transformers does, in memory only: `save` finds the tokenizer there.
+    config = DecoderConfig.from_hf(reader.config | {"_name_or_path": str(reader.path)})
+    format = format_of(reader.config)
+    if format is not None and (recipe is not None or rules):
+        raise CheckpointError(
+            f"recipe: {reader.path} is quantized already ({format.name}); load it without a recipe, "
+            "or give the unquantized checkpoint"
+        )
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    loader = Loader(reader, model, format, allow_nonfinite)
+    loader.check_names()
+    if format is None:
+        chosen = Rules(None if recipe is None else as_recipe(recipe), rules or {}).resolve(linear_names(config))
+        loader.load(chosen)
+    else:
+        loader.load(loader.stored)
+    return model
+
+
+def save(
+    model: Decoder, path: str | Path, format: str | None = None, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> None:
+    """Writes a model as a Hugging Face directory, completely or not at all; weights and scales byte by byte.
+
+    The tokenizer and generation settings are copied from where the model was loaded from, if that is still there.
+
+    Arguments:
+        path: the directory to make; it must not exist, or be empty.
+        format: "compressed-tensors" or "fp8"; by default the first that can hold the model. None for a model that is
+            not quantized.
+        max_shard_bytes: several files with an index, where one would be larger.
+
+    Raises:
+        CalibrationError: layers that are in calibration, or whose static activation scale is missing.
+        CheckpointError: the format can't hold the model, or `path` can't be written; nothing is left there.
+    """
+    config = model.config
+    if not config.hf:
+        raise CheckpointError("model.config.hf: is empty; build the model's config with DecoderConfig.from_hf")
+    layers = {path: get(model, path) for path in linear_names(config)}
+    _check_calibrated({path: layer for path, layer in layers.items() if isinstance(layer, QuantizedLayer)})
+    names = linear_names(config)
+    # An `lm_head` that is tied is still a matrix to others, which must not look for its scales.
+    recipes = {"lm_head": None} | {
+        prefix: getattr(layer, "recipe", None) for path, layer in layers.items() for _, prefix in flat(names[path])
+    }
+    used = [recipe for recipe in recipes.values() if recipe is not None]
+    if format is not None and not used:
+        raise CheckpointError(f"format: {format!r} does not fit: the model is not quantized; leave the format out")
+    writer_format = choose_format(used, format) if used else None
+    with Writer(path, max_shard_bytes=max_shard_bytes) as writer:
+        writer.add_json(CONFIG, _hf_config(model, writer_format, recipes))
+        if "_name_or_path" in config.hf:
+            writer.copy_companions(Path(config.hf["_name_or_path"]))
+        for variable_path, name in param_names(config).items():
+            writer.add(name, get(model, variable_path)[...])
+        for module_path, layer in layers.items():
+            for name, array in _tensors(layer, names[module_path], writer_format):
+                writer.add(name, array)
+
+
+def _check_calibrated(layers: Mapping[str, QuantizedLayer]) -> None:
+    if calibrating := [path for path, layer in layers.items() if layer.is_calibrating or layer.recipe.observer]:
+        raise CalibrationError(f"model: {some(calibrating)} in calibration; end it with fp8x.calibrate, then save")
+    static = {path: layer.input_scale[...] for path, layer in layers.items() if layer.input_scale is not None}
+    if missing := [path for path, scale in static.items() if not np.isfinite(np.asarray(scale)).all()]:
+        raise CalibrationError(f"model: {some(missing)} not calibrated; run fp8x.calibrate(model, batches), then save")
+
+
+def _hf_config(model: Decoder, format: Format | None, recipes: Mapping[str, Recipe | None]) -> dict:
+    hf = {key: value for key, value in model.config.hf.items() if key not in ("quantization_config", "_name_or_path")}
+    dtype = model.embed_tokens.embedding.dtype
+    if str(dtype) != model.config.dtype:
+        hf["torch_dtype" if "torch_dtype" in hf and "dtype" not in hf else "dtype"] = str(dtype)
+    if format is not None:
+        hf["quantization_config"] = format.to_config(recipes, dtype)
+    return hf
+
+
+def _tensors(layer: nnx.Module, names: Names, format: Format | None) -> Iterator[tuple[str, Array | np.ndarray]]:
+    """What is stored of one layer."""
+    if isinstance(layer, nnx.Linear):
+        yield f"{names}.weight", layer.kernel[...].T
+        return
+    if not isinstance(layer, QuantizedLayer):
+        stack = np.asarray(layer.weight[...])
+        yield from ((f"{prefix}.weight", stack[index]) for index, prefix in flat(names))
+        return
+    data, scale = np.asarray(layer.weight[...]), np.asarray(layer.weight_scale[...])
+    input_scale = None if layer.input_scale is None else np.asarray(layer.input_scale[...])
+    for index, prefix in flat(names):
+        weight = ScaledArray(data[index], scale[index], layer.recipe.weight)
+        yield from format.encode(prefix, layer.recipe, weight, input_scale).items()

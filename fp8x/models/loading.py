@@ -1,0 +1,188 @@
+"""`Loader`: fills an abstract decoder from a checkpoint, matrix by matrix."""
+
+import re
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from fp8x import numerics
+from fp8x.array import ScaledArray
+from fp8x.checkpoint import Format, Reader
+from fp8x.errors import CheckpointError
+from fp8x.models.decoder import Decoder
+from fp8x.models.hf_names import Names, linear_names, param_names
+from fp8x.nn.convert import set_module
+from fp8x.nn.grouped import GroupedLinear, weight_scheme
+from fp8x.nn.linear import Linear
+from fp8x.nn.quantized import QuantizedLayer
+from fp8x.recipe import BUILT_IN_SKIPS, Recipe
+
+UNQUANTIZED = ("BF16", "F32", "F16")
+
+# Tensors that say nothing a decoder needs: old rotary tables, and the scales of an fp8 KV cache (ours is in 16 bits).
+HARMLESS = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.([qkv]|kv|attn)_scale|[kv]_proj\.output_scale)")
+
+
+class Loader:
+    """Fills an abstract decoder from a checkpoint."""
+
+    def __init__(self, reader: Reader, model: Decoder, format: Format | None, allow_nonfinite: bool):
+        self.reader, self.model, self.format, self.allow_nonfinite = reader, model, format, allow_nonfinite
+        self.names = linear_names(model.config)
+        self.dtype = jnp.dtype(model.config.dtype)
+        self.shapes = {path: _weight_shape(get(model, path)) for path in self.names}
+        self.stored = dict.fromkeys(self.names) if format is None else self._stored_recipes(format)
+
+    def _stored_recipes(self, format: Format) -> dict[str, Recipe | None]:
+        """The recipe of every module of a quantized checkpoint."""
+        prefixes = [prefix for names in self.names.values() for _, prefix in flat(names)]
+        by_prefix = format.from_config(self.reader.config["quantization_config"], prefixes, self.dtype)
+        recipes: dict[str, Recipe | None] = {}
+        for path, names in self.names.items():
+            first, *others = [prefix for _, prefix in flat(names)]
+            recipes[path] = by_prefix[first]
+            for other in others:
+                if by_prefix[other] != by_prefix[first]:
+                    raise CheckpointError(
+                        f"config.json: quantization_config treats {other} unlike {first}; fp8x runs both as one layer"
+                    )
+            # Others leave routers and lm_head in 16 bits without a word in the config.
+            is_skip, name = any(re.fullmatch(skip, path) for skip in BUILT_IN_SKIPS), f"{first}.weight"
+            if is_skip and name in self.reader and self.reader.stored(name).dtype in UNQUANTIZED:
+                recipes[path] = None
+        return recipes
+
+    def check_names(self) -> None:
+        """Every tensor that is needed is there, and no other.
+
+        Raises:
+            CheckpointError: with some of the names.
+        """
+        needed = list(param_names(self.model.config).values())
+        for path, names in self.names.items():
+            recipe, shape = self.stored[path], self.shapes[path][-2:]
+            for _, prefix in flat(names):
+                if recipe is None:
+                    needed.append(f"{prefix}.weight")
+                else:
+                    needed += self.format.names(prefix, recipe, shape, self.reader)
+        if missing := [name for name in needed if name not in self.reader]:
+            raise CheckpointError(f"{self.reader.path}: {some(missing)} missing, which config.json calls for")
+        unknown = set(self.reader) - set(needed) - ({"lm_head.weight"} if self.model.lm_head is None else set())
+        if unknown := sorted(name for name in unknown if not HARMLESS.fullmatch(name)):
+            is_lost = self.format is None and any("scale" in name for name in unknown)
+            hint = "; is the quantization_config lost?" if is_lost else ""
+            raise CheckpointError(f"{self.reader.path}: {some(unknown)} not part of what config.json describes{hint}")
+
+    def load(self, recipes: Mapping[str, Recipe | None]) -> None:
+        """Fills the model; `recipes` of every linear module, None where it stays in 16 or 32 bits."""
+        for path, name in param_names(self.model.config).items():
+            variable = get(self.model, path)
+            variable.set_value(self._array(name, variable.shape))
+        for path, names in self.names.items():
+            recipe, shape = recipes[path], self.shapes[path]
+            if recipe is not None:
+                set_module(self.model, path, self._quantized_layer(path, names, recipe, shape))
+            elif isinstance(names, str):
+                get(self.model, path).kernel.set_value(self._array(f"{names}.weight", shape).T)
+            else:
+                get(self.model, path).weight.set_value(self._stack(names, shape))
+
+    def _quantized_layer(self, path: str, names: Names, recipe: Recipe, shape: tuple[int, ...]) -> QuantizedLayer:
+        if isinstance(names, str):
+            bias = get(self.model, path).bias
+            weight, input_scale = self._matrix(names, recipe, shape)
+            weight = ScaledArray(jnp.array(weight.data), jnp.array(weight.scale), weight.scheme)
+            bias = None if bias is None else bias[...]
+            return Linear.from_arrays(weight, recipe, bias=bias, input_scale=_as_array(input_scale))
+        scheme = weight_scheme(recipe, len(shape))
+        if len(scheme.block) > 2:
+            # Scales across experts: the layer has to be whole before it is quantized.
+            weight = numerics.quantize_weight(self._stack(names, shape), scheme, name=path, allow_nonfinite=True)
+            return GroupedLinear.from_arrays(weight, recipe)
+        data, scale = np.empty(shape, scheme.dtype), np.empty(scheme.scale_shape(shape), scheme.scale_dtype)
+        input_scale = None
+        for index, prefix in flat(names):
+            weight, given = self._matrix(prefix, recipe, shape[-2:])
+            data[index], scale[index] = weight.data, weight.scale
+            if given is not None:
+                # One scale quantizes what all experts read. Where they differ the largest clips none, as in vLLM.
+                input_scale = given if input_scale is None else np.maximum(input_scale, given)
+        weight = ScaledArray(jnp.asarray(data), jnp.asarray(scale), scheme)
+        return GroupedLinear.from_arrays(weight, recipe, input_scale=_as_array(input_scale))
+
+    def _matrix(self, prefix: str, recipe: Recipe, shape: tuple[int, ...]) -> tuple[ScaledArray, np.ndarray | None]:
+        """One matrix in 8 bits, and its static activation scale: as stored, or quantized now."""
+        if self.format is None:
+            array = self._array(f"{prefix}.weight", shape)
+            # Non-finite values are settled: `_array` has looked.
+            return numerics.quantize_weight(array, recipe.weight, name=f"{prefix}.weight", allow_nonfinite=True), None
+        weight, input_scale = self.format.decode(prefix, recipe, shape, self.reader)
+        self._check_finite(f"{prefix}.weight", weight.data)
+        if input_scale is not None and not (input_scale > 0).all():
+            raise CheckpointError(
+                f"{prefix}: its static activation scale in {self.reader.path} is 0, which quantizes nothing"
+            )
+        return weight, input_scale
+
+    def _stack(self, names: Names, shape: tuple[int, ...]) -> Array:
+        """The experts' matrices in one array."""
+        stack = np.empty(shape, self.dtype)
+        for index, prefix in flat(names):
+            stack[index] = self._array(f"{prefix}.weight", shape[-2:])
+        return jnp.asarray(stack)
+
+    def _array(self, name: str, shape: tuple[int, ...]) -> Array:
+        """An unquantized tensor in the model's type."""
+        array = jnp.array(self.reader.read(name, shapes=[shape], dtypes=UNQUANTIZED))
+        self._check_finite(name, array)
+        return array.astype(self.dtype)
+
+    def _check_finite(self, name: str, array: Array | np.ndarray) -> None:
+        if not self.allow_nonfinite and (count := int(_count_nonfinite(array))):
+            raise CheckpointError(
+                f"{name} in {self.reader.stored(name).file}: holds {count} NaN or Inf of {array.size} values; "
+                "mend the checkpoint, or pass allow_nonfinite=True"
+            )
+
+
+@jax.jit
+def _count_nonfinite(array: Array) -> Array:
+    return jnp.sum(~jnp.isfinite(array))
+
+
+def _as_array(scale: np.ndarray | None) -> Array | None:
+    return None if scale is None else jnp.array(scale)
+
+
+def get(model: nnx.Module, path: str):
+    """The module or variable at a dotted path."""
+    for key in path.split("."):
+        model = model[int(key)] if isinstance(model, nnx.List) else getattr(model, key)
+    return model
+
+
+def flat(names: Names, index: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Every tensor prefix with its index in the layer's leading dims."""
+    if isinstance(names, str):
+        yield index, names
+        return
+    for i, inner in enumerate(names):
+        yield from flat(inner, (*index, i))
+
+
+def _weight_shape(module: nnx.Module) -> tuple[int, ...]:
+    """`[..., N, K]`, as Hugging Face stores it."""
+    return module.kernel.shape[::-1] if isinstance(module, nnx.Linear) else module.weight.shape
+
+
+def some(names: list[str]) -> str:
+    """A few of many names, and a verb."""
+    if len(names) == 1:
+        return f"{names[0]} is"
+    rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{', '.join(names[:4])}{rest} are"
