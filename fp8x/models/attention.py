@@ -60,9 +60,7 @@ class KeyValues(NamedTuple):
 
     def write(self, new: "KeyValues", start: Int[Array, ""]) -> "KeyValues":
         """These with `new` written from position `start` on."""
-        return jax.tree.map(
-            lambda old, update: jax.lax.dynamic_update_slice_in_dim(old, update, start, 1), self, new
-        )
+        return jax.tree.map(lambda old, update: jax.lax.dynamic_update_slice_in_dim(old, update, start, 1), self, new)
 
 
 def causal_mask(queries: Int[Array, " t"], keys: Int[Array, " s"], window: int | None) -> Bool[Array, "t s"]:
@@ -76,9 +74,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
         def linear(inputs: int, outputs: int) -> nnx.Linear:
-            return nnx.Linear(
-                inputs, outputs, use_bias=config.attention_bias, param_dtype=param_dtype, rngs=rngs
-            )
+            return nnx.Linear(inputs, outputs, use_bias=config.attention_bias, param_dtype=param_dtype, rngs=rngs)
 
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
@@ -105,17 +101,13 @@ class Attention(nnx.Module):
         Returns the output in x's type, and the keys and values seen: `cache` with x's written from `start` on,
         or x's alone without a cache.
         """
-        query, key, value = (
-            self._heads(linear(x), x.dtype) for linear in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = (self._heads(linear(x), x.dtype) for linear in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         seen = KeyValues(rotary.rotate(key), value)
         if cache is not None:
             seen = cache.write(seen, start)
-        out = jax.nn.dot_product_attention(
-            rotary.rotate(query), seen.keys, seen.values, mask=mask[None, None]
-        )
+        out = jax.nn.dot_product_attention(rotary.rotate(query), seen.keys, seen.values, mask=mask[None, None])
         return self.o_proj(out.reshape(*x.shape[:-1], -1)).astype(x.dtype), seen
 
     def _heads(self, x: Float[Array, "b t n"], dtype: DTypeLike) -> Float[Array, "b t heads head_dim"]:

@@ -72,9 +72,7 @@ class DecoderConfig:
                 f"({self.num_experts})"
             )
         if self.hidden_act not in ACTIVATIONS:
-            raise ConfigError(
-                f"hidden_act {self.hidden_act!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
-            )
+            raise ConfigError(f"hidden_act {self.hidden_act!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
         if self.dtype not in _DTYPES:
             raise ConfigError(f"dtype {self.dtype!r} is not supported; supported: {', '.join(_DTYPES)}")
         if self.dense_layers and self.intermediate_size is None:
@@ -122,9 +120,7 @@ class _Fields:
         for name in names:
             if self.hf.get(name) is not None:
                 return self._check_positive(name, self.hf[name], int, "integer")
-        raise ConfigError(
-            f"config.json of a {self.model_type} model has no {' or '.join(names)} (a positive integer)"
-        )
+        raise ConfigError(f"config.json of a {self.model_type} model has no {' or '.join(names)} (a positive integer)")
 
     def optional_positive_int(self, name: str) -> int | None:
         value = self.get(name)
@@ -149,8 +145,7 @@ class _Fields:
 
     def error(self, name: str, value: Any, expected: str) -> ConfigError:
         return ConfigError(
-            f"config.json of a {self.model_type} model: {name} must be {expected}, "
-            f"got {type(value).__name__} {value!r}"
+            f"config.json of a {self.model_type} model: {name} must be {expected}, got {type(value).__name__} {value!r}"
         )
 
     def _check_positive(self, name: str, value: Any, types: type | tuple[type, ...], kind: str) -> Any:

@@ -70,20 +70,15 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike | None = None):
         param_dtype = jnp.dtype(config.dtype if param_dtype is None else param_dtype)
         self.config = config
-        self.embed_tokens = nnx.Embed(
-            config.vocab_size, config.hidden_size, param_dtype=param_dtype, rngs=rngs
-        )
+        self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, param_dtype=param_dtype, rngs=rngs)
         self.layers = nnx.List(
-            DecoderLayer(config, index, param_dtype=param_dtype, rngs=rngs)
-            for index in range(config.num_hidden_layers)
+            DecoderLayer(config, index, param_dtype=param_dtype, rngs=rngs) for index in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, param_dtype=param_dtype)
         self.lm_head = (
             None
             if config.tie_word_embeddings
-            else nnx.Linear(
-                config.hidden_size, config.vocab_size, use_bias=False, param_dtype=param_dtype, rngs=rngs
-            )
+            else nnx.Linear(config.hidden_size, config.vocab_size, use_bias=False, param_dtype=param_dtype, rngs=rngs)
         )
 
     def __call__(self, ids: Int[Array, "b t"]) -> Float32[Array, "b t vocab"]:

@@ -1,0 +1,250 @@
+"""Writes tiny random Mixtral and Qwen3-MoE checkpoints with the logits and texts that transformers makes of them.
+
+The environment (Python 3.11, CPU): `pip install torch transformers safetensors`; the committed files were made with
+torch 2.13.0 and transformers 5.23.0. Run `python tests/goldens/make_hf_goldens.py`; it replaces the case folders beside
+this file. Each holds a checkpoint (config.json and safetensors, with the tensor names of the published models) and
+`golden.safetensors`:
+
+  ids         int32   [2, 12]         prompts
+  logits      float32 [2, 12, vocab]  in the checkpoint's own type
+  logits_f32  float32 [2, 12, vocab]  of the same weights, computed in float32
+  generated   int32   [2, 16]         greedy continuations, the same in both types
+
+Weights are spread so that logits and routing differ from token to token. Prompts are searched for texts on which no
+decision is close: the gap between the last expert chosen and the first left out, and between the best two next tokens,
+is larger than what the type's rounding moves.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+HERE = Path(__file__).parent
+PROMPT, NEW_TOKENS, ROWS = 12, 16, 2
+# Least gaps of the router's logits and of a position's, in their standard deviations. bfloat16 moves logits by 0.03.
+MIN_GAPS = {torch.float32: (0.01, 0.05), torch.bfloat16: (0.04, 0.15)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A checkpoint: its config.json, and the largest shard if it has several."""
+
+    name: str
+    config: dict
+    seed: int
+    shard_size: str = "1GB"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.config.get("dtype") or self.config["torch_dtype"])
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu"}
+
+CASES = [
+    Case(
+        "mixtral",
+        SMALL
+        | {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e4,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "torch_dtype": "float32",
+            "transformers_version": "4.46.0",
+        },
+        seed=1,
+    ),
+    Case(
+        "mixtral_bf16_sharded",
+        SMALL
+        | {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "head_dim": None,
+            "intermediate_size": 96,
+            "num_hidden_layers": 1,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"},
+            "sliding_window": 5,
+            "tie_word_embeddings": True,
+            "bos_token_id": 1,
+            "eos_token_id": None,
+            "dtype": "bfloat16",
+            "transformers_version": "5.23.0",
+        },
+        seed=2,
+        shard_size="64KB",
+    ),
+    Case(
+        "qwen3_moe",
+        SMALL
+        | {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "head_dim": 16,
+            "intermediate_size": 48,
+            "moe_intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "mlp_only_layers": [0],
+            "decoder_sparse_step": 1,
+            "num_local_experts": 6,  # what transformers 5 writes; 4 wrote num_experts
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "attention_bias": False,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_theta": 50.0, "rope_type": "default"},
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "tie_word_embeddings": True,
+            "eos_token_id": [2, 3],
+            "dtype": "float32",
+            "transformers_version": "5.23.0",
+        },
+        seed=3,
+    ),
+    Case(
+        "qwen3_moe_bf16",
+        SMALL
+        | {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "head_dim": 12,
+            "intermediate_size": 64,
+            "moe_intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "mlp_only_layers": [],
+            "decoder_sparse_step": 2,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": False,
+            "attention_bias": True,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1000.0,
+            "rope_scaling": None,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "max_window_layers": 2,
+            "tie_word_embeddings": False,
+            "eos_token_id": 2,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.51.0",
+        },
+        seed=4,
+    ),
+]
+
+
+def randomize(model: torch.nn.Module, seed: int) -> None:
+    """Fills every parameter: matrices keep their input's variance or enlarge it, so that every layer matters."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name:
+            value = 1 + 0.2 * noise
+        elif name.endswith("bias") or "embed" in name:
+            value = 0.3 * noise
+        else:
+            gain = 2.0 if "gate.weight" in name or "lm_head" in name else 1.4
+            value = gain * parameter.shape[-1] ** -0.5 * noise
+        parameter.data.copy_(value)
+
+
+def write_checkpoint(case: Case, folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(case.config, indent=2) + "\n")
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    randomize(model, case.seed)
+    model.to(case.dtype).save_pretrained(folder, max_shard_size=case.shard_size)
+    (folder / "generation_config.json").unlink()
+    # save_pretrained rewrites config.json in the style of its own version; the case says which style it tests.
+    (folder / "config.json").write_text(json.dumps(case.config, indent=2) + "\n")
+
+
+@torch.no_grad()
+def continue_greedily(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Prompts with NEW_TOKENS more, stopping at no token."""
+    model.generation_config.eos_token_id = None
+    return model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
+    )
+
+
+def relative_gap(scores: torch.Tensor, rank: int) -> torch.Tensor:
+    """The gap between the `rank`-th score and the next, in standard deviations over the last dimension."""
+    ordered = scores.float().sort(dim=-1, descending=True).values
+    return (ordered[..., rank - 1] - ordered[..., rank]) / scores.float().std(dim=-1)
+
+
+@torch.no_grad()
+def is_decided(model: torch.nn.Module, texts: torch.Tensor) -> torch.Tensor:
+    """Which texts have no close decision, of a router anywhere or of a next token after the prompt."""
+    rows = texts.shape[0]
+    routing_gap, token_gap = MIN_GAPS[model.dtype]
+    output = model(texts, output_router_logits=True)
+    decided = (relative_gap(output.logits[:, PROMPT - 1 : -1], 1) > token_gap).all(dim=1)
+    for logits in output.router_logits:
+        gaps = relative_gap(logits, model.config.num_experts_per_tok).reshape(rows, -1)
+        decided &= (gaps > routing_gap).all(dim=1)
+    return decided
+
+
+def find_texts(models: list[torch.nn.Module], seed: int) -> torch.Tensor:
+    """ROWS prompts with greedy continuations that all `models` agree on, varied and without an end-of-text token."""
+    config = models[0].config
+    stop = torch.tensor(config.eos_token_id if config.eos_token_id is not None else -1).reshape(-1)
+    generator = torch.Generator().manual_seed(seed)
+    found: list[torch.Tensor] = []
+    while len(found) < ROWS:
+        prompts = torch.randint(4, config.vocab_size, (256, PROMPT), generator=generator)
+        texts, *others = (continue_greedily(model, prompts) for model in models)
+        good = torch.stack(
+            [*((texts == other).all(dim=1) for other in others), *(is_decided(m, texts) for m in models)]
+        )
+        for text in texts[good.all(dim=0)]:
+            new = text[PROMPT:]
+            if new.unique().numel() >= 6 and not torch.isin(new, stop).any():
+                found.append(text)
+    return torch.stack(found[:ROWS])
+
+
+@torch.no_grad()
+def make(case: Case) -> None:
+    folder = HERE / case.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    write_checkpoint(case, folder)
+    own, wide = (AutoModelForCausalLM.from_pretrained(folder, dtype=dtype) for dtype in ("auto", torch.float32))
+    assert own.dtype == case.dtype
+    texts = find_texts([own, wide], case.seed)
+    ids = texts[:, :PROMPT].contiguous()
+    golden = {
+        "ids": ids.int(),
+        "logits": own(ids).logits.float(),
+        "logits_f32": wide(ids).logits,
+        "generated": texts[:, PROMPT:].int().contiguous(),
+    }
+    save_file(golden, folder / "golden.safetensors")
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    rounding = (golden["logits"] - golden["logits_f32"]).square().mean().sqrt() / golden["logits_f32"].std()
+    print(f"{case.name}: {size / 1024:.0f} KiB, {case.dtype} moves logits by {rounding:.1e} deviations")
+    print(golden["generated"].tolist())
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        make(case)
