@@ -4,3 +4,4 @@ from fp8x.models import hf_names as hf_names
 from fp8x.models.config import DecoderConfig as DecoderConfig
 from fp8x.models.decoder import Cache as Cache
 from fp8x.models.decoder import Decoder as Decoder
+from fp8x.models.generate import generate as generate
