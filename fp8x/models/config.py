@@ -16,6 +16,17 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _DTYPES = ("float32", "bfloat16", "float16")
 _QWEN3_DEFAULT_WINDOW = 4096
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_experts",
+    "num_experts_per_tok",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +70,9 @@ class DecoderConfig:
     hf: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -93,7 +107,7 @@ class DecoderConfig:
           ConfigError: a needed field is missing, or a value has the wrong type or is not supported.
         """
         model_type = hf.get("model_type")
-        if model_type not in _DEFAULTS:
+        if model_type not in tuple(_DEFAULTS):
             raise ConfigError(
                 f"config.json has model_type {model_type!r}; supported: {', '.join(map(repr, _DEFAULTS))}"
             )
@@ -174,7 +188,7 @@ def _read_common(fields: _Fields) -> dict[str, Any]:
         "head_dim": head_dim,
         "num_experts": fields.positive_int("num_local_experts", "num_experts"),
         "num_experts_per_tok": fields.positive_int("num_experts_per_tok"),
-        "hidden_act": fields.hf.get("hidden_act", "silu"),
+        "hidden_act": _read_activation(fields),
         "rms_norm_eps": fields.positive_float("rms_norm_eps", fields.get("rms_norm_eps")),
         "rope_theta": _read_rope_theta(fields),
         "tie_word_embeddings": fields.flag("tie_word_embeddings", default=False),
@@ -232,6 +246,13 @@ def _read_rope_theta(fields: _Fields) -> float:
     for name in ("rope_scaling", "rope_parameters"):
         theta = (fields.hf.get(name) or {}).get("rope_theta", theta)
     return fields.positive_float("rope_theta", theta)
+
+
+def _read_activation(fields: _Fields) -> str:
+    name = fields.hf.get("hidden_act", "silu")
+    if not isinstance(name, str):
+        raise fields.error("hidden_act", name, "a name")
+    return "silu" if name == "swish" else name
 
 
 def _read_dtype(fields: _Fields) -> str:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Bool, Float, Float32, Int
 
 from fp8x.models.attention import Attention, KeyValues, RMSNorm, Rotary, causal_mask
 from fp8x.models.config import DecoderConfig
@@ -48,7 +48,14 @@ class DecoderLayer(nnx.Module):
                 rngs=rngs,
             )
 
-    def __call__(self, x: Float[Array, "b t hidden"], rotary, mask, cache, start):
+    def __call__(
+        self,
+        x: Float[Array, "b t hidden"],
+        rotary: Rotary,
+        mask: Bool[Array, "t s"],
+        cache: KeyValues | None,
+        start: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "b t hidden"], KeyValues]:
         """Arguments and results as `Attention`'s."""
         attended, seen = self.self_attn(self.input_layernorm(x), rotary, mask, cache, start)
         x = x + attended
@@ -71,6 +78,8 @@ class Decoder(nnx.Module):
         param_dtype = jnp.dtype(config.dtype if param_dtype is None else param_dtype)
         self.config = config
         self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, param_dtype=param_dtype, rngs=rngs)
+        # nnx.Embed keeps the type it is made in; without one it follows its parameter when that is cast, like Linear.
+        self.embed_tokens.dtype = None
         self.layers = nnx.List(
             DecoderLayer(config, index, param_dtype=param_dtype, rngs=rngs) for index in range(config.num_hidden_layers)
         )
@@ -106,7 +115,9 @@ class Decoder(nnx.Module):
         project = self.embed_tokens.attend if self.lm_head is None else self.lm_head
         return project(hidden).astype(jnp.float32)
 
-    def _run(self, ids, caches: tuple[KeyValues, ...] | None, start):
+    def _run(
+        self, ids: Int[Array, "b t"], caches: tuple[KeyValues, ...] | None, start: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "b t hidden"], tuple[KeyValues, ...]]:
         config = self.config
         x = self.embed_tokens(ids)
         positions = start + jnp.arange(ids.shape[1])
