@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from fp8x.array import ScaledArray
 from fp8x.errors import ShapeError
@@ -32,11 +32,22 @@ def quantize(x: Float[Array, "..."], scheme: Scheme, *, name: str = "x") -> Scal
 
 
 def quantize_with_scale(x: Float[Array, "..."], scale: Float[Array, "..."], scheme: Scheme) -> ScaledArray:
-    """Quantizes `x` with scales that are already known (a calibrated activation scale, say)."""
+    """Quantizes `x` with scales that are already known (a calibrated activation scale, say).
+
+    Raises:
+        ShapeError: `scale` is not of the type and shape that `scheme` gives `x`.
+    """
+    # The invariants, before anything is computed from a scale that does not meet them.
+    ScaledArray(jax.ShapeDtypeStruct(x.shape, scheme.dtype), scale, scheme)
     inverse = _expand(_inverse(scale), x.shape, scheme)
     limit = np.float32(scheme.max)
     data = jnp.clip(_float32(x) * inverse, -limit, limit).astype(scheme.dtype)
     return ScaledArray(data, scale, scheme)
+
+
+def is_clipped(x: Float[Array, "..."], scale: Float[Array, "..."], scheme: Scheme) -> Bool[Array, "..."]:
+    """Where `quantize_with_scale` clips."""
+    return jnp.abs(_float32(x) * _expand(_inverse(scale), x.shape, scheme)) > np.float32(scheme.max)
 
 
 def quantize_weight(w: Float[Array, "..."], scheme: Scheme, *, name: str, allow_nonfinite: bool = False) -> ScaledArray:
