@@ -1,0 +1,80 @@
+"""The table of row tiles: every row of every group in exactly one tile, and no more tiles than announced."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from fp8x.pallas.schedule import tile_table
+
+_tile_table = jax.jit(tile_table, static_argnums=(1, 2))
+
+
+def check(sizes: list[int], m: int, block_m: int):
+    table = jax.device_get(_tile_table(np.int32(sizes), m, block_m))
+    e = len(sizes)
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    # By walking the groups: their tiles, in order.
+    expected = [
+        (g, row, min(block_m, starts[g + 1] - row))
+        for g in range(e)
+        for row in range(starts[g], starts[g + 1], block_m)
+    ]
+    used = len(expected)
+    assert used <= len(table.group) <= min(-(-m // block_m) + e - 1, m)
+    assert list(zip(table.group, table.start, table.rows))[:used] == expected
+    assert (table.rows[used:] == 0).all() and (table.group[used:] == e - 1).all()
+    assert table.ends.tolist() == starts[1:].tolist()
+    for g in range(e):
+        assert table.first[g] == sum(-(-size // block_m) for size in sizes[:g])
+    assert all(field.dtype == np.int32 for field in table)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    shape=st.sampled_from([(1, 65, 64), (4, 36, 4), (4, 36, 1), (4, 40, 7), (4, 37, 64)]),
+    data=st.data(),
+)
+def test_every_row_is_in_one_tile(shape, data):
+    e, m, block_m = shape
+    sizes = data.draw(st.lists(st.integers(0, m // e), min_size=e, max_size=e))
+    check(sizes, m, block_m)
+
+
+@settings(deadline=None, max_examples=50)
+@given(cuts=st.lists(st.integers(0, 300), min_size=7, max_size=7))
+@example(cuts=[0] * 7)
+@example(cuts=[300] * 7)
+@example(cuts=[1, 2, 3, 4, 5, 6, 7])
+@example(cuts=[65, 130, 195, 260, 260, 260, 260])  # each group just over a tile: the most tiles there can be
+def test_groups_that_fill_the_rows(cuts):
+    ends = [0, *sorted(cuts), 300]
+    check(np.diff(ends).tolist(), 300, 64)
+
+
+@pytest.mark.parametrize("m", [1, 63, 64, 65, 128])
+def test_one_group(m):
+    check([m], m, 64)
+    check([0], m, 64)
+
+
+def test_more_experts_than_rows():
+    # Decode: never more tiles than rows, however many experts.
+    check([0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1], 3, 64)
+    assert tile_table(jnp.zeros(128, jnp.int32), 8, 64).group.shape == (8,)
+
+
+def test_no_rows():
+    table = tile_table(jnp.zeros(4, jnp.int32), 0, 64)
+    assert table.group.shape == table.start.shape == table.rows.shape == (0,)
+    assert table.ends.tolist() == table.first.tolist() == [0] * 4
+
+
+def test_by_hand():
+    table = tile_table(jnp.asarray([5, 0, 9]), 20, 4)
+    assert table.group.tolist() == [0, 0, 2, 2, 2, 2, 2]
+    assert table.start.tolist()[:5] == [0, 4, 5, 9, 13]
+    assert table.rows.tolist() == [4, 1, 4, 4, 1, 0, 0]
+    assert table.first.tolist() == [0, 2, 2] and table.ends.tolist() == [5, 5, 14]
