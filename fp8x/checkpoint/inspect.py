@@ -1,0 +1,219 @@
+"""`inspect`: what a Hugging Face directory holds, tensor by tensor, and how far quantization took it."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from fp8x import numerics
+from fp8x.array import ScaledArray
+from fp8x.checkpoint import Format, format_of
+from fp8x.checkpoint.reader import DTYPES, Reader
+from fp8x.errors import CheckpointError
+from fp8x.recipe import Recipe, Rules, as_recipe
+from fp8x.scheme import Scheme
+
+FLOATS = ("F32", "F16", "BF16")
+FLOAT8 = ("F8_E4M3", "F8_E5M2")
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRow:
+    """One tensor, or the same matrix of several experts.
+
+    Attributes:
+        name: in the checkpoint; experts together have `*` for their number.
+        scheme: a `Scheme`, or the stored type ("bf16") of what is not quantized.
+        shape: `[N, K]` for a matrix, `[E, N, K]` for several experts' matrices.
+        bytes: of the values and their scales.
+        amax: the largest finite magnitude, dequantized; None for what holds no floats.
+        nonfinite: how many values are NaN or Inf.
+        signal: sum of squares of the original; None without one.
+        noise: sum of squares of the difference from it.
+    """
+
+    name: str
+    scheme: Scheme | str
+    shape: tuple[int, ...]
+    bytes: int
+    amax: float | None = None
+    nonfinite: int = 0
+    signal: float | None = None
+    noise: float | None = None
+
+    @property
+    def is_quantized(self) -> bool:
+        return isinstance(self.scheme, Scheme)
+
+    @property
+    def size(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
+
+    @property
+    def snr(self) -> float | None:
+        """Signal-to-noise ratio in dB, `10 log10(signal / noise)`; None without an original."""
+        if self.signal is None:
+            return None
+        return 10 * math.log10(self.signal / self.noise) if self.noise and self.signal else math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What a directory holds.
+
+    Attributes:
+        format: the name of its quantized format, None for an unquantized checkpoint.
+        rows: its tensors by name, numbers in their order. The scales of a matrix are in its row.
+    """
+
+    format: str | None
+    rows: list[TensorRow]
+
+    @property
+    def bytes(self) -> int:
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def mean_snr(self) -> float | None:
+        """The mean over the quantized tensors that have one; those without any error are left out."""
+        found = [row.snr for row in self.rows if row.snr is not None and row.snr != math.inf]
+        return sum(found) / len(found) if found else None
+
+
+def inspect(
+    path: str | Path,
+    *,
+    reference: str | Path | None = None,
+    recipe: Recipe | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Inspection:
+    """Every tensor of a checkpoint, read one at a time; any model, since only the files and their format count.
+
+    Arguments:
+        path: the directory.
+        reference: the unquantized checkpoint that `path` was made from: gives quantized tensors their SNR.
+        recipe: for an unquantized checkpoint: shows what this recipe would make of it.
+        progress: called with the tensors done and the tensors in all.
+
+    Raises:
+        CheckpointError: a damaged checkpoint; a reference that is quantized itself or holds other tensors; a recipe for
+            what is quantized already.
+    """
+    reader = Reader(path)
+    format = format_of(reader.config)
+    original = None if reference is None else _open_reference(reference)
+    if format is not None and recipe is not None:
+        raise CheckpointError(f"recipe: {reader.path} is quantized already ({format.name}); leave the recipe out")
+    recipes = _recipes(reader, format, recipe)
+    scales: set[str] = set()
+    if format is not None:
+        for prefix, chosen in recipes.items():
+            scales.update(format.names(prefix, chosen, reader.stored(f"{prefix}.weight").shape, reader)[1:])
+    names = sorted((name for name in reader if name not in scales), key=_natural)
+    rows = []
+    for done, name in enumerate(names):
+        if progress is not None:
+            progress(done, len(names))
+        chosen = recipes.get(name.removesuffix(".weight"))
+        if chosen is None:
+            rows.append(_plain_row(name, reader))
+        elif format is None:
+            rows.append(_row_of_recipe(name, chosen, reader))
+        else:
+            rows.append(_quantized_row(name, chosen, reader, format, original))
+    return Inspection(None if format is None else format.name, rows)
+
+
+def merge_experts(rows: Iterable[TensorRow]) -> list[TensorRow]:
+    """The rows with the matrices of a layer's experts in one: bytes summed, the largest amax, SNR over all of them."""
+    groups: dict[str, list[TensorRow]] = {}
+    for row in rows:
+        groups.setdefault(re.sub(r"(\.experts)\.\d+\.", r"\1.*.", row.name), []).append(row)
+    return [group[0] if len(group) == 1 else _merged(name, group) for name, group in groups.items()]
+
+
+def _merged(name: str, rows: list[TensorRow]) -> TensorRow:
+    schemes, shapes = dict.fromkeys(row.scheme for row in rows), {row.shape for row in rows}
+    known = all(row.signal is not None for row in rows)
+    return TensorRow(
+        name,
+        rows[0].scheme if len(schemes) == 1 else " | ".join(map(str, schemes)),
+        (len(rows), *rows[0].shape) if len(shapes) == 1 else (sum(row.size for row in rows),),
+        sum(row.bytes for row in rows),
+        max((row.amax for row in rows if row.amax is not None), default=None),
+        sum(row.nonfinite for row in rows),
+        sum(row.signal for row in rows) if known else None,
+        sum(row.noise for row in rows) if known else None,
+    )
+
+
+def _open_reference(path: str | Path) -> Reader:
+    reader = Reader(path)
+    if (format := format_of(reader.config)) is not None:
+        raise CheckpointError(f"reference: {reader.path} is quantized itself ({format.name}); give the bf16 checkpoint")
+    return reader
+
+
+def _recipes(reader: Reader, format: Format | None, recipe: Recipe | str | None) -> dict[str, Recipe]:
+    """By prefix, of the matrices that are quantized, or would be."""
+    types = FLOATS if format is None else FLOAT8
+    tensors = {name.removesuffix(".weight"): reader.stored(name) for name in reader if name.endswith(".weight")}
+    prefixes = [prefix for prefix, tensor in tensors.items() if len(tensor.shape) == 2 and tensor.dtype in types]
+    if format is None:
+        recipes = Rules(None if recipe is None else as_recipe(recipe)).resolve(prefixes)
+    else:
+        recipes = format.from_config(reader.config["quantization_config"], prefixes, DTYPES["BF16"])
+    return {prefix: chosen for prefix, chosen in recipes.items() if chosen is not None}
+
+
+def _quantized_row(name: str, recipe: Recipe, reader: Reader, format: Format, original: Reader | None) -> TensorRow:
+    prefix, shape = name.removesuffix(".weight"), reader.stored(name).shape
+    weight, _ = format.decode(prefix, recipe, shape, reader)
+    tensors = [reader.stored(tensor) for tensor in format.names(prefix, recipe, shape, reader)]
+    truth = None if original is None else original.read(name, shapes=[shape], dtypes=FLOATS)
+    size = sum(tensor.stop - tensor.start for tensor in tensors)
+    return TensorRow(name, weight.scheme, shape, size, **_measure(weight, truth))
+
+
+def _plain_row(name: str, reader: Reader) -> TensorRow:
+    tensor = reader.stored(name)
+    row = TensorRow(name, tensor.dtype.lower(), tensor.shape, tensor.stop - tensor.start)
+    if tensor.dtype not in FLOATS:
+        return row
+    values = reader.read(name, shapes=[tensor.shape], dtypes=FLOATS)
+    return dataclasses.replace(row, **_measure(jnp.asarray(values), None))
+
+
+def _row_of_recipe(name: str, recipe: Recipe, reader: Reader) -> TensorRow:
+    stored = reader.read(name, shapes=[reader.stored(name).shape], dtypes=FLOATS)
+    weight = numerics.quantize_weight(jnp.asarray(stored), recipe.weight, name=name, allow_nonfinite=True)
+    return TensorRow(name, recipe.weight, weight.shape, weight.nbytes, **_measure(weight, stored))
+
+
+def _measure(values: Float[Array, "..."] | ScaledArray, truth: np.ndarray | None) -> dict[str, float | int | None]:
+    """`TensorRow`'s numbers."""
+    names = ("amax", "nonfinite", "signal", "noise")
+    return {name: found.item() for name, found in zip(names, _reduce(values, truth))}
+
+
+@jax.jit
+def _reduce(values: Array | ScaledArray, truth: Array | None) -> tuple[Array, ...]:
+    values = values.dequantize() if isinstance(values, ScaledArray) else values.astype(jnp.float32)
+    finite = jnp.isfinite(values)
+    extent = jnp.max(jnp.where(finite, jnp.abs(values), 0), initial=0), jnp.sum(~finite)
+    if truth is None:
+        return extent
+    truth = truth.astype(jnp.float32)
+    return *extent, jnp.sum(truth**2), jnp.sum((values - truth) ** 2)
+
+
+def _natural(name: str) -> list[tuple[bool, int | str]]:
+    """A sort key that puts layer 10 after layer 9."""
+    return [(part.isdecimal(), int(part) if part.isdecimal() else part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,49 @@
+"""The `fp8x` command: one file a command. Each imports what is slow (jax, flax) when it runs, so that help is quick."""
+
+from typing import Annotated
+
+import typer
+
+from fp8x.cli import calibrate, evaluate, generate, inspect, quantize, recipes
+from fp8x.cli.terminal import command
+
+app = typer.Typer(
+    name="fp8x",
+    help="""FP8 for Flax: quantize, calibrate, evaluate and run Hugging Face checkpoints of Mixtral and Qwen3-MoE.
+
+    A model's way, from bf16 to text:
+
+    $ fp8x quantize MODEL MODEL-fp8 --recipe e4m3_e4m3_bf16 --calibrate texts.jsonl\n
+    $ fp8x eval MODEL MODEL-fp8 --data heldout.jsonl\n
+    $ fp8x inspect MODEL-fp8 --reference MODEL\n
+    $ fp8x generate MODEL-fp8 "Once upon a time"
+    """,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_show_locals=False,
+)
+
+app.command("quantize", no_args_is_help=True)(command(quantize.quantize))
+app.command("calibrate", no_args_is_help=True)(command(calibrate.calibrate))
+app.command("eval", no_args_is_help=True)(command(evaluate.evaluate))
+app.command("generate", no_args_is_help=True)(command(generate.generate))
+app.command("inspect", no_args_is_help=True)(command(inspect.inspect))
+app.command("recipes")(command(recipes.recipes))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"fp8x {version('fp8x')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,48 @@
+"""Checkpoints and their tokenizers, with progress on stderr."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fp8x.cli import terminal
+from fp8x.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from fp8x.models import Decoder
+    from fp8x.recipe import Recipe
+
+
+def load(
+    path: Path,
+    recipe: "Recipe | None" = None,
+    rules: "Mapping[str, Recipe | None] | None" = None,
+    allow_nonfinite: bool = False,
+) -> "Decoder":
+    """`fp8x.load`, with a spinner."""
+    from fp8x.models import hub
+
+    with terminal.progress(f"loading {path.name}"):
+        return hub.load(path, recipe, rules=rules, allow_nonfinite=allow_nonfinite)
+
+
+def load_tokenizer(path: Path) -> "Tokenizer":
+    """The tokenizer of a checkpoint directory.
+
+    Raises:
+        CheckpointError: there is no tokenizer.json, or none that can be read.
+    """
+    from tokenizers import Tokenizer
+
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise CheckpointError(f"{file}: missing; copy it from the original checkpoint")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{file}: is no tokenizer: {error}") from None
+    # Either would silently cut or stretch what is measured.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

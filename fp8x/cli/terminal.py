@@ -1,0 +1,140 @@
+"""What every command shares: errors in one line, progress, tables, JSON. Results go to stdout, the rest to stderr."""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fp8x.errors import Fp8xError
+
+PATIENCE = 2.0  # seconds before a progress bar shows
+PIPE_WIDTH = 240  # columns where no terminal says how many there are; tables take what they need
+
+# A file system's word on a path that the user gave; any other OSError keeps its traceback.
+_PATH_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+
+
+def command(function: Callable) -> Callable:
+    """A command in which a user's mistake ends in one red line and exit code 2."""
+
+    @functools.wraps(function)
+    def guarded(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except (Fp8xError, *_PATH_ERRORS) as error:
+            _say("error", error, "red")
+            raise typer.Exit(2) from None
+
+    return guarded
+
+
+def warn(message: object) -> None:
+    """A line on stderr for what the user should know."""
+    _say("warning", message, "yellow")
+
+
+def _say(kind: str, message: object, style: str) -> None:
+    line = " ".join(str(message).splitlines())
+    Console(stderr=True).print(f"{kind}: {line}", style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar on stderr that shows once the work has taken two seconds, and goes when it is done.
+
+    Gives a function that takes what is done and the total (None: unknown).
+    """
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task(what, total=None)
+    timer = threading.Timer(PATIENCE, bar.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+    finally:
+        timer.cancel()
+        timer.join()
+        bar.stop()
+
+
+def table(*columns: str, left: tuple[str, ...] = ()) -> Table:
+    """An empty table; the first column and those in `left` hold words, the others numbers."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(columns):
+        is_words = index == 0 or name in left
+        made.add_column(name, justify="left" if is_words else "right", overflow="fold", no_wrap=not is_words)
+    return made
+
+
+def show(*what: object) -> None:
+    """Prints tables and lines on stdout."""
+    options = {"markup": False, "highlight": False}
+    console = Console(**options)
+    console = console if console.is_terminal else Console(**options, width=PIPE_WIDTH)
+    for each in what:
+        console.print(each)
+
+
+def show_json(value: Any) -> None:
+    """Prints one JSON document on stdout."""
+    typer.echo(to_json(value))
+
+
+def to_json(value: Any) -> str:
+    """Indented JSON; NaN and Inf, which JSON does not know, become null."""
+    return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case np.ndarray() | np.generic():
+            return _plain(value.tolist())
+        case float():
+            return value if math.isfinite(value) else None
+        case Path():
+            return str(value)
+    return value
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is there completely or not at all; replaces one that is there."""
+    temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def size(count: int) -> str:
+    """Bytes for people: 1,234 B, 12.3 kB, 4.56 MB."""
+    if count < 1000:
+        return f"{count} B"
+    for unit in ("kB", "MB", "GB", "TB"):
+        count /= 1000
+        if count < 999.5 or unit == "TB":
+            return f"{count:.3g} {unit}"
+
+
+def decibels(snr: float | None) -> str:
+    """An SNR for people."""
+    return "–" if snr is None else f"{snr:.1f} dB"

@@ -1,0 +1,320 @@
+"""The `fp8x` command, on a tiny random checkpoint."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
+
+from fp8x.cli import app
+
+STATIC, DYNAMIC = "e4m3_e4m3_bf16", "e4m3_e4m3_bf16_dynamic"
+TEXTS = [f"Document {i}: the quick brown fox jumps over the lazy dog." for i in range(12)]
+
+
+def invoke(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if result.exit_code != code and result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def read_json(*arguments):
+    """What a command prints with --json: one document, nothing else."""
+    return json.loads(invoke(*arguments, "--json").stdout)
+
+
+def error(*arguments):
+    """The one line that a user's mistake ends in."""
+    result = invoke(*arguments, code=2)
+    assert result.stdout == ""
+    (line,) = [line for line in result.stderr.splitlines() if not line.startswith("warning: ")]
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_checkpoint, texts, tmp_path_factory):
+    path = tmp_path_factory.mktemp("out") / "static"
+    invoke("quantize", tiny_checkpoint, path, "--recipe", STATIC, "--calibrate", texts)
+    return path
+
+
+@pytest.fixture
+def copy(tiny_checkpoint, tmp_path):
+    return shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+
+
+def test_version_and_help():
+    assert invoke("--version").stdout.startswith("fp8x 0.")
+    for name in ("quantize", "calibrate", "eval", "generate", "inspect", "recipes"):
+        assert name in invoke("--help").stdout
+        assert "$ fp8x" in invoke(name, "--help").stdout
+
+
+def test_python_m():
+    found = subprocess.run([sys.executable, "-m", "fp8x", "--version"], capture_output=True, text=True)
+    assert found.returncode == 0 and found.stdout.startswith("fp8x 0.")
+
+
+def test_recipes():
+    found = read_json("recipes")
+    assert found[STATIC]["needs_calibration"] and not found["e5m2_e5m2_bf16"]["needs_calibration"]
+    assert STATIC in invoke("recipes").stdout
+
+
+def test_quantize_static(quantized, texts):
+    config = json.loads((quantized / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    sidecar = json.loads((quantized / "calibration.json").read_text())
+    assert sidecar["recipe"] == STATIC and sidecar["seed"] == 0 and sidecar["dataset"]["file"] == texts.name
+    assert sidecar["tokens"] == sum(len(text) + 1 for text in TEXTS)
+    layer = sidecar["layers"]["layers.1.mlp.w13"]
+    assert np.allclose(np.float32(layer["amax"]) / 448, layer["scale"]) and len(layer["tokens"]) == 4
+
+
+def test_quantize_summary(tiny_checkpoint, tmp_path):
+    arguments = (
+        "quantize",
+        tiny_checkpoint,
+        tmp_path / "out",
+        "--recipe",
+        "mxfp8_bf16",
+        "--rule",
+        r"layers\.0\..*=none",
+    )
+    found = read_json(*arguments)
+    assert found["format"] == "compressed-tensors"
+    assert found["bytes_after"] < found["bytes_before"]
+    assert found["schemes"]["e4m3 1×32 e8m0"]["tensors"] == 16
+    assert 25 < found["mean_snr_db"] < 40
+    assert "nothing" not in error(*arguments)  # the destination exists now
+
+
+@pytest.mark.parametrize("recipe", ["e5m2_e5m2_bf16", "e5m2_e5m2_bf16_max_calibrate"])
+def test_a_bare_cast_needs_no_data(tiny_checkpoint, tmp_path, recipe):
+    assert read_json("quantize", tiny_checkpoint, tmp_path / "out", "--recipe", recipe)["format"] == "fp8"
+
+
+def test_data_that_is_not_needed_is_left_out(tiny_checkpoint, tmp_path, texts):
+    result = invoke("quantize", tiny_checkpoint, tmp_path / "out", "--recipe", "e4m3_bf16", "--calibrate", texts)
+    assert "warning: --calibrate is not used" in result.stderr
+    assert "e4m3 1×· f32" in result.stdout and not (tmp_path / "out" / "calibration.json").exists()
+
+
+def test_calibrate(tiny_checkpoint, texts, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(texts.read_text() + "{\n")
+    arguments = ("calibrate", tiny_checkpoint, data, "--recipe", STATIC + "_max_calibrate", "--min-tokens", 10**6)
+    result = invoke(*arguments, "-o", tmp_path / "scales.json")
+    assert "layers.0.self_attn.q_proj" in result.stdout
+    assert "data.jsonl: line 13: not JSON" in result.stderr and "fewer than 1000000 tokens" in result.stderr
+    assert read_json(*arguments) == json.loads((tmp_path / "scales.json").read_text())
+
+
+def test_eval_side_by_side(tiny_checkpoint, quantized, texts):
+    found = read_json("eval", tiny_checkpoint, quantized, "--data", texts, "--recipe", DYNAMIC)["results"]
+    assert [r["recipe"] for r in found] == [None, None, DYNAMIC]
+    assert found[0]["delta_percent"] == 0 and found[0]["bytes"] == sum(map(len, TEXTS))
+    for result in found[1:]:
+        assert abs(result["delta_percent"]) < 2 and result["delta_percent"] != 0
+        assert result["model_bytes"] < found[0]["model_bytes"]
+
+
+def test_eval_prints_markdown(tiny_checkpoint, texts):
+    lines = invoke("eval", tiny_checkpoint, "-d", texts, "--context", 16, "--markdown").stdout.splitlines()
+    assert lines[0].startswith("| model | bits per byte |") and lines[2].startswith("| tiny | ") and len(lines) == 3
+
+
+def test_eval_all_calibrates(tiny_checkpoint, texts, monkeypatch):
+    module = sys.modules["fp8x.recipe"]  # `fp8x.recipe` is the function
+    monkeypatch.setattr(module, "RECIPES", {code: module.RECIPES[code] for code in (STATIC, STATIC + "_max_calibrate")})
+    found = read_json("eval", tiny_checkpoint, "-d", texts, "--recipe", "all", "--calibrate", texts)["results"]
+    assert [r["recipe"] for r in found] == [None, STATIC]
+    assert abs(found[1]["delta_percent"]) < 2
+
+
+def test_generate(quantized):
+    arguments = ("generate", quantized, "The quick", "--max-new-tokens", 4)
+    found = read_json(*arguments)
+    assert len(found["ids"]) <= 4 and found["prompt"] == "The quick"
+    assert invoke(*arguments).stdout.startswith("The quick")
+    drawn = [read_json(*arguments, "--temperature", 5, "--seed", seed)["ids"] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_inspect(tiny_checkpoint, quantized, tmp_path):
+    found = read_json("inspect", quantized, "--reference", tiny_checkpoint)
+    rows = {row["name"]: row for row in found["tensors"]}
+    assert found["format"] == "compressed-tensors" and len(rows) == 41
+    row = rows["model.layers.0.block_sparse_moe.experts.3.w1.weight"]
+    assert row["shape"] == [96, 64] and row["scheme"] == "e4m3 ·×· f32" and 25 < row["snr_db"] < 40
+    assert row["bytes"] == 96 * 64 + 4 + 4
+    assert rows["lm_head.weight"]["snr_db"] is None
+    out = invoke("inspect", quantized, "--reference", tiny_checkpoint, "--plot", tmp_path / "plot.png").stdout
+    assert "experts.*.w1.weight" in out and "4 × 96 × 64" in out
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_says_why_there_is_no_snr(tiny_checkpoint, quantized):
+    assert "pass --reference" in invoke("inspect", quantized).stdout
+    assert "--recipe CODE shows" in invoke("inspect", tiny_checkpoint).stdout
+    assert " dB" in invoke("inspect", tiny_checkpoint, "--recipe", "mxfp8_bf16", "--all").stdout
+
+
+def test_inspect_counts_what_is_not_finite(copy):
+    set_tensor(copy, "lm_head.weight", lambda w: np.full_like(w, np.nan))
+    assert "lm_head.weight: 16,512 of 16,512 values are NaN or Inf" in invoke("inspect", copy).stderr
+
+
+def set_tensor(path, name, change):
+    tensors = load_file(path / "model.safetensors")
+    tensors[name] = change(tensors[name])
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def set_config(path, **fields):
+    config = json.loads((path / "config.json").read_text()) | fields
+    (path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def test_unknown_recipe(tiny_checkpoint, tmp_path):
+    assert "'e4m3_e4m3_bf61' is unknown; near it: e4m3_e4m3_bf16" in error(
+        "quantize", tiny_checkpoint, tmp_path / "out", "--recipe", "e4m3_e4m3_bf61"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (r"layers\.9\..*=none", r"layers\\.9\\..*' matches no module"),
+        ("layers", "expected REGEX=CODE"),
+        ("(=none", "is not a regular expression"),
+        (".*=nonne", "'nonne' is unknown"),
+    ],
+)
+def test_bad_rules(tiny_checkpoint, tmp_path, rule, message):
+    assert message in error("quantize", tiny_checkpoint, tmp_path / "out", "-r", DYNAMIC, "--rule", rule)
+
+
+def test_static_without_data(tiny_checkpoint, tmp_path, texts):
+    assert "pass --calibrate DATA.jsonl" in error("quantize", tiny_checkpoint, tmp_path / "out", "-r", STATIC)
+    assert "pass --calibrate DATA.jsonl" in error("eval", tiny_checkpoint, "-d", texts, "-r", "all")
+    assert "has no calibrated scale" in error("calibrate", tiny_checkpoint, texts, "-r", DYNAMIC)
+
+
+def test_unknown_or_unfit_format(tiny_checkpoint, tmp_path):
+    arguments = ("quantize", tiny_checkpoint, tmp_path / "out", "-r")
+    assert "'gguf' is unknown" in error(*arguments, DYNAMIC, "--format", "gguf")
+    assert "e5m2" in error(*arguments, "e5m2_e5m2_bf16", "--format", "compressed-tensors")
+
+
+def test_an_existing_destination_stays(tiny_checkpoint, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    assert "exists and is not empty" in error("quantize", tiny_checkpoint, tmp_path / "out", "-r", DYNAMIC)
+    assert (tmp_path / "out" / "mine").read_text() == "precious"
+
+
+def test_missing_directory(tmp_path, texts):
+    absent = tmp_path / "absent"
+    for arguments in (
+        ("quantize", absent, tmp_path / "out", "-r", DYNAMIC),
+        ("calibrate", absent, texts, "-r", STATIC),
+        ("eval", absent, "-d", texts),
+        ("generate", absent, "x"),
+        ("inspect", absent),
+    ):
+        assert "absent" in error(*arguments)
+
+
+def test_truncated_safetensors(copy, tmp_path):
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert "model.safetensors: is truncated" in error("quantize", copy, tmp_path / "out", "-r", DYNAMIC)
+    assert "model.safetensors: is truncated" in error("inspect", copy)
+    assert not (tmp_path / "out").exists()
+
+
+def test_config_without_a_field(copy, tmp_path):
+    set_config(copy, num_attention_heads=None)
+    assert "num_attention_heads" in error("quantize", copy, tmp_path / "out", "-r", DYNAMIC)
+
+
+def test_nan_weights(copy, tmp_path):
+    name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    set_tensor(copy, name, lambda w: np.where(np.arange(w.size).reshape(w.shape) == 5, jnp.nan, w).astype(w.dtype))
+    message = error("quantize", copy, tmp_path / "out", "-r", DYNAMIC)
+    assert name in message and "1 NaN or Inf" in message
+    assert list(tmp_path.iterdir()) == [copy]
+    invoke("quantize", copy, tmp_path / "out", "-r", DYNAMIC, "--allow-nonfinite")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "it is empty"), ("{}\n[", "all 2 records are malformed"), ("\0\0", "it is binary"), (None, "No such file")],
+)
+def test_bad_data(tiny_checkpoint, tmp_path, content, message):
+    data = tmp_path / "data.jsonl"
+    if content is not None:
+        data.write_text(content)
+    for arguments in (
+        ("quantize", tiny_checkpoint, tmp_path / "out", "-r", STATIC, "-c", data),
+        ("calibrate", tiny_checkpoint, data, "-r", STATIC),
+        ("eval", tiny_checkpoint, "-d", data),
+    ):
+        assert f"{data}: {message}" in error(*arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ids_of_another_model(tiny_checkpoint, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"ids": [5000]}\n')
+    assert "token id 5000, beyond the model's vocab_size 258" in error("calibrate", tiny_checkpoint, data, "-r", STATIC)
+    assert "needs its text" in error("eval", tiny_checkpoint, "-d", data)
+
+
+def test_empty_prompt(tiny_checkpoint):
+    assert "prompt: it is empty" in error("generate", tiny_checkpoint, "  ")
+
+
+def test_missing_or_broken_tokenizer(copy, texts):
+    (copy / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json: is no tokenizer" in error("generate", copy, "x")
+    (copy / "tokenizer.json").unlink()
+    assert "tokenizer.json: missing" in error("eval", copy, "-d", texts)
+
+
+def test_quantized_already(quantized, tmp_path, texts, tiny_checkpoint):
+    for arguments in (
+        ("quantize", quantized, tmp_path / "out", "-r", DYNAMIC),
+        ("eval", quantized, "-d", texts, "-r", DYNAMIC),
+        ("inspect", quantized, "-r", DYNAMIC),
+    ):
+        assert "is quantized already" in error(*arguments)
+    assert "is quantized itself" in error("inspect", quantized, "--reference", quantized)
+
+
+def test_outputs_that_can_not_be_written(tiny_checkpoint, tmp_path, texts):
+    absent = tmp_path / "absent" / "file.png"
+    assert "its directory does not exist" in error("inspect", tiny_checkpoint, "--plot", absent)
+    assert "its directory does not exist" in error("calibrate", tiny_checkpoint, texts, "-r", STATIC, "-o", absent)
+    assert "--plot" in error("inspect", tiny_checkpoint, "--plot", tmp_path / "picture.xyz")
+
+
+def test_a_mistake_in_the_options_is_code_2():
+    assert invoke("quantize", "a", code=2).exit_code == 2
+    assert invoke("frobnicate", code=2).exit_code == 2
