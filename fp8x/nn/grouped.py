@@ -9,11 +9,10 @@ from jaxtyping import Array, Float, Int
 from fp8x import numerics, ops
 from fp8x.array import ScaledArray
 from fp8x.errors import ShapeError
-from fp8x.nn.quantized import QuantizedLayer, initial_weight
+from fp8x.nn.quantized import QuantizedLayer, initial_weight, weight_scheme
 from fp8x.nn.unquantized import UnquantizedGroupedLinear, features
-from fp8x.ops.groups import row_mask
+from fp8x.ops.groups import check_group_sizes
 from fp8x.recipe import Recipe, as_recipe
-from fp8x.scheme import Scheme
 
 
 class GroupedLinear(QuantizedLayer):
@@ -53,6 +52,7 @@ class GroupedLinear(QuantizedLayer):
         """A layer around a weight `[E, *n, K]` that is quantized already.
 
         Raises:
+            RecipeError: the weight is stored in another way than the recipe says.
             ShapeError: arrays that do not fit each other.
         """
         if weight.ndim not in (3, 4) or (bias is not None and bias.shape != weight.shape[:-1]):
@@ -95,11 +95,10 @@ class GroupedLinear(QuantizedLayer):
         recipe, shape = self.recipe, self.weight.shape
         if x.ndim != 2 or x.shape[1] != shape[-1]:
             raise ShapeError(f"x: shape is {x.shape}, but the layer takes [M, {shape[-1]}], rows sorted by expert")
-        # Quantized once, for all the matrices of an expert.
-        if recipe.is_static:
-            x = self._static_input(jnp.where(row_mask(group_sizes, x.shape[0])[:, None], x, 0), group_sizes)
+        group_sizes = check_group_sizes(group_sizes, shape[0], x.shape[0])
+        scale = self._activation_scale(x, group_sizes)
         weight, bias = self.quantized_weight, None if self.bias is None else self.bias[...]
-        options = dict(activation=None if recipe.is_static else recipe.activation, out_dtype=recipe.out_dtype)
+        options = dict(activation=recipe.activation, activation_scale=scale, out_dtype=recipe.out_dtype)
         if weight.ndim == 3:
             return ops.grouped_matmul(x, weight, group_sizes, bias=bias, **options)
         if (merged := merge_rows(weight)) is not None:
@@ -110,14 +109,6 @@ class GroupedLinear(QuantizedLayer):
             for p in range(shape[1])
         ]
         return jnp.stack(parts, axis=1)
-
-
-def weight_scheme(recipe: Recipe, ndim: int) -> Scheme:
-    """The recipe's weight scheme for `[E, N, K]` or `[E, P, N, K]`: a block over experts does not reach across P."""
-    scheme = recipe.weight
-    if ndim == 4 and len(scheme.block) == 3:
-        return dataclasses.replace(scheme, block=(scheme.block[0], 1, *scheme.block[1:]))
-    return scheme
 
 
 def merge_rows(w: ScaledArray) -> ScaledArray | None:

@@ -42,6 +42,7 @@ class Linear(QuantizedLayer):
         """A layer around a weight `[N, K]` that is quantized already.
 
         Raises:
+            RecipeError: the weight is stored in another way than the recipe says.
             ShapeError: arrays that do not fit each other.
         """
         if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
@@ -60,9 +61,14 @@ class Linear(QuantizedLayer):
         """Quantizes an `nnx.Linear`; its kernel `[K, N]` is transposed once. `name` stands in errors.
 
         Raises:
-            ShapeError: sizes that the recipe's blocks do not fit, or NaN or Inf in the kernel.
+            ShapeError: sizes that the recipe's blocks do not fit, a kernel that is no matrix, or NaN or Inf in it.
         """
         recipe = as_recipe(recipe)
+        if linear.kernel.ndim != 2:
+            raise ShapeError(
+                f"{name}: shape is {linear.kernel.shape}; use a kernel [K, N] (layers stacked by nnx.vmap have to be "
+                "converted one by one)"
+            )
         weight = numerics.quantize_weight(
             linear.kernel[...].T, recipe.weight, name=name, allow_nonfinite=allow_nonfinite
         )
@@ -79,9 +85,13 @@ class Linear(QuantizedLayer):
         k = self.weight.shape[-1]
         if x.shape[-1:] != (k,):
             raise ShapeError(f"x: shape is {x.shape}, but the layer takes [..., {k}]")
-        options = dict(bias=None if self.bias is None else self.bias[...], out_dtype=self.recipe.out_dtype)
-        if not self.recipe.is_static:
-            return ops.matmul(x, self.quantized_weight, activation=self.recipe.activation, **options)
         rows = x.reshape(-1, k)
-        y = ops.matmul(self._static_input(rows, rows.shape[0]), self.quantized_weight, **options)
-        return y.reshape(*x.shape[:-1], -1)
+        y = ops.matmul(
+            rows,
+            self.quantized_weight,
+            activation=self.recipe.activation,
+            activation_scale=self._activation_scale(rows),
+            bias=None if self.bias is None else self.bias[...],
+            out_dtype=self.recipe.out_dtype,
+        )
+        return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -2,15 +2,16 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fp8x import numerics
 from fp8x.array import ScaledArray
-from fp8x.errors import CalibrationError, ShapeError
-from fp8x.ops.groups import concrete
+from fp8x.errors import CalibrationError, RecipeError, ShapeError
+from fp8x.ops.groups import concrete, row_mask
 from fp8x.recipe import Recipe
 from fp8x.scheme import Scheme
 
@@ -49,7 +50,12 @@ class QuantizedLayer(nnx.Module):
     """
 
     def hold(self, weight: ScaledArray, recipe: Recipe, bias: Array | None, input_scale: Array | None = None) -> None:
-        """Sets every variable: what constructors end with, and how another weight gets into a layer."""
+        """Sets every variable: what constructors end with, and how another weight gets into a layer.
+
+        Raises:
+            RecipeError: the weight is stored in another way than the recipe says.
+        """
+        _check_stored(weight, recipe)
         self.recipe = recipe
         self.weight_scheme = weight.scheme
         self.weight = Float8Weight(weight.data)
@@ -102,9 +108,12 @@ class QuantizedLayer(nnx.Module):
         """Ends calibration and keeps the static scale as it was before."""
         self.amax = self.tokens = nnx.data(None)
 
-    def _static_input(self, x: Float[Array, "m k"], tokens: Array) -> ScaledArray:
-        """`x` in the static scale; in calibration, after `x` (of `tokens` rows) has joined the running amax."""
-        scheme = self.recipe.activation
+    def _activation_scale(
+        self, x: Float[Array, "m k"], group_sizes: Int[Array, " e"] | None = None
+    ) -> Float[Array, "1 groups"] | None:
+        """The static scale, if the recipe has one; in calibration, after `x` has joined the running amax."""
+        if not self.recipe.is_static:
+            return None
         if not self.is_calibrating:
             scale = self.input_scale[...]
             values = concrete(scale)
@@ -113,10 +122,28 @@ class QuantizedLayer(nnx.Module):
                     f"input_scale: the layer [{x.shape[-1]} -> {self.weight.shape[-2]}] is not calibrated; "
                     "run fp8x.calibrate(model, batches), or use a recipe with dynamic activation scales"
                 )
-            return numerics.quantize_with_scale(x, scale, scheme)
-        self.amax[...] = jnp.maximum(self.amax[...], numerics.block_amax(x, scheme))
-        self.tokens[...] = self.tokens[...] + tokens
-        return numerics.quantize_with_scale(x, numerics.compute_scale(self.amax[...], scheme), scheme)
+            return scale
+        scheme = self.recipe.activation
+        if group_sizes is not None:
+            x = jnp.where(row_mask(group_sizes, x.shape[0])[:, None], x, 0)
+        self.amax[...] = jnp.maximum(self.amax[...], numerics.block_amax(jax.lax.stop_gradient(x), scheme))
+        self.tokens[...] = self.tokens[...] + (x.shape[0] if group_sizes is None else group_sizes)
+        return numerics.compute_scale(self.amax[...], scheme)
+
+
+def weight_scheme(recipe: Recipe, ndim: int) -> Scheme:
+    """The recipe's weight scheme for `[..., N, K]`; for `[E, P, N, K]` a block over experts does not reach across P."""
+    scheme = recipe.weight
+    if ndim == 4 and len(scheme.block) == 3:
+        return dataclasses.replace(scheme, block=(scheme.block[0], 1, *scheme.block[1:]))
+    return scheme
+
+
+def _check_stored(weight: ScaledArray, recipe: Recipe) -> None:
+    expected = weight_scheme(recipe, weight.ndim)
+    stored, fits = ((s.dtype, s.scale_dtype, s.block_of(weight.shape)) for s in (weight.scheme, expected))
+    if stored != fits:
+        raise RecipeError(f"weight: it is stored in {weight.scheme}, but the recipe's weights are in {expected}")
 
 
 def _initial_scale(recipe: Recipe, weight: ScaledArray, given: Array | None) -> Float[Array, "1 groups"]:
@@ -133,4 +160,5 @@ def initial_weight(rngs: nnx.Rngs, shape: tuple[int, ...], scheme: Scheme) -> Sc
     """A random weight `[..., K]`: truncated normal of variance 1/K, as `nnx.Linear` has it."""
     scheme.check_shape(shape, "weight")
     stddev = shape[-1] ** -0.5 if shape[-1] else 1.0
-    return numerics.quantize(nnx.initializers.truncated_normal(stddev)(rngs.params(), shape, jnp.float32), scheme)
+    weight = nnx.initializers.truncated_normal(stddev)(rngs.params(), shape, jnp.float32)
+    return numerics.quantize_weight(weight, scheme, name="weight", allow_nonfinite=True)

@@ -89,10 +89,11 @@ class GatedMLP(nnx.Module):
         self.gate_proj = nnx.Linear(hidden, intermediate, **options)
         self.up_proj = nnx.Linear(hidden, intermediate, **options)
         self.down_proj = nnx.Linear(intermediate, hidden, **options)
-        self.activation = gate_activation(activation)
+        gate_activation(activation)
+        self.activation = activation
 
     def __call__(self, x: Float[Array, "... h"]) -> Float[Array, "... h"]:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gate_activation(self.activation)(self.gate_proj(x)) * self.up_proj(x))
 
 
 ACTIVATIONS = {

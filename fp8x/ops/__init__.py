@@ -1,22 +1,25 @@
 """Functional ops: they check shapes, choose a kernel and call it. `reference` is the contract that each meets.
 
-Tolerance, for every backend and batch size: relative Frobenius error against the float64 result at most 4 roundings
-of the output type (bfloat16 2^-9, float16 2^-12, float32 accumulation 2^-20 each).
+Tolerance, for every backend and batch size: relative Frobenius error against the float64 product of the dequantized
+arrays at most one rounding to the output type (bfloat16 2^-8, float16 2^-11, float32 2^-24) plus 2^-18 for float32
+accumulation. That holds where products do not mostly cancel and results are in the output type's normal range.
+
+Gradients, whichever kernel ran: straight through the rounding (Bengio et al., 2013, arXiv:1308.3432). That of `x` is
+`dy @ dequantize(w)` in float32, zero where a given activation scale clips; that of `bias` sums dy's rows. Weights and
+scales are frozen, and so is an `x` that is quantized already. Reverse mode only.
 """
 
 import math
 
-import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fp8x import numerics
 from fp8x.array import ScaledArray
 from fp8x.errors import ShapeError
 from fp8x.ops.dispatch import Call, Choice, backend, choose, explain
-from fp8x.ops.groups import check_group_sizes, group_sizes_from_indptr, row_mask
+from fp8x.ops.groups import check_group_sizes, group_sizes_from_indptr
+from fp8x.ops.product import product
 from fp8x.recipe import OUT_DTYPES
-from fp8x.scheme import Scheme
+from fp8x.scheme import Scheme, as_dtype
 
 __all__ = ["Choice", "backend", "explain", "group_sizes_from_indptr", "grouped_matmul", "matmul"]
 
@@ -26,16 +29,19 @@ def matmul(
     w: ScaledArray,
     *,
     activation: Scheme | None = None,
+    activation_scale: Float[Array, "..."] | None = None,
     bias: Float[Array, " n"] | None = None,
     out_dtype=None,
 ) -> Float[Array, "... n"]:
     """`dequantize(x) @ dequantize(w).T` in float32, then bias, then one cast to `out_dtype`.
 
     Arguments:
-        x: `[..., K]`; an Array, or a ScaledArray that is quantized already (a static activation scale).
+        x: `[..., K]`; an Array, or a ScaledArray `[M, K]` that is quantized already.
         w: `[N, K]`, K-major.
         activation: the scheme in which an Array `x` is quantized first (over `[M, K]`, leading dims flattened);
             None multiplies it as it is (weight-only).
+        activation_scale: the scale to quantize `x` with, `activation.scale_shape((M, K))`, calibrated before; None
+            finds it in `x`.
         bias: `[N]`.
         out_dtype: bfloat16, float16 or float32; None takes x's type, and bfloat16 where x is a ScaledArray.
 
@@ -44,15 +50,12 @@ def matmul(
         BackendError: a backend was asked for that can't run this call.
     """
     _check_weight(w, 2)
-    _check_input(x, w, activation)
+    rows = x if isinstance(x, ScaledArray) else x.reshape(math.prod(x.shape[:-1]), *x.shape[-1:])
+    _check_input(rows, w, activation, activation_scale)
     _check_bias(bias, w.shape[:1])
-    lead = x.shape[:-1]
-    if not isinstance(x, ScaledArray):
-        x = x.reshape(-1, x.shape[-1])
-        x = x if activation is None else numerics.quantize(x, activation)
-    call = _call("matmul", x, w, bias, out_dtype)
-    y = choose(call).run(x, w, bias, call.out_dtype)
-    return y.reshape(*lead, w.shape[0])
+    call = _call("matmul", rows, w, activation, bias, out_dtype)
+    y = product(choose(call), activation, call.out_dtype, rows, activation_scale, w, None, bias)
+    return y.reshape(*x.shape[:-1], w.shape[0])
 
 
 def grouped_matmul(
@@ -61,6 +64,7 @@ def grouped_matmul(
     group_sizes: Int[Array, " e"],
     *,
     activation: Scheme | None = None,
+    activation_scale: Float[Array, "..."] | None = None,
     bias: Float[Array, "e n"] | None = None,
     out_dtype=None,
 ) -> Float[Array, "m n"]:
@@ -70,8 +74,9 @@ def grouped_matmul(
         x: `[M, K]`, rows sorted by expert; an Array or a ScaledArray.
         w: `[E, N, K]`.
         group_sizes: int32 `[E]`, rows of each expert, as `jax.lax.ragged_dot` has it. Empty experts, one hot expert and
-            M = 0 are ordinary. Rows past the sum come out zero, and enter no activation scale.
-        activation, out_dtype: as in `matmul`.
+            M = 0 are ordinary. Rows past the sum come out zero, and enter no activation scale. Outside of jit they
+            are fetched from their device, to be checked.
+        activation, activation_scale, out_dtype: as in `matmul`.
         bias: `[E, N]`.
 
     Raises:
@@ -79,28 +84,22 @@ def grouped_matmul(
         BackendError: a backend was asked for that can't run this call.
     """
     _check_weight(w, 3)
-    _check_input(x, w, activation)
-    if x.ndim != 2:
-        raise ShapeError(f"x: shape is {x.shape}; a grouped product takes [M, {w.shape[-1]}], rows sorted by expert")
-    check_group_sizes(group_sizes, w.shape[0], x.shape[0])
+    _check_input(x, w, activation, activation_scale)
+    group_sizes = check_group_sizes(group_sizes, w.shape[0], x.shape[0])
     _check_bias(bias, w.shape[:2])
-    if activation is not None:
-        # What lies past the groups may be anything, uninitialized memory too.
-        x = numerics.quantize(jnp.where(row_mask(group_sizes, x.shape[0])[:, None], x, 0), activation)
-    call = _call("grouped_matmul", x, w, bias, out_dtype)
-    return choose(call).run(x, w, group_sizes, bias, call.out_dtype)
+    call = _call("grouped_matmul", x, w, activation, bias, out_dtype)
+    return product(choose(call), activation, call.out_dtype, x, activation_scale, w, group_sizes, bias)
 
 
-def _call(op: str, x, w: ScaledArray, bias, out_dtype) -> Call:
+def _call(op: str, x, w: ScaledArray, activation: Scheme | None, bias, out_dtype) -> Call:
     if out_dtype is None:
         out_dtype = OUT_DTYPES["bf16"] if isinstance(x, ScaledArray) else x.dtype
-    out_dtype = np.dtype(out_dtype)
+    out_dtype = as_dtype(out_dtype, "out_dtype")
     if out_dtype not in OUT_DTYPES.values():
         raise ShapeError(f"out_dtype: {out_dtype} does not fit; use one of {', '.join(map(str, OUT_DTYPES.values()))}")
-    kind = x.scheme if isinstance(x, ScaledArray) else x.dtype
+    kind = x.scheme if isinstance(x, ScaledArray) else activation or x.dtype
     groups = w.shape[0] if w.ndim == 3 else 1
-    m = math.prod(x.shape[:-1])
-    return Call(op, m, w.shape[-2], w.shape[-1], groups, kind, w.scheme, bias is not None, out_dtype)
+    return Call(op, x.shape[0], w.shape[-2], w.shape[-1], groups, kind, w.scheme, bias is not None, out_dtype)
 
 
 def _check_weight(w, ndim: int) -> None:
@@ -111,9 +110,18 @@ def _check_weight(w, ndim: int) -> None:
         raise ShapeError(f"w: shape is {w.shape}; use {layout}, K-major")
 
 
-def _check_input(x, w: ScaledArray, activation: Scheme | None) -> None:
-    if x.ndim < 1 or x.shape[-1] != w.shape[-1]:
-        raise ShapeError(f"x: shape is {x.shape}, but w {w.shape} has K = {w.shape[-1]}; x's last dim has to be K")
+def _check_input(x, w: ScaledArray, activation: Scheme | None, activation_scale) -> None:
+    if x.ndim != 2 or x.shape[-1] != w.shape[-1]:
+        raise ShapeError(f"x: shape is {x.shape}, but w {w.shape} takes rows [M, {w.shape[-1]}]")
+    if activation_scale is not None:
+        if activation is None:
+            raise ShapeError("activation_scale: it came without activation, the scheme in which x is quantized")
+        shape, dtype = activation.scale_shape(x.shape), activation.scale_dtype
+        if activation_scale.shape != shape or activation_scale.dtype != dtype:
+            raise ShapeError(
+                f"activation_scale: {activation_scale.dtype}{list(activation_scale.shape)} does not fit x {x.shape} in "
+                f"{activation}; use {dtype}{list(shape)}"
+            )
     if isinstance(x, ScaledArray):
         if activation is not None:
             raise ShapeError("activation: x is quantized already; leave activation out, or give x as an Array")

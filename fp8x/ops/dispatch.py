@@ -75,15 +75,22 @@ class Choice:
         )
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Record:
+    choices: list[Choice] = dataclasses.field(default_factory=list)
+
+
 # JAX keys its jit cache by these, so a function that is already compiled is traced again where they change.
 _backend = jax.make_user_context(None)
-_recorder = jax.make_user_context(None)
-_choices: list[Choice] = []
+_record = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Within it, every op takes a kernel of this backend (`"xla"` or `"mosaic_gpu"`); see also FP8X_BACKEND.
+    """Within it, every op takes a kernel of this backend (`"xla"` or `"mosaic_gpu"`).
+
+    The environment variable FP8X_BACKEND does the same for a whole process. It is read when a function is traced: set
+    it before, since what is compiled already stays as it is.
 
     Raises:
         BackendError: an unknown name; and, from an op inside, no kernel of that backend supports the call.
@@ -111,8 +118,8 @@ def choose(call: Call) -> Kernel:
     for kernel in (kernel for kernel in KERNELS if kernel.op == call.op):
         reason = kernel.unsupported(call) if wanted in (None, kernel.backend) else f"backend {wanted!r} was asked for"
         if reason is None:
-            if _recorder.value is not None:
-                _choices.append(Choice(call, kernel.name, tuple(rejected)))
+            if _record.value is not None:
+                _record.value.choices.append(Choice(call, kernel.name, tuple(rejected)))
             return kernel
         rejected.append((kernel.name, reason))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected)
@@ -120,8 +127,11 @@ def choose(call: Call) -> Kernel:
 
 
 def explain(fn: Callable, *args) -> list[Choice]:
-    """Which kernel each op inside `fn(*args)` takes, and why not the ones before it. Traces `fn`; runs nothing."""
-    _choices.clear()
-    with _recorder(object()):  # a fresh object: inner jitted functions miss their cache and are traced too
+    """Which kernel each op inside `fn(*args)` takes, and why not the ones before it. Traces `fn`; runs nothing.
+
+    A layer in calibration changes as it runs: give it as an argument, `explain(lambda layer, x: layer(x), layer, x)`.
+    """
+    record = _Record()
+    with _record(record):  # a fresh one: inner jitted functions miss their cache and are traced too
         jax.eval_shape(fn, *args)
-    return list(_choices)
+    return record.choices

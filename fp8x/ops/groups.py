@@ -25,27 +25,36 @@ def group_sizes_from_indptr(indptr: Int[Array, " n"], num_groups: int) -> Int[Ar
         )
     if not jnp.issubdtype(indptr.dtype, jnp.integer):
         raise ShapeError(f"indptr: dtype is {indptr.dtype}; use an integer type")
+    indptr = indptr.astype(jnp.int32)
     if indptr.shape[0] == num_groups:
         indptr = jnp.concatenate([jnp.zeros((1,), indptr.dtype), indptr])
     elif (values := concrete(indptr)) is not None and values[0] != 0:
         raise ShapeError(f"indptr: starts at {values[0]}; the form with {num_groups + 1} offsets starts at 0")
-    sizes = jnp.diff(indptr).astype(jnp.int32)
+    sizes = jnp.diff(indptr)
     if (values := concrete(sizes)) is not None and (values < 0).any():
         raise ShapeError(f"indptr: decreases at group {int(np.argmax(values < 0))}; offsets never decrease")
     return sizes
 
 
-def check_group_sizes(group_sizes: Int[Array, " e"], num_groups: int, rows: int) -> None:
-    """Raises ShapeError unless the sizes fit `num_groups` experts and, where they are concrete, `rows` rows."""
+def check_group_sizes(group_sizes: Int[Array, " e"], num_groups: int, rows: int) -> Int[Array, " e"]:
+    """The sizes in int32: a smaller or unsigned type would wrap in the arithmetic of tiles.
+
+    Concrete sizes are fetched from their device; traced ones, inside jit, cost nothing.
+
+    Raises:
+        ShapeError: they do not fit `num_groups` experts or, where they are concrete, `rows` rows.
+    """
+    group_sizes = jnp.asarray(group_sizes)
     if group_sizes.shape != (num_groups,):
         raise ShapeError(
             f"group_sizes: shape is {group_sizes.shape}, but the weights hold {num_groups} experts; use [{num_groups}]"
         )
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise ShapeError(f"group_sizes: dtype is {group_sizes.dtype}; use int32")
+    group_sizes = group_sizes.astype(jnp.int32)
     values = concrete(group_sizes)
     if values is None:
-        return
+        return group_sizes
     if (values < 0).any():
         group = int(np.argmax(values < 0))
         raise ShapeError(f"group_sizes: group {group} is {values[group]}; sizes are never negative")
@@ -53,6 +62,7 @@ def check_group_sizes(group_sizes: Int[Array, " e"], num_groups: int, rows: int)
         raise ShapeError(
             f"group_sizes: they sum to {values.sum()}, but x has {rows} rows; they may sum to at most that"
         )
+    return group_sizes
 
 
 def row_mask(group_sizes: Int[Array, " e"], m: int) -> Array:
@@ -66,5 +76,9 @@ def row_groups(group_sizes: Int[Array, " e"], m: int) -> Int[Array, " m"]:
 
 
 def concrete(x: Array) -> np.ndarray | None:
-    """The values of `x`, or None while it is traced."""
-    return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
+    """The values of `x`, or None while it is traced, or where other processes hold a part of it."""
+    if isinstance(x, jax.core.Tracer):
+        return None
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        return None
+    return np.asarray(x)

@@ -1,7 +1,7 @@
 """The XLA path: runs everywhere, and is the one that CPU and TPU take."""
 
 import dataclasses
-import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from fp8x.array import ScaledArray
 from fp8x.ops.groups import row_groups
-from fp8x.ops.reference import as_float32, matmul  # noqa: F401  (one dense matmul: XLA's own is the contract itself)
+from fp8x.ops.reference import as_float32, matmul
 from fp8x.pallas.schedule import TileTable, tile_table
 
 # Rows a tile: dequantizing an expert's matrix costs about as much as multiplying a few rows by it, so enough rows to
@@ -25,23 +25,39 @@ def grouped_matmul(
     out_dtype,
 ) -> Float[Array, "m n"]:
     """Tile by tile: each dequantizes its expert's matrix, so that one matrix at most exists in float32."""
-    x = as_float32(x)
-    m, n = x.shape[0], w.shape[1]
+
+    def multiply(rows, group):
+        return matmul(rows, _expert(w, group), None if bias is None else _take(bias, group), out_dtype)
+
+    return _by_tile(multiply, as_float32(x), group_sizes, w.shape[1], out_dtype)
+
+
+def grouped_matmul_transposed(
+    y: Float[Array, "m n"], w: ScaledArray, group_sizes: Int[Array, " e"]
+) -> Float[Array, "m k"]:
+    """`y @ dequantize(w)` of each expert's rows, in float32: what the gradient of `grouped_matmul` needs."""
+
+    def multiply(rows, group):
+        return jnp.matmul(rows, as_float32(_expert(w, group)), precision="highest")
+
+    return _by_tile(multiply, as_float32(y), group_sizes, w.shape[2], jnp.float32)
+
+
+def _by_tile(multiply: Callable, x: Float[Array, "m k"], group_sizes, n: int, dtype) -> Float[Array, "m n"]:
+    """`multiply(rows [BLOCK_M, K], group) -> [BLOCK_M, n]` of one tile of rows after another."""
+    m = x.shape[0]
     if m == 0:
-        return jnp.zeros((0, n), out_dtype)
+        return jnp.zeros((0, n), dtype)
     tiles = tile_table(group_sizes, m, BLOCK_M)
     rows = min(BLOCK_M, m)
 
     def tile(_, index):
         group, start, used = index
-
-        def product():
-            y = jnp.matmul(x[_tile_rows(start, rows, m)], as_float32(_expert(w, group)).T, precision="highest")
-            if bias is not None:
-                y += jax.lax.dynamic_index_in_dim(bias, group, keepdims=False).astype(jnp.float32)
-            return y.astype(out_dtype)
-
-        return None, jax.lax.cond(used > 0, product, lambda: jnp.zeros((rows, n), out_dtype))
+        return None, jax.lax.cond(
+            used > 0,
+            lambda: multiply(x[_tile_rows(start, rows, m)], group),
+            lambda: jnp.zeros((rows, n), dtype),
+        )
 
     _, out = jax.lax.scan(tile, None, (tiles.group, tiles.start, tiles.rows))
     return _untile(out, tiles, group_sizes, m, BLOCK_M)
@@ -49,11 +65,15 @@ def grouped_matmul(
 
 def _expert(w: ScaledArray, e: Int[Array, ""]) -> ScaledArray:
     """The matrix `[N, K]` of one expert, whose scale may be shared with others."""
-    take = functools.partial(jax.lax.dynamic_index_in_dim, axis=0, keepdims=False)
     scheme = dataclasses.replace(w.scheme, block=w.scheme.block[-2:])
-    return ScaledArray(take(w.data, e), take(w.scale, e // w.scheme.block_of(w.shape)[0]), scheme)
+    return ScaledArray(_take(w.data, e), _take(w.scale, e // w.scheme.block_of(w.shape)[0]), scheme)
 
 
+def _take(x: Float[Array, "e ..."], e: Int[Array, ""]) -> Float[Array, "..."]:
+    return jax.lax.dynamic_index_in_dim(x, e, axis=0, keepdims=False)
+
+
+@jax.jit
 def ragged_dot(x: Float[Array, "m k"], w: Float[Array, "e n k"], group_sizes: Int[Array, " e"]) -> Float[Array, "m n"]:
     """`jax.lax.ragged_dot` with K-major weights, for layers that are not quantized. Differentiable.
 

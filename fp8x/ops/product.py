@@ -1,0 +1,68 @@
+"""The step that every op shares: quantize the input, run the kernel; and its straight-through gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from fp8x import numerics
+from fp8x.array import ScaledArray
+from fp8x.ops import xla
+from fp8x.ops.dispatch import Kernel
+from fp8x.ops.groups import row_groups, row_mask
+from fp8x.ops.reference import as_float32
+from fp8x.scheme import Scheme
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(
+    kernel: Kernel,
+    activation: Scheme | None,
+    out_dtype,
+    x: Float[Array, "m k"] | ScaledArray,
+    scale: Float[Array, "..."] | None,
+    w: ScaledArray,
+    group_sizes: Int[Array, " e"] | None,
+    bias: Float[Array, "..."] | None,
+) -> Float[Array, "m n"]:
+    """Quantizes `x` in `activation`, if there is one, and runs `kernel`.
+
+    Without a rule of its own, JAX would round the gradient of `x` to an 8-bit float without a scale: to zero, mostly.
+    """
+    if activation is not None:
+        if group_sizes is not None:
+            # What lies past the groups may be anything, uninitialized memory too.
+            x = jnp.where(row_mask(group_sizes, x.shape[0])[:, None], x, 0)
+        x = numerics.quantize(x, activation) if scale is None else numerics.quantize_with_scale(x, scale, activation)
+    groups = () if group_sizes is None else (group_sizes,)
+    return kernel.run(x, w, *groups, bias, out_dtype)
+
+
+def _forward(kernel, activation, out_dtype, x, scale, w, group_sizes, bias):
+    y = _product(kernel, activation, out_dtype, x, scale, w, group_sizes, bias)
+    clipped = None if scale is None else numerics.is_clipped(x, scale, activation)
+    like = None if isinstance(x, ScaledArray) else jnp.zeros(0, x.dtype)
+    return y, (clipped, like, w, group_sizes, bias)
+
+
+def _backward(kernel, activation, out_dtype, residuals, dy):
+    clipped, like, w, group_sizes, bias = residuals
+    dy = dy.astype(jnp.float32)
+    if group_sizes is None:
+        dx = jnp.matmul(dy, as_float32(w), precision="highest")
+        dbias = jnp.sum(dy, axis=0)
+    else:
+        dx = xla.grouped_matmul_transposed(dy, w, group_sizes)
+        dbias = jax.ops.segment_sum(dy, row_groups(group_sizes, dy.shape[0]), num_segments=w.shape[0])
+    if clipped is not None:
+        dx = jnp.where(clipped, 0, dx)
+    dx = None if like is None else dx.astype(like.dtype)
+    dbias = None if bias is None else dbias.astype(bias.dtype)
+    return dx, None, None, None, dbias
+
+
+_product.defvjp(_forward, _backward)
+
+# Compiled also where the caller is not: the loop over tiles would otherwise compile anew with every call.
+product = jax.jit(_product, static_argnums=(0, 1, 2))
