@@ -40,12 +40,27 @@ def register(
     return converter
 
 
-def named_modules(model: nnx.Module, path: str = "") -> Iterator[tuple[str, nnx.Module]]:
+def named_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
     """Every module with its dotted path (`layers.0.self_attn.q_proj`); one that is held twice comes twice."""
-    yield path, model
-    for key, child in nnx.iter_children(model):
-        if isinstance(child, nnx.Module):
-            yield from named_modules(child, f"{path}.{key}" if path else str(key))
+    return _walk(model, (), ())
+
+
+def _walk(node, path: tuple[str, ...], above: tuple) -> Iterator[tuple[str, nnx.Module]]:
+    if any(node is ancestor for ancestor in above):
+        return  # a module may hold the one that holds it
+    if isinstance(node, nnx.Module):
+        yield ".".join(path), node
+    # nnx.iter_children knows no plain containers, which nnx.data lets a module hold.
+    match node:
+        case list() | tuple():
+            children = enumerate(node)
+        case dict():
+            children = node.items()
+        case _:
+            children = vars(node).items()
+    for key, child in children:
+        if isinstance(child, nnx.Module | dict | list | tuple):
+            yield from _walk(child, (*path, str(key)), (*above, node))
 
 
 def named_layers(model: nnx.Module) -> dict[str, QuantizedLayer]:
@@ -83,9 +98,9 @@ def quantize_model(
         The model; a new layer where `model` itself is a layer.
 
     Raises:
-        RecipeError: the model is quantized already, or holds nothing that can be quantized.
+        RecipeError: the model is quantized already, or holds nothing that can be quantized, or holds it in a tuple.
         RuleError: a rule that matches no module.
-        ShapeError: a weight that its recipe does not fit, named by path.
+        ShapeError: a weight that its recipe does not fit, named by path. The modules before it are quantized by then.
     """
     if layers := named_layers(model):
         raise RecipeError(f"model: {next(iter(layers)) or 'it'} is quantized already; start from the unquantized model")
@@ -112,11 +127,33 @@ def quantize_model(
 
 
 def set_module(model: nnx.Module, path: str, module: nnx.Module) -> None:
-    """Puts `module` at a dotted path."""
+    """Puts `module` at a dotted path.
+
+    Raises:
+        RecipeError: the module there is held in a tuple, which can't change.
+    """
     *parents, last = path.split(".")
     for key in parents:
-        model = model[int(key)] if isinstance(model, nnx.List) else getattr(model, key)
-    if isinstance(model, nnx.List):
-        model[int(last)] = module
-    else:
-        setattr(model, last, module)
+        model = get_module(model, key)
+    match model:
+        case tuple():
+            raise RecipeError(f"model: {path} is held in a tuple; hold modules that are to be quantized in an nnx.List")
+        case nnx.List() | list():
+            model[int(last)] = module
+        case dict():
+            model[last] = module
+        case _:
+            setattr(model, last, module)
+
+
+def get_module(model: nnx.Module, path: str) -> nnx.Module:
+    """The module (or container of modules) at a dotted path."""
+    for key in path.split("."):
+        match model:
+            case nnx.List() | list() | tuple():
+                model = model[int(key)]
+            case dict():
+                model = model[key]
+            case _:
+                model = getattr(model, key)
+    return model

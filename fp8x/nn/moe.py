@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fp8x.errors import ShapeError
+from fp8x.nn.convert import quantize_model
 from fp8x.nn.grouped import GroupedLinear
 from fp8x.nn.unquantized import GatedMLP, UnquantizedGroupedLinear, gate_activation
 from fp8x.recipe import Recipe, as_recipe
@@ -20,7 +21,8 @@ class MoE(nnx.Module):
         hidden: features of a token.
         intermediate: features between w13 and w2.
         num_experts, top_k: how many experts there are, and how many a token visits.
-        recipe: a `Recipe` or its code quantizes the experts; None leaves them in `param_dtype`. The router never is.
+        recipe: a `Recipe` or its code quantizes the experts, the shared one too; None leaves them in `param_dtype`.
+            The router never is.
         activation: of the gate, by its Hugging Face name.
         normalize_top_k: whether the chosen experts' probabilities are scaled to sum to one.
         use_bias: whether every expert's matrices add a bias.
@@ -58,14 +60,15 @@ class MoE(nnx.Module):
             raise ShapeError(f"top_k: {top_k} does not fit {num_experts} experts; use 1 to {num_experts}")
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.top_k, self.num_experts, self.normalize_top_k = top_k, num_experts, normalize_top_k
-        self.activation = gate_activation(activation)
+        gate_activation(activation)
+        self.activation = activation
         self.router = nnx.Linear(hidden, num_experts, use_bias=False, **options)
         if recipe is None:
             make = functools.partial(UnquantizedGroupedLinear, num_experts, use_bias=use_bias, **options)
         else:
             recipe = as_recipe(recipe)
-            recipe.weight.check_shape((intermediate, hidden), "w13, [intermediate, hidden]")
-            recipe.weight.check_shape((hidden, intermediate), "w2, [hidden, intermediate]")
+            recipe.weight.check_shape((num_experts, intermediate, hidden), "w13, [num_experts, intermediate, hidden]")
+            recipe.weight.check_shape((num_experts, hidden, intermediate), "w2, [num_experts, hidden, intermediate]")
             make = functools.partial(GroupedLinear, num_experts, use_bias=use_bias, recipe=recipe, rngs=rngs)
         self.w13 = make(hidden, (2, intermediate))
         self.w2 = make(intermediate, hidden)
@@ -74,6 +77,8 @@ class MoE(nnx.Module):
             if shared_intermediate is None
             else GatedMLP(hidden, shared_intermediate, activation=activation, use_bias=use_bias, **options)
         )
+        if recipe is not None and self.shared is not None:
+            quantize_model(self.shared, recipe)
 
     def __call__(self, x: Float[Array, "... h"]) -> Float[Array, "... h"]:
         tokens = x.reshape(-1, x.shape[-1])
@@ -98,7 +103,7 @@ class MoE(nnx.Module):
         order = jnp.argsort(experts.reshape(-1), stable=True)
         group_sizes = jnp.bincount(experts.reshape(-1), length=self.num_experts).astype(jnp.int32)
         gate_up = self.w13(tokens[order // self.top_k], group_sizes)
-        y = self.w2(self.activation(gate_up[:, 0]) * gate_up[:, 1], group_sizes)
+        y = self.w2(gate_activation(self.activation)(gate_up[:, 0]) * gate_up[:, 1], group_sizes)
         # Back to token order: the inverse permutation gathers, where a scatter-add would sum in no fixed order.
-        y = y[jnp.argsort(order)].reshape(*experts.shape, -1)
+        y = y[jnp.argsort(order)].reshape(*experts.shape, y.shape[-1])
         return jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=1)
