@@ -15,7 +15,6 @@ from fp8x.errors import DataError
 
 Text = str | list[int]
 
-PADDING = -1
 MAX_REPORTS = 10
 _FORMS = "'text', 'messages', 'conversations', 'ids' or 'input_ids'"
 
@@ -73,7 +72,8 @@ def pack(
 ) -> Int32[np.ndarray, "samples length"]:
     """Rows of `length` tokens: the documents in an order drawn from `seed`, each after `bos_id`, end to end.
 
-    Returns at most `num_samples` rows; fewer where the texts end earlier, the last then padded by -1.
+    Returns at most `num_samples` rows, fewer where the texts end earlier. Nothing is padded, since padding would enter
+    the amax: what does not fill a row is left out, and texts shorter than one row make one shorter row.
 
     Raises:
         DataError: there is no text.
@@ -86,20 +86,15 @@ def pack(
             break
     if not ids:
         raise DataError("texts: there are none to pack")
-    ids = ids[: num_samples * length]
-    rows = np.full(-(-len(ids) // length) * length, PADDING, np.int32)
-    rows[: len(ids)] = ids
-    return rows.reshape(-1, length)
+    length = min(length, len(ids))
+    count = min(num_samples, len(ids) // length)
+    return np.asarray(ids[: count * length], np.int32).reshape(count, length)
 
 
-def batches(
-    rows: Int32[np.ndarray, "samples length"], batch_size: int
-) -> Iterator[Int32[np.ndarray, "batch_size length"]]:
-    """The rows in batches of one shape; the last is filled up with rows of padding."""
+def batches(rows: Int32[np.ndarray, "samples length"], batch_size: int) -> Iterator[Int32[np.ndarray, "batch length"]]:
+    """The rows in batches; the last may be smaller."""
     for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        missing = batch_size - len(batch)
-        yield np.pad(batch, [(0, missing), (0, 0)], constant_values=PADDING)
+        yield rows[start : start + batch_size]
 
 
 def _records(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -11,12 +11,13 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int
 from tokenizers import Tokenizer
 
-from fp8x.calibrate.data import PADDING, tokenize
+from fp8x.calibrate.data import tokenize
 from fp8x.errors import ConfigError, DataError
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
 
 DEFAULT_CONTEXT = 2048
+IGNORED = -1  # a target that counts nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,11 +131,11 @@ def _windows(documents: Iterable[Sequence[int]], context: int) -> Iterator[tuple
 def _batches(
     windows: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int
 ) -> Iterator[tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b t"]]]:
-    """Inputs (padded by 0, which is after every target) and targets (by `PADDING`), in batches of one shape."""
+    """Inputs (padded by 0, which is after every target) and targets (by `IGNORED`), in batches of one shape."""
     length = max(len(targets) for _, targets in windows)
     for first in range(0, len(windows), batch_size):
         inputs = np.zeros((batch_size, length), np.int32)
-        targets = np.full((batch_size, length), PADDING, np.int32)
+        targets = np.full((batch_size, length), IGNORED, np.int32)
         for row, (source, target) in enumerate(windows[first : first + batch_size]):
             inputs[row, : len(source)] = source
             targets[row, : len(target)] = target
@@ -145,10 +146,10 @@ def _batches(
 def _negative_log_likelihood(
     model: Decoder, inputs: Int[Array, "b t"], targets: Int[Array, "b t"]
 ) -> Float32[Array, " b"]:
-    """Nats of each window's targets; those equal to `PADDING` count nothing."""
+    """Nats of each window's targets; those equal to `IGNORED` count nothing."""
     log_p = jax.nn.log_softmax(model(inputs).astype(jnp.float32), axis=-1)
     picked = jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-    return -jnp.sum(jnp.where(targets == PADDING, 0.0, picked), axis=-1)
+    return -jnp.sum(jnp.where(targets == IGNORED, 0.0, picked), axis=-1)
 
 
 def _exp(x: float) -> float:

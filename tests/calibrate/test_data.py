@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from fp8x.calibrate.data import PADDING, batches, pack, read_texts, tokenize
+from fp8x.calibrate.data import batches, pack, read_texts, tokenize
 from fp8x.errors import DataError
 
 BOS = 256
@@ -129,16 +129,20 @@ def test_tokenize_puts_bos_first_once(byte_tokenizer):
 
 
 def test_pack_lays_documents_end_to_end(byte_tokenizer):
-    rows = pack([[1, 2, 3], [4, 5, 6]], byte_tokenizer, 5, 8, seed=0, bos_id=BOS)
-    assert rows.dtype == np.int32 and rows.shape == (2, 5)
+    rows = pack([[1, 2, 3], [4, 5, 6]], byte_tokenizer, 3, 8, seed=0, bos_id=BOS)
+    assert rows.dtype == np.int32 and rows.shape == (2, 3)
     documents = [[BOS, 1, 2, 3], [BOS, 4, 5, 6]]
-    assert rows.ravel().tolist() in [sum(d, []) + [PADDING] * 2 for d in (documents, documents[::-1])]
+    assert rows.ravel().tolist() in [sum(d, [])[:6] for d in (documents, documents[::-1])]
+
+
+def test_pack_of_less_than_a_row_is_a_shorter_row(byte_tokenizer):
+    assert pack([[1, 2, 3]], byte_tokenizer, 16, 8, bos_id=BOS).tolist() == [[BOS, 1, 2, 3]]
 
 
 def test_pack_is_decided_by_the_seed(byte_tokenizer):
     texts = [f"document {i}" for i in range(50)]
     rows = [pack(texts, byte_tokenizer, 16, 4, seed, bos_id=BOS) for seed in (0, 0, 1)]
-    assert rows[0].shape == (4, 16) and PADDING not in rows[0]
+    assert rows[0].shape == (4, 16)
     np.testing.assert_array_equal(rows[0], rows[1])
     assert (rows[0] != rows[2]).any()
 
@@ -148,9 +152,8 @@ def test_pack_of_nothing(byte_tokenizer):
         pack([], byte_tokenizer, 16, 4, bos_id=BOS)
 
 
-def test_batches_have_one_shape():
+def test_batches_hold_every_row_once():
     rows = np.arange(15, dtype=np.int32).reshape(5, 3)
     found = list(batches(rows, 2))
-    assert [b.shape for b in found] == [(2, 3)] * 3
-    np.testing.assert_array_equal(np.concatenate(found)[:5], rows)
-    assert (found[-1][1] == PADDING).all()
+    assert [len(b) for b in found] == [2, 2, 1]
+    np.testing.assert_array_equal(np.concatenate(found), rows)
