@@ -3,6 +3,7 @@
 from fp8x import nn, ops
 from fp8x.array import ScaledArray
 from fp8x.calibrate import calibrate
+from fp8x.models.hub import load, save
 from fp8x.nn import quantize_model
 from fp8x.numerics import quantize
 from fp8x.ops import backend
@@ -16,9 +17,11 @@ __all__ = [
     "Scheme",
     "backend",
     "calibrate",
+    "load",
     "nn",
     "ops",
     "quantize",
     "quantize_model",
     "recipe",
+    "save",
 ]
