@@ -72,6 +72,7 @@ def evaluate(
     results = []
     for path, code, model in models():
         tokenizer = load_tokenizer(path)
+        context = context or rule.default_context(model.config)  # of the first, for all
         with terminal.progress(f"evaluating {code or path.name}") as update:
             found = rule.evaluate(model, tokenizer, texts, context=context, batch_size=batch_size, progress=update)
         baseline = results[0]["bits_per_byte"] if results else found.bits_per_byte

@@ -1,0 +1,110 @@
+"""Rows of a checkpoint: schemes, bytes, SNR."""
+
+import json
+import math
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import fp8x
+from fp8x.checkpoint.inspect import TensorRow, inspect, merge_experts
+from fp8x.errors import CheckpointError
+from fp8x.models.hub import load, save
+
+
+def write(path, tensors, **config):
+    path.mkdir()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def weights(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(ml_dtypes.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_checkpoint, tmp_path_factory):
+    path = tmp_path_factory.mktemp("out") / "quantized"
+    save(load(tiny_checkpoint, "fp8_e4m3fn_bf16_block_scale"), path)
+    return path
+
+
+def test_any_model_by_name_and_layer(tmp_path):
+    tensors = {
+        "model.layers.10.w.weight": weights(8, 40),
+        "model.layers.9.w.weight": weights(8, 40),
+        "model.norm.weight": weights(40),
+        "steps": np.arange(3, dtype=np.int64),
+    }
+    found = inspect(write(tmp_path / "c", tensors))
+    assert [row.name for row in found.rows] == [
+        "model.layers.9.w.weight",
+        "model.layers.10.w.weight",
+        "model.norm.weight",
+        "steps",
+    ]
+    assert found.format is None and found.mean_snr is None
+    assert [(row.scheme, row.bytes) for row in found.rows[-2:]] == [("bf16", 80), ("i64", 24)]
+    assert found.rows[0].amax == np.abs(tensors["model.layers.9.w.weight"].astype(np.float32)).max()
+    assert found.rows[-1].amax is None
+
+
+def test_snr_is_that_of_the_dequantized_weights(tmp_path):
+    w = weights(100, 200)
+    path = write(tmp_path / "c", {"a.proj.weight": w, "a.gate.weight": weights(4, 200)})
+    row, gate = sorted(
+        inspect(path, recipe="fp8_e4m3fn_bf16_block_scale").rows, key=lambda row: row.name != "a.proj.weight"
+    )
+    truth = w.astype(np.float64)
+    q = fp8x.quantize(jnp.asarray(w), fp8x.Scheme("e4m3", block=(128, 128)))
+    error = np.asarray(q.dequantize(), np.float64) - truth
+    assert row.snr == pytest.approx(10 * math.log10((truth**2).sum() / (error**2).sum()), rel=1e-5)
+    assert row.bytes == 100 * 200 + 2 * 4 and row.is_quantized
+    assert gate.snr is None and gate.scheme == "bf16"
+
+
+def test_a_written_checkpoint_is_what_the_recipe_promised(tiny_checkpoint, quantized):
+    promised = inspect(tiny_checkpoint, recipe="fp8_e4m3fn_bf16_block_scale").rows
+    done = []
+    found = inspect(quantized, reference=tiny_checkpoint, progress=lambda *p: done.append(p))
+    assert found.rows == promised
+    assert done[-1] == (len(promised) - 1, len(promised))
+
+
+def test_experts_in_one_row(quantized, tiny_checkpoint):
+    rows = inspect(quantized, reference=tiny_checkpoint).rows
+    merged = {row.name: row for row in merge_experts(rows)}
+    row = merged["model.layers.0.block_sparse_moe.experts.*.w2.weight"]
+    experts = [r for r in rows if ".0.block" in r.name and ".w2." in r.name]
+    assert len(experts) == 4 and row.shape == (4, 64, 96)
+    assert row.bytes == sum(e.bytes for e in experts) and row.amax == max(e.amax for e in experts)
+    assert min(e.snr for e in experts) < row.snr < max(e.snr for e in experts)
+    assert sum(r.bytes for r in merged.values()) == sum(r.bytes for r in rows)
+
+
+def test_experts_in_several_schemes():
+    scheme = fp8x.Scheme("e4m3", block=(None, None))
+    rows = [
+        TensorRow("x.experts.0.w.weight", scheme, (2, 2), 8, 1.0, 0, 4.0, 1.0),
+        TensorRow("x.experts.1.w.weight", "bf16", (2, 2), 8, 2.0, 1),
+    ]
+    (row,) = merge_experts(rows)
+    assert (row.scheme, row.amax, row.nonfinite, row.snr) == ("e4m3 ·×· f32 | bf16", 2.0, 1, None)
+
+
+def test_snr_without_error_is_infinite():
+    assert TensorRow("x", "bf16", (1,), 2, signal=1.0, noise=0.0).snr == math.inf
+
+
+def test_a_reference_that_does_not_fit(tiny_checkpoint, quantized, tmp_path):
+    with pytest.raises(CheckpointError, match="is quantized itself"):
+        inspect(quantized, reference=quantized)
+    other = write(tmp_path / "other", {"a.weight": weights(2, 2)})
+    with pytest.raises(CheckpointError, match=r"k_proj.weight: missing from .*other|w1.weight: missing from"):
+        inspect(quantized, reference=other)
+    with pytest.raises(CheckpointError, match="leave the recipe out"):
+        inspect(quantized, recipe="e4m3_bf16")
