@@ -19,7 +19,7 @@ from fp8x.nn.convert import set_module
 from fp8x.nn.grouped import GroupedLinear, weight_scheme
 from fp8x.nn.linear import Linear
 from fp8x.nn.quantized import QuantizedLayer
-from fp8x.recipe import BUILT_IN_SKIPS, Recipe
+from fp8x.recipe import Recipe
 
 UNQUANTIZED = ("BF16", "F32", "F16")
 
@@ -40,7 +40,13 @@ class Loader:
     def _stored_recipes(self, format: Format) -> dict[str, Recipe | None]:
         """The recipe of every module of a quantized checkpoint."""
         prefixes = [prefix for names in self.names.values() for _, prefix in flat(names)]
-        by_prefix = format.from_config(self.reader.config["quantization_config"], prefixes, self.dtype)
+        by_prefix = dict(format.from_config(self.reader.config["quantization_config"], prefixes, self.dtype))
+        for prefix in prefixes:
+            # What lies in 16 bits stays so, also without a word in the config: others leave out routers, lm_head and
+            # (transformers 5, to which they are no Linear) experts.
+            name = f"{prefix}.weight"
+            if name in self.reader and self.reader.stored(name).dtype in UNQUANTIZED:
+                by_prefix[prefix] = None
         recipes: dict[str, Recipe | None] = {}
         for path, names in self.names.items():
             first, *others = [prefix for _, prefix in flat(names)]
@@ -48,12 +54,8 @@ class Loader:
             for other in others:
                 if by_prefix[other] != by_prefix[first]:
                     raise CheckpointError(
-                        f"config.json: quantization_config treats {other} unlike {first}; fp8x runs both as one layer"
+                        f"{self.reader.path}: {other} is quantized unlike {first}; fp8x runs both as one layer"
                     )
-            # Others leave routers and lm_head in 16 bits without a word in the config.
-            is_skip, name = any(re.fullmatch(skip, path) for skip in BUILT_IN_SKIPS), f"{first}.weight"
-            if is_skip and name in self.reader and self.reader.stored(name).dtype in UNQUANTIZED:
-                recipes[path] = None
         return recipes
 
     def check_names(self) -> None:

@@ -1,0 +1,150 @@
+"""Checks by hand that transformers and compressed-tensors load what `fp8x.save` writes, and compute the same.
+
+In two steps, since those packages live in an environment of their own (torch, transformers 5, compressed-tensors 0.20,
+accelerate). The first writes checkpoints, dequantized weights and logits; the second compares and prints a table:
+
+    uv run python tests/goldens/check_with_compressed_tensors.py write DIR
+    python tests/goldens/check_with_compressed_tensors.py check DIR
+
+`dense` is a Qwen3-MoE whose layers are all dense: compressed-tensors runs it with quantized activations. Its logits
+differ from ours only after an activation so close to a rounding boundary that the last bit of float32 decides.
+`experts` are held fused by transformers 5, which multiplies them with their scales when it loads (`dequantize=True`)
+and does not quantize their activations: ours are compared weight-only. It can do so for scales per tensor and per
+channel alone, so experts in blocks and MXFP8 are compared by matrix, as compressed-tensors decompresses them.
+`fp8` is the format of that name, whose blocks transformers dequantizes on a CPU: compared weight-only too.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+
+CONFIG = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 256,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "dtype": "float32",
+}
+MODELS = {"dense": {"mlp_only_layers": [0, 1]}, "experts": {"mlp_only_layers": []}}
+CODES = (
+    "e4m3_e4m3_bf16",
+    "e4m3_e4m3_bf16_dynamic",
+    "e4m3_bf16",
+    "fp8_e4m3fn_bf16_block_scale",
+    "mxfp8_bf16",
+    "mxfp8_mxfp8_bf16",
+)
+IDS = np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (2, 24))
+
+
+def write(folder: Path) -> None:
+    """Checkpoints, their weights and their logits, in every recipe that compressed-tensors holds."""
+    from flax import nnx
+
+    import fp8x
+    from fp8x.models import Decoder, DecoderConfig, hub
+
+    for name, fields in MODELS.items():
+        config = DecoderConfig.from_hf(CONFIG | fields)
+        plain = folder / f"{name}-unquantized"
+        hub.save(Decoder(config, rngs=nnx.Rngs(0)), plain)
+        np.save(plain / "logits.npy", hub.load(plain)(IDS))
+        for code in CODES:
+            recipe = dataclasses.replace(fp8x.RECIPES[code], out_dtype="float32")
+            model = hub.load(plain, dataclasses.replace(recipe, observer="max" if recipe.is_static else None))
+            if recipe.is_static:
+                fp8x.calibrate(model, [IDS])
+            path = folder / f"{name}-{code}"
+            hub.save(model, path, "compressed-tensors")
+            weight_only = hub.load(plain, dataclasses.replace(recipe, activation=None, activation_scale=None))
+            np.save(path / "logits.npy", (weight_only if name == "experts" else model)(IDS))
+            np.savez(path / "weights.npz", **_dequantized(path, recipe))
+            if "block" in code:
+                hub.save(model, folder / f"{name}-fp8-{code}", "fp8")
+                np.save(folder / f"{name}-fp8-{code}" / "logits.npy", weight_only(IDS))
+
+
+def _dequantized(path: Path, recipe) -> dict[str, np.ndarray]:
+    from fp8x.checkpoint import Reader, format_of
+
+    reader = Reader(path)
+    format = format_of(reader.config)
+    prefixes = [name.removesuffix("_scale") for name in reader if name.endswith(".weight_scale")]
+    return {
+        name: format.decode(name.removesuffix(".weight"), recipe, reader.stored(name).shape, reader)[0].dequantize()
+        for name in prefixes
+    }
+
+
+def check(folder: Path) -> None:
+    """Compares each; differences are in units of the largest logit, the median and the largest over tokens."""
+    for path in sorted(folder.iterdir()):
+        quantized = not path.name.endswith("unquantized")
+        weights = f"{_count_equal(path)} weights equal" if (path / "weights.npz").exists() else ""
+        try:
+            logits = _logits(path)
+        except Exception as error:  # one row of the table
+            print(f"{path.name:39} {weights:26} {type(error).__name__}: {str(error)[:60]}")
+            continue
+        ours = np.load(path / "logits.npy")
+        plain = np.load(path.with_name(path.name.split("-")[0] + "-unquantized") / "logits.npy")
+        error, effect = (np.abs(ours - other).max(axis=-1) / np.abs(ours).max() for other in (logits, plain))
+        effect = f"quantization moves them by {np.median(effect):.0e}" if quantized else ""
+        print(
+            f"{path.name:39} {weights:26} logits differ by {np.median(error):.0e}, at most {error.max():.0e},"
+            f" over 1e-5 in {np.sum(error > 1e-5)} of {error.size}   {effect}"
+        )
+
+
+def _logits(path: Path) -> np.ndarray:
+    import torch
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    is_compressed = (path / "weights.npz").exists()
+    dequantize = CompressedTensorsConfig(dequantize=True) if is_compressed and path.name.startswith("experts") else None
+    options = {} if dequantize is None else {"quantization_config": dequantize}
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
+    if is_compressed and dequantize is None:
+        # It decompresses MXFP8 to bfloat16 (exactly) whatever the model's type: do it now, and go back to float32.
+        model.hf_quantizer.compressor.decompress_model(model)
+        torch.nn.Module.float(model)
+    with torch.no_grad():
+        return model(torch.from_numpy(IDS)).logits.numpy()
+
+
+def _count_equal(path: Path) -> str:
+    """How many matrices compressed-tensors decompresses to our values, bit for bit, of how many."""
+    import json
+
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from safetensors.torch import load_file
+
+    config = QuantizationConfig.model_validate(json.loads((path / "config.json").read_text())["quantization_config"])
+    (scheme,) = config.config_groups.values()
+    compressor = BaseCompressor.get_value_from_registry(config.format)
+    tensors, ours = load_file(path / "model.safetensors"), np.load(path / "weights.npz")
+    equal = 0
+    for name in ours.files:
+        state = {"weight": tensors[name], "weight_scale": tensors[f"{name}_scale"]}
+        equal += np.array_equal(compressor.decompress(state, scheme)["weight"].float().numpy(), ours[name])
+    return f"{equal} of {len(ours.files)}"
+
+
+if __name__ == "__main__":
+    {"write": write, "check": check}[sys.argv[1]](Path(sys.argv[2]))
