@@ -81,7 +81,7 @@ def test_quantize_static(quantized, texts):
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
     sidecar = json.loads((quantized / "calibration.json").read_text())
     assert sidecar["recipe"] == STATIC and sidecar["seed"] == 0 and sidecar["dataset"]["file"] == texts.name
-    assert sidecar["tokens"] == sum(len(text) + 1 for text in TEXTS)
+    assert sidecar["tokens"] == sidecar["samples"] * 64 <= sum(len(text) + 1 for text in TEXTS)
     layer = sidecar["layers"]["layers.1.mlp.w13"]
     assert np.allclose(np.float32(layer["amax"]) / 448, layer["scale"]) and len(layer["tokens"]) == 4
 
@@ -165,7 +165,7 @@ def test_inspect(tiny_checkpoint, quantized, tmp_path):
     assert row["bytes"] == 96 * 64 + 4 + 4
     assert rows["lm_head.weight"]["snr_db"] is None
     out = invoke("inspect", quantized, "--reference", tiny_checkpoint, "--plot", tmp_path / "plot.png").stdout
-    assert "experts.*.w1.weight" in out and "4 × 96 × 64" in out
+    assert " layers.0.block_sparse_moe.experts.*.w1 " in out and "4×96×64" in out
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 

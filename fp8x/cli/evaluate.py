@@ -115,7 +115,7 @@ def _show(results: list[dict[str, Any]], data: Path, markdown: bool) -> None:
     header = ("model", "bits per byte", "Δ", "perplexity", "size")
     lines = [
         (
-            result["recipe"] or Path(result["checkpoint"]).name,
+            result["recipe"] or Path(result["checkpoint"]).absolute().name,
             f"{result['bits_per_byte']:.4f}",
             f"{result['delta_percent']:+.2f} %" if index else "–",
             f"{result['perplexity']:.3f}",

@@ -75,9 +75,10 @@ def _show(found: "Inspection", rows: "list[TensorRow]", checkpoint: Path, recipe
     what = found.format or (f"not quantized; in {recipe} it would be:" if recipe else "not quantized")
     table = terminal.table("tensor", "scheme", "shape", "bytes", "amax", "SNR", left=("scheme",))
     for row in rows:
-        shape = " × ".join(map(str, row.shape))
+        name = row.name.removeprefix("model.").removesuffix(".weight")
+        shape = "×".join(map(str, row.shape))
         amax = "–" if row.amax is None else f"{row.amax:.4g}"
-        table.add_row(row.name, str(row.scheme), shape, terminal.size(row.bytes), amax, terminal.decibels(row.snr))
+        table.add_row(name, str(row.scheme), shape, terminal.size(row.bytes), amax, terminal.decibels(row.snr))
     table.add_section()
     values = sum(row.size for row in rows)
     per_value = f"{8 * found.bytes / values:.2f} bits a value"

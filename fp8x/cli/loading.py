@@ -21,10 +21,10 @@ def load(
     allow_nonfinite: bool = False,
 ) -> "Decoder":
     """`fp8x.load`, with a spinner."""
-    from fp8x.models import hub
+    import fp8x
 
     with terminal.progress(f"loading {path.name}"):
-        return hub.load(path, recipe, rules=rules, allow_nonfinite=allow_nonfinite)
+        return fp8x.load(path, recipe, rules=rules, allow_nonfinite=allow_nonfinite)
 
 
 def load_tokenizer(path: Path) -> "Tokenizer":

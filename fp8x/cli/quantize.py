@@ -45,9 +45,9 @@ def quantize(
     Where something fails nothing is left of DST, and a DST that is there already is left alone. The scales that
     calibration finds are written to DST/calibration.json too.
     """
+    import fp8x
     from fp8x.checkpoint import Writer
     from fp8x.checkpoint.inspect import inspect
-    from fp8x.models import hub
 
     start = time.monotonic()
     chosen, rules = options.parse_recipe(recipe), options.parse_rules(rule)
@@ -63,7 +63,7 @@ def quantize(
         calibrate.warn_undersampled(report, min_tokens)
         result = calibrate.sidecar(report, recipe, calibration, rows)
     with terminal.progress(f"writing {destination.name}"):
-        hub.save(model, destination, format)
+        fp8x.save(model, destination, format)
     if result is not None:
         terminal.write_atomically(destination / SIDECAR, terminal.to_json(result) + "\n")
     with terminal.progress("reading back") as update:

@@ -11,7 +11,7 @@ import fp8x
 from fp8x.errors import ConfigError, DataError
 from fp8x.models import Decoder, DecoderConfig
 from fp8x.models import evaluate as module
-from fp8x.models.evaluate import default_context, evaluate
+from fp8x.models.evaluate import default_context, evaluate, first_token
 
 CONFIG = DecoderConfig.from_hf(
     {
@@ -101,19 +101,20 @@ def test_documents_of_ids_have_no_bytes(model, byte_tokenizer):
 
 
 def test_a_foreign_tokenizer(byte_tokenizer):
-    small = Decoder(dataclasses.replace(CONFIG, vocab_size=64), rngs=nnx.Rngs(0))
+    # The error comes before any weight is used.
+    small = nnx.eval_shape(lambda: Decoder(dataclasses.replace(CONFIG, vocab_size=64), rngs=nnx.Rngs(0)))
     with pytest.raises(DataError, match="beyond the model's vocab_size 64"):
         evaluate(small, byte_tokenizer, ["zebra"], bos_id=0)
 
 
-def test_the_first_token(byte_tokenizer):
+def test_the_first_token():
     without_bos = {k: v for k, v in CONFIG.hf.items() if k != "bos_token_id"}
-    model = Decoder(dataclasses.replace(CONFIG, hf=without_bos), rngs=nnx.Rngs(0))
-    expected = evaluate(model, byte_tokenizer, ["text"], bos_id=257)
-    assert evaluate(model, byte_tokenizer, ["text"]) == expected
-    model.config = dataclasses.replace(model.config, eos_token_id=())
+    config = dataclasses.replace(CONFIG, hf=without_bos)
+    assert first_token(CONFIG) == 256 and first_token(config) == 257
     with pytest.raises(ConfigError, match="bos_token_id is None"):
-        evaluate(model, byte_tokenizer, ["text"])
+        first_token(dataclasses.replace(config, eos_token_id=()))
+    with pytest.raises(ConfigError, match="bos_token_id is 258"):
+        first_token(dataclasses.replace(config, hf={"bos_token_id": 258}))
 
 
 def test_default_context():
