@@ -34,16 +34,16 @@ class DecoderConfig:
     """The shape of a decoder and the options of its layers; field names are those of transformers.
 
     Attributes:
-      moe_intermediate_size: width of one expert (Mixtral's `intermediate_size`).
-      intermediate_size: width of the dense layers' MLP; None where every layer is a mixture of experts.
-      dense_layers: indices of the layers with a dense MLP, ascending (Qwen3-MoE only).
-      sliding_window: a token sees itself and the `sliding_window - 1` tokens before it; None: all before it.
-      eos_token_id: the tokens that end a text; may be empty.
-      dtype: name of the parameters' type.
-      hf: the raw `config.json`; takes no part in comparison.
+        moe_intermediate_size: width of one expert (Mixtral's `intermediate_size`).
+        intermediate_size: width of the dense layers' MLP; None where every layer is a mixture of experts.
+        dense_layers: indices of the layers with a dense MLP, ascending (Qwen3-MoE only).
+        sliding_window: a token sees itself and the `sliding_window - 1` tokens before it; None: all before it.
+        eos_token_id: the tokens that end a text; may be empty.
+        dtype: name of the parameters' type.
+        hf: the raw `config.json`; takes no part in comparison.
 
     Raises:
-      ConfigError: a value is out of range or not supported.
+        ConfigError: a value is out of range or not supported.
     """
 
     model_type: ModelType
@@ -104,7 +104,7 @@ class DecoderConfig:
         Fields that give a tensor its shape must be there; the others take transformers' defaults.
 
         Raises:
-          ConfigError: a needed field is missing, or a value has the wrong type or is not supported.
+            ConfigError: a needed field is missing, or a value has the wrong type or is not supported.
         """
         model_type = hf.get("model_type")
         if model_type not in tuple(_DEFAULTS):

@@ -69,9 +69,9 @@ class Decoder(nnx.Module):
     is computed in the parameters' type, logits are float32. `lm_head` is None where it is tied to the embedding.
 
     Arguments:
-      config: what to build; `DecoderConfig.from_hf` reads it from a checkpoint's config.json.
-      rngs: keys of the initial weights.
-      param_dtype: type of the parameters; by default `config.dtype`.
+        config: what to build; `DecoderConfig.from_hf` reads it from a checkpoint's config.json.
+        rngs: keys of the initial weights.
+        param_dtype: type of the parameters; by default `config.dtype`.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike | None = None):
