@@ -59,6 +59,7 @@ class Writer:
         self._max_shard_bytes = max_shard_bytes
         self._temporary = self.path.with_name(f".{self.path.name}.tmp-{secrets.token_hex(4)}")
         self._pending: dict[str, np.ndarray] = {}
+        self._pending_bytes = 0
         self._shards: list[dict[str, int]] = []  # per file written: tensor name -> bytes
 
     def __enter__(self) -> "Writer":
@@ -80,10 +81,11 @@ class Writer:
         if name in self._pending or any(name in shard for shard in self._shards):
             raise CheckpointError(f"{name}: added twice to {self.path}")
         array = np.asarray(array, order="C")
-        if self._pending and sum(a.nbytes for a in self._pending.values()) + array.nbytes > self._max_shard_bytes:
+        if self._pending and self._pending_bytes + array.nbytes > self._max_shard_bytes:
             with _explained(self.path):
                 self._write_shard()
         self._pending[name] = array
+        self._pending_bytes += array.nbytes
 
     def add_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Adds a JSON file."""
@@ -107,7 +109,7 @@ class Writer:
         self._shards.append({name: array.nbytes for name, array in self._pending.items()})
         # transformers refuses files that do not name a framework.
         save_file(self._pending, self._temporary / _shard_name(len(self._shards)), metadata={"format": "pt"})
-        self._pending = {}
+        self._pending, self._pending_bytes = {}, 0
 
     def _finish(self) -> None:
         if self._pending or not self._shards:

@@ -86,12 +86,13 @@ def save(
         CalibrationError: layers that are in calibration, or whose static activation scale is missing.
         CheckpointError: the format can't hold the model, or `path` can't be written; nothing is left there.
     """
-    config = model.config
+    if not isinstance(model, Decoder):
+        raise CheckpointError(f"model: is a {type(model).__name__}, not a Decoder; save other modules with orbax")
+    config, names = model.config, linear_names(model.config)
     if not config.hf:
         raise CheckpointError("model.config.hf: is empty; build the model's config with DecoderConfig.from_hf")
-    layers = {path: get(model, path) for path in linear_names(config)}
+    layers = {path: get(model, path) for path in names}
     _check_calibrated({path: layer for path, layer in layers.items() if isinstance(layer, QuantizedLayer)})
-    names = linear_names(config)
     # An `lm_head` that is tied is still a matrix to others, which must not look for its scales.
     recipes = {"lm_head": None} | {
         prefix: getattr(layer, "recipe", None) for path, layer in layers.items() for _, prefix in flat(names[path])
