@@ -1,5 +1,6 @@
 """The formats: what each can hold, the config it writes and reads, and the tensors of one matrix."""
 
+import contextlib
 import json
 import re
 
@@ -172,6 +173,26 @@ def test_configs_as_others_write_them():
     assert read(fp8) == Recipe(per_tensor(), per_row(), "dynamic")
     assert read(fp8 | {"fmt": "e4m3", "weight_block_size": [128, 128]}) == Recipe(BLOCK, GROUP, "dynamic")
     assert read(fp8 | {"ignored_layers": ["q_proj"]}) is None
+
+
+NONSENSE = [None, 0, -1, 1.5, "x", "", True, [], {}, [1], ["re:("], {"a": 1}, [128, 0], [[]]]
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_any_field_may_be_nonsense(format):
+    """It is read or refused, never a KeyError."""
+
+    def spoiled(config):
+        for key, value in config.items():
+            yield {k: v for k, v in config.items() if k != key}
+            yield from (config | {key: other} for other in NONSENSE)
+            if isinstance(value, dict):
+                yield from (config | {key: other} for other in spoiled(value))
+
+    for recipe in (fp8x.RECIPES["e4m3_e4m3_f16"], OTHERS["pow2 weights"]):
+        for config in spoiled(format.to_config({"a": recipe, "lm_head": None}, BFLOAT16)):
+            with contextlib.suppress(CheckpointError):
+                format.from_config(config, ["a"], BFLOAT16)
 
 
 def test_names_of_modules_that_stay():
