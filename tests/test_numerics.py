@@ -17,7 +17,15 @@ from hypothesis.extra import numpy as hnp
 import fp8x
 from fp8x.array import ScaledArray
 from fp8x.errors import ShapeError
-from fp8x.numerics import block_amax, compute_scale, dequantize, quantize, quantize_weight, quantize_with_scale
+from fp8x.numerics import (
+    block_amax,
+    compute_scale,
+    dequantize,
+    is_clipped,
+    quantize,
+    quantize_weight,
+    quantize_with_scale,
+)
 from fp8x.scheme import E8M0, Scheme, mx, per_row, per_tensor
 
 DTYPES = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
@@ -465,6 +473,15 @@ class TestQuantizeWithScale:
     def test_refuses_a_scale_that_does_not_fit(self, scale, match):
         with pytest.raises(ShapeError, match=match):
             quantize_with_scale(jnp.ones((2, 256)), jnp.asarray(scale), Scheme("e4m3", block=(None, 128)))
+
+
+def test_is_clipped():
+    x = jnp.float32([[448.0, 449.0, -np.inf, np.nan], [-897.0, 896.0, 0.0, 1e30]])
+    scale = jnp.float32([[1.0], [2.0]])
+    clipped = is_clipped(x, scale, per_row())
+    assert clipped.tolist() == [[False, True, True, False], [True, False, False, True]]
+    data = np.asarray(quantize_with_scale(x, scale, per_row()).data, np.float32)
+    assert (np.abs(data[np.asarray(clipped)]) == 448).all()
 
 
 class TestQuantizeWeight:
