@@ -107,8 +107,11 @@ class Writer:
 
     def _write_shard(self) -> None:
         self._shards.append({name: array.nbytes for name, array in self._pending.items()})
+        file = self._temporary / _shard_name(len(self._shards))
         # transformers refuses files that do not name a framework.
-        save_file(self._pending, self._temporary / _shard_name(len(self._shards)), metadata={"format": "pt"})
+        save_file(self._pending, file, metadata={"format": "pt"})
+        # safetensors writes for the owner alone; others may read what they may read beside it.
+        file.chmod(self._temporary.stat().st_mode & 0o666)
         self._pending, self._pending_bytes = {}, 0
 
     def _finish(self) -> None:

@@ -30,6 +30,7 @@ def test_single_file(tmp_path):
     umask = os.umask(0)
     os.umask(umask)
     assert (tmp_path / "new" / "out").stat().st_mode & 0o777 == 0o777 & ~umask
+    assert (tmp_path / "new" / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_shards(tmp_path):
