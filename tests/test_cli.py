@@ -202,6 +202,7 @@ def test_unknown_recipe(tiny_checkpoint, tmp_path):
     [
         (r"layers\.9\..*=none", r"layers\\.9\\..*' matches no module"),
         ("layers", "expected REGEX=CODE"),
+        (".*=none", "nothing would be quantized"),
         ("(=none", "is not a regular expression"),
         (".*=nonne", "'nonne' is unknown"),
     ],

@@ -1,7 +1,6 @@
 """`fp8x eval`."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,8 @@ from fp8x.cli import calibrate, options, terminal
 from fp8x.cli.loading import load, load_tokenizer
 
 if TYPE_CHECKING:
-    from fp8x.models import Decoder
+    from tokenizers import Tokenizer
+
     from fp8x.recipe import Recipe
 
 ALL = "all"
@@ -50,44 +50,55 @@ def evaluate(
     Each document stands alone, after the model's first token, in windows of --context tokens without overlap; every
     token is predicted once. Bits per byte counts the bytes of the text in UTF-8.
     """
+    import jax
+    from flax import nnx
+
     from fp8x.calibrate.data import read_texts
     from fp8x.models import evaluate as rule
 
     recipes = _recipes(recipe or [], calibration_data)
     texts = read_texts(data, report=terminal.warn)
+    tokenizers = _check_checkpoints(checkpoints, recipes)
     calibration = rows = None
     if any(map(options.needs_calibration, recipes.values())):
         calibration = options.Calibration(calibration_data, options.NUM_SAMPLES, None, batch_size, seed)
         rows = calibrate.read_rows(checkpoints[0], calibration)
 
-    def models() -> Iterator[tuple[Path, str | None, "Decoder"]]:
-        for path in checkpoints:
-            yield path, None, load(path)
-        for code, chosen in recipes.items():
-            model = load(checkpoints[0], chosen)
-            if options.needs_calibration(chosen):
-                calibrate.run(model, rows, calibration)
-            yield checkpoints[0], code, model
-
-    results = []
-    for path, code, model in models():
-        tokenizer = load_tokenizer(path)
+    def measure(path: Path, code: str | None) -> dict[str, Any]:
+        nonlocal context
+        model = load(path, recipes.get(code))
+        if options.needs_calibration(recipes.get(code)):
+            calibrate.run(model, rows, calibration)
         context = context or rule.default_context(model.config)  # of the first, for all
         with terminal.progress(f"evaluating {code or path.name}") as update:
-            found = rule.evaluate(model, tokenizer, texts, context=context, batch_size=batch_size, progress=update)
-        baseline = results[0]["bits_per_byte"] if results else found.bits_per_byte
-        results.append(
-            {
-                "checkpoint": str(path),
-                "recipe": code,
-                **dataclasses.asdict(found),
-                "delta_percent": 100 * (found.bits_per_byte / baseline - 1),
-                "model_bytes": _model_bytes(model),
-            }
-        )
+            found = rule.evaluate(
+                model, tokenizers[path], texts, context=context, batch_size=batch_size, progress=update
+            )
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+        return {"checkpoint": str(path), "recipe": code, **dataclasses.asdict(found), "model_bytes": size}
+
+    results = []
+    for path, code in [*((path, None) for path in checkpoints), *((checkpoints[0], code) for code in recipes)]:
+        result = measure(path, code)
+        baseline = results[0] if results else result
+        result["delta_percent"] = 100 * (result["bits_per_byte"] / baseline["bits_per_byte"] - 1)
+        results.append(result)
     if as_json:
         return terminal.show_json({"data": data.name, "context": context, "results": results})
     _show(results, data, markdown)
+
+
+def _check_checkpoints(checkpoints: list[Path], recipes: "dict[str, Recipe]") -> "dict[Path, Tokenizer]":
+    """The tokenizer of each. Raises for what would fail later, after work."""
+    from fp8x.checkpoint import Reader, format_of
+    from fp8x.errors import CheckpointError
+
+    formats = [format_of(Reader(path).config) for path in checkpoints]
+    if recipes and formats[0] is not None:
+        raise CheckpointError(
+            f"--recipe: {checkpoints[0]} is quantized already ({formats[0].name}); give the unquantized one first"
+        )
+    return {path: load_tokenizer(path) for path in checkpoints}
 
 
 def _recipes(codes: list[str], calibration_data: Path | None) -> "dict[str, Recipe]":
@@ -101,14 +112,6 @@ def _recipes(codes: list[str], calibration_data: Path | None) -> "dict[str, Reci
     if static and calibration_data is None:
         raise CalibrationError(f"--recipe {', '.join(static)}: calibrated; pass --calibrate DATA.jsonl too")
     return recipes
-
-
-def _model_bytes(model: "Decoder") -> int:
-    """Of weights and scales, as a checkpoint has them."""
-    import jax
-    from flax import nnx
-
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
 
 
 def _show(results: list[dict[str, Any]], data: Path, markdown: bool) -> None:

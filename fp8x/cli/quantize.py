@@ -84,15 +84,16 @@ def _check_plan(
 ) -> bool:
     """Raises for what would fail later, after work. Whether there is something to calibrate."""
     from fp8x.checkpoint import Reader, choose_format
-    from fp8x.errors import CalibrationError
+    from fp8x.errors import CalibrationError, RuleError
     from fp8x.models import DecoderConfig
     from fp8x.models.hf_names import linear_names
     from fp8x.recipe import Rules
 
     config = DecoderConfig.from_hf(Reader(source).config)
     used = [r for r in Rules(recipe, rules).resolve(linear_names(config)).values() if r is not None]
-    if used:
-        choose_format(used, format)
+    if not used:
+        raise RuleError("--rule: the rules skip every module; nothing would be quantized")
+    choose_format(used, format)
     is_calibrated = any(map(options.needs_calibration, used))
     if is_calibrated and data is None:
         raise CalibrationError(
