@@ -75,6 +75,12 @@ def test_scale_shape_counts_the_blocks_that_cells_fall_in(blocks, lead, data):
     assert scheme.block_of(shape) == extents
 
 
+def test_a_whole_dim_of_size_0_has_one_block():
+    scheme = Scheme("e4m3", block=(None, 32), scale_dtype=E8M0)
+    scheme.check_shape((0, 64))
+    assert scheme.block_of((0, 64)) == (1, 32) and scheme.scale_shape((0, 64)) == (1, 2)
+
+
 def test_defaults():
     scheme = Scheme("e4m3", block=(128, 128))
     assert scheme.scale_dtype == np.float32 and scheme.scale_rule == "amax" and not scheme.is_mx
