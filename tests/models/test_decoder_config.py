@@ -1,0 +1,154 @@
+import dataclasses
+
+import pytest
+
+from fp8x.errors import ConfigError
+from fp8x.models import DecoderConfig
+
+MIXTRAL = {
+    "model_type": "mixtral",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+QWEN = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "moe_intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
+
+
+def without(hf, name):
+    return {key: value for key, value in hf.items() if key != name}
+
+
+def test_missing_fields_take_the_defaults_of_transformers():
+    config = DecoderConfig.from_hf(MIXTRAL)
+    assert (config.head_dim, config.rope_theta, config.rms_norm_eps) == (8, 1e6, 1e-5)
+    assert (config.norm_topk_prob, config.tie_word_embeddings, config.attention_bias) == (True, False, False)
+    assert (config.sliding_window, config.eos_token_id, config.dtype, config.qk_norm) == (None, (2,), "float32", False)
+    config = DecoderConfig.from_hf(QWEN)
+    assert (config.head_dim, config.rope_theta, config.rms_norm_eps) == (8, 1e4, 1e-6)
+    assert (config.norm_topk_prob, config.tie_word_embeddings, config.attention_bias) == (False, False, False)
+    assert (config.sliding_window, config.eos_token_id, config.dtype, config.qk_norm) == (None, (), "float32", True)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_theta": 5e5, "torch_dtype": "bfloat16"},
+        {"rope_theta": 5e5, "rope_scaling": None, "torch_dtype": "bfloat16", "head_dim": None},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "dtype": "bfloat16"},
+        {"rope_scaling": {"type": "default"}, "rope_theta": 500000, "dtype": "torch.bfloat16"},
+    ],
+)
+def test_both_styles_of_transformers_are_read(fields):
+    config = DecoderConfig.from_hf(MIXTRAL | fields)
+    assert (config.rope_theta, config.dtype, config.head_dim) == (5e5, "bfloat16", 8)
+
+
+def test_the_number_of_experts_goes_by_both_names():
+    renamed = without(QWEN, "num_experts") | {"num_local_experts": 8}
+    assert DecoderConfig.from_hf(renamed) == DecoderConfig.from_hf(QWEN)
+
+
+@pytest.mark.parametrize(
+    ("fields", "dense"),
+    [
+        ({}, ()),
+        ({"mlp_only_layers": [2, 0, 9]}, (0, 2)),
+        ({"decoder_sparse_step": 2}, (0, 2)),
+        ({"decoder_sparse_step": 3, "mlp_only_layers": [2]}, (0, 1, 2, 3)),
+        ({"mlp_only_layers": None}, ()),
+    ],
+)
+def test_dense_layers(fields, dense):
+    assert DecoderConfig.from_hf(QWEN | {"intermediate_size": 48} | fields).dense_layers == dense
+
+
+@pytest.mark.parametrize(
+    ("hf", "window"),
+    [
+        (MIXTRAL | {"sliding_window": 7}, 7),
+        (QWEN | {"sliding_window": 7}, None),
+        (QWEN | {"sliding_window": 7, "use_sliding_window": True}, 7),
+        (QWEN | {"use_sliding_window": True}, 4096),
+        (QWEN | {"sliding_window": None, "use_sliding_window": True}, None),
+    ],
+)
+def test_sliding_window(hf, window):
+    assert DecoderConfig.from_hf(hf).sliding_window == window
+
+
+def test_the_raw_config_is_kept_and_takes_no_part_in_comparison():
+    config = DecoderConfig.from_hf(MIXTRAL | {"bos_token_id": 1})
+    assert config.hf["bos_token_id"] == 1
+    assert config == DecoderConfig.from_hf(MIXTRAL)
+    assert hash(config) == hash(DecoderConfig.from_hf(MIXTRAL))
+
+
+@pytest.mark.parametrize("hf", [MIXTRAL, QWEN], ids=["mixtral", "qwen3_moe"])
+def test_a_missing_size_is_named(hf):
+    for name in without(hf, "model_type"):
+        with pytest.raises(ConfigError, match=rf"config.json of a {hf['model_type']} model has no .*{name}.*positive"):
+            DecoderConfig.from_hf(without(hf, name))
+
+
+@pytest.mark.parametrize(
+    ("hf", "message"),
+    [
+        ({}, r"config.json has model_type None; supported: 'mixtral', 'qwen3_moe'"),
+        ({"model_type": "llama"}, r"model_type 'llama'; supported: 'mixtral', 'qwen3_moe'"),
+        (MIXTRAL | {"hidden_size": "32"}, r"hidden_size must be a positive integer, got str '32'"),
+        (MIXTRAL | {"hidden_size": 32.0}, r"hidden_size must be a positive integer, got float 32.0"),
+        (MIXTRAL | {"vocab_size": True}, r"vocab_size must be a positive integer, got bool True"),
+        (MIXTRAL | {"num_hidden_layers": 0}, r"num_hidden_layers must be a positive integer, got int 0"),
+        (MIXTRAL | {"rms_norm_eps": "small"}, r"rms_norm_eps must be a positive number, got str 'small'"),
+        (MIXTRAL | {"tie_word_embeddings": "no"}, r"tie_word_embeddings must be true or false, got str 'no'"),
+        (MIXTRAL | {"sliding_window": 0}, r"sliding_window must be a positive integer, got int 0"),
+        (MIXTRAL | {"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple of .* \(3\)"),
+        (MIXTRAL | {"num_attention_heads": 6}, r"hidden_size \(32\) must be a multiple of num_attention_heads \(6\)"),
+        (MIXTRAL | {"head_dim": 7}, r"head_dim must be even for rotary embeddings, got 7"),
+        (MIXTRAL | {"num_experts_per_tok": 9}, r"num_experts_per_tok \(9\) must be at most .* \(8\)"),
+        (MIXTRAL | {"hidden_act": "tanh"}, r"hidden_act 'tanh' is not supported; supported: silu, gelu"),
+        (MIXTRAL | {"hidden_act": ["silu"]}, r"hidden_act must be a name, got list"),
+        (MIXTRAL | {"dtype": "int8"}, r"dtype 'int8' is not supported; supported: float32, bfloat16, float16"),
+        (MIXTRAL | {"eos_token_id": "</s>"}, r"eos_token_id must be a non-negative integer or a list of them, got str"),
+        (
+            MIXTRAL | {"rope_scaling": {"type": "linear", "factor": 2}},
+            r"rope_scaling has rope_type 'linear'; supported",
+        ),
+        (MIXTRAL | {"rope_parameters": {"rope_type": "yarn"}}, r"rope_parameters has rope_type 'yarn'; supported"),
+        (MIXTRAL | {"rope_parameters": {"full_attention": {}}}, r"rope_parameters per layer type \(full_attention\)"),
+        (MIXTRAL | {"rope_parameters": "default"}, r"rope_parameters must be an object, got str 'default'"),
+        (MIXTRAL | {"rope_theta": -1}, r"rope_theta must be a positive number, got int -1"),
+        (QWEN | {"mlp_only_layers": [0]}, r"qwen3_moe model has no intermediate_size"),
+        (QWEN | {"mlp_only_layers": [0.5]}, r"mlp_only_layers must be a non-negative integer or a list of them"),
+    ],
+)
+def test_what_is_wrong_is_named(hf, message):
+    with pytest.raises(ConfigError, match=message):
+        DecoderConfig.from_hf(hf)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_key_value_heads": 0}, r"num_key_value_heads must be positive, got 0"),
+        ({"dense_layers": (0,)}, r"layers \[0\] are dense, which needs intermediate_size"),
+    ],
+)
+def test_configs_made_by_hand_are_checked_too(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(DecoderConfig.from_hf(MIXTRAL), **fields)
