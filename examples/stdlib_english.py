@@ -1,8 +1,8 @@
 """Real English that ships with Python: pydoc topics and the docstrings of the standard library.
 
-`documents()` reads the running Python, so the text depends on its version and build; `sha256` of the corpus says whether
-two machines have the same. Sources are parsed with `ast` and never imported, except extension modules, whose docstrings
-exist nowhere else.
+`documents()` reads the running Python, so the text depends on its version and build; `sha256` of the corpus says
+whether two machines have the same. Sources are parsed with `ast` and never imported, except extension modules, whose
+docstrings exist nowhere else.
 """
 
 import ast
@@ -13,6 +13,7 @@ import re
 import sys
 import sysconfig
 import warnings
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,18 +22,24 @@ from typing import Literal
 
 # In every CPython build; optional extensions (readline, _sqlite3, _curses) would make the corpus depend on the machine.
 EXTENSION_MODULES = (
-    "builtins _abc _ast _asyncio _bisect _codecs _collections _contextvars _csv _datetime _decimal _elementtree _functools"
-    " _heapq _imp _io _json _locale _lsprof _operator _opcode _pickle _queue _random _signal _socket _sre _stat"
-    " _statistics _string _struct _thread _tracemalloc _typing _warnings _weakref _zoneinfo array atexit audioop binascii"
-    " cmath errno faulthandler fcntl gc grp itertools marshal math mmap posix pwd pyexpat resource select sys syslog time"
-    " unicodedata zlib"
-).split()
+    "builtins", "_abc", "_ast", "_asyncio", "_bisect", "_codecs", "_collections", "_contextvars", "_csv",
+    "_datetime", "_decimal", "_elementtree", "_functools", "_heapq", "_imp", "_io", "_json", "_locale", "_lsprof",
+    "_operator", "_opcode", "_pickle", "_queue", "_random", "_signal", "_socket", "_sre", "_stat", "_statistics",
+    "_string", "_struct", "_thread", "_tracemalloc", "_typing", "_warnings", "_weakref", "_zoneinfo", "array",
+    "atexit", "audioop", "binascii", "cmath", "errno", "faulthandler", "fcntl", "gc", "grp", "itertools", "marshal",
+    "math", "mmap", "posix", "pwd", "pyexpat", "resource", "select", "sys", "syslog", "time", "unicodedata", "zlib",
+)  # fmt: skip
 # Paragraphs shorter than this ("Examples:", "See base class.") repeat by nature and carry no content to leak.
 MIN_PARAGRAPH = 64
+# No held-out run of so many characters occurs in the training text.
+MAX_COPY = 64
 SHINGLE_WORDS = 8
 MAX_SHARED_SHINGLES = 0.5
 
-_COMMON_WORDS = frozenset("the a an of to is are in and or that for it not be with this as if by on from which".split())
+_COMMON_WORDS = frozenset((
+    "the", "a", "an", "of", "to", "is", "are", "in", "and", "or", "that", "for", "it", "not", "be", "with",
+    "this", "as", "if", "by", "on", "from", "which"
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,8 @@ def documents() -> list[Document]:
 def split(corpus: Iterable[Document], heldout_fraction: float = 0.05) -> tuple[list[Document], list[Document]]:
     """`(training, held-out)`, by whole document.
 
-    Within each kind, documents are taken in the order of their sha256 for as long as they fit into the fraction.
+    Within each kind, documents are held out in the order of their sha256 for as long as they fit into the fraction.
+    Training paragraphs that share a run of `MAX_COPY` characters with held-out text are then dropped.
     """
     corpus = list(corpus)
     budget = Counter()
@@ -76,7 +84,7 @@ def split(corpus: Iterable[Document], heldout_fraction: float = 0.05) -> tuple[l
         if fits:
             budget[document.kind] -= document.num_bytes
         (heldout if fits else training).append(document)
-    return training, heldout
+    return list(_without_copies(training, heldout)), heldout
 
 
 def sha256(corpus: Iterable[Document]) -> str:
@@ -85,24 +93,44 @@ def sha256(corpus: Iterable[Document]) -> str:
 
 
 def shared_with(training: Iterable[Document], heldout: Iterable[Document], length: int) -> float:
-    """The part of the held-out characters that lies in a substring of `length` characters occurring in training.
+    """The part of the held-out characters that lies in a run of `length` characters occurring in training.
 
     Whitespace is collapsed on both sides first, so that a different line wrap does not hide a copy.
     """
     seen = set()
     for document in training:
-        text = " ".join(document.text.split())
-        seen.update(hash(text[i : i + length]) for i in range(len(text) - length + 1))
+        seen.update(_runs(document.text, length))
     covered = total = 0
     for document in heldout:
-        text = " ".join(document.text.split())
         end = 0
-        for i in range(len(text) - length + 1):
-            if hash(text[i : i + length]) in seen:
-                covered += i + length - max(end, i)
-                end = i + length
-        total += len(text)
+        for start, run in enumerate(_runs(document.text, length)):
+            if run in seen:
+                covered += start + length - max(end, start)
+                end = start + length
+        total += len(" ".join(document.text.split()))
     return covered / max(total, 1)
+
+
+def _runs(text: str, length: int) -> Iterator[int]:
+    """Hashes of all runs of `length` characters, whitespace collapsed."""
+    text = " ".join(text.split())
+    return (hash(text[start : start + length]) for start in range(len(text) - length + 1))
+
+
+def _without_copies(training: Iterable[Document], heldout: Iterable[Document]) -> Iterator[Document]:
+    """Drops the paragraphs that have a part in a run of `MAX_COPY` characters of held-out text."""
+    held_runs = {run for document in heldout for run in _runs(document.text, MAX_COPY)}
+    for document in training:
+        copies = [start for start, run in enumerate(_runs(document.text, MAX_COPY)) if run in held_runs]
+        kept = []
+        start = 0  # of the paragraph, in the text with collapsed whitespace
+        for paragraph in document.text.split("\n\n"):
+            end = start + len(" ".join(paragraph.split()))
+            if bisect_left(copies, end) == bisect_left(copies, start - MAX_COPY + 1):
+                kept.append(paragraph)
+            start = end + 1
+        if kept:
+            yield Document(document.name, document.kind, "\n\n".join(kept))
 
 
 def _topics() -> Iterator[Document]:
@@ -127,7 +155,7 @@ def _modules() -> Iterator[Document]:
         docstrings = map(_clean, _docstrings(tree))
         # Docstrings of tests are often fixtures and doctests; of those only prose is wanted.
         texts = [text for text in docstrings if not is_test or _is_prose(text)]
-        yield Document(str(name), "test" if is_test else "module", "\n\n".join(texts))
+        yield Document(str(name), "test" if is_test else "module", "\n\n".join(dict.fromkeys(texts)))
 
 
 def _docstrings(tree: ast.Module) -> Iterator[str]:
@@ -135,9 +163,9 @@ def _docstrings(tree: ast.Module) -> Iterator[str]:
     pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if text := ast.get_docstring(node):
-                yield text
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and (text := ast.get_docstring(node)):
+            yield text
         pending.extend(reversed(list(ast.iter_child_nodes(node))))
 
 
@@ -148,13 +176,17 @@ def _extensions() -> Iterator[Document]:
         except ImportError:
             continue
         members = [module]
-        for _, value in sorted(vars(module).items()):
-            if isinstance(value, type):
-                members += [value, *(member for _, member in sorted(vars(value).items()))]
-            elif callable(value):
+        for value in _public_members(module):
+            if not isinstance(value, type):
                 members.append(value)
+            elif value.__module__.split(".")[0].strip("_") == name.strip("_"):  # not one that it only re-exports
+                members += [value, *_public_members(value)]
         texts = [_clean(inspect.cleandoc(doc)) for doc in map(_own_doc, members) if doc]
         yield Document(f"extension {name}", "extension", "\n\n".join(dict.fromkeys(texts)))
+
+
+def _public_members(owner: object) -> list[object]:
+    return [value for name, value in sorted(vars(owner).items()) if not name.startswith("__")]
 
 
 def _own_doc(member: object) -> str | None:
@@ -177,7 +209,7 @@ def _is_prose(text: str) -> bool:
 
 
 def _without_repeats(sources: Iterable[Document]) -> Iterator[Document]:
-    """Drops each paragraph of which an earlier one has most word shingles; longer documents come first and stay whole."""
+    """Drops paragraphs of which earlier ones have most word shingles; longer documents come first and stay whole."""
     order = {"topic": 0, "module": 1, "extension": 2, "test": 3}
     seen: set[tuple[str, ...]] = set()
     for document in sorted(sources, key=lambda document: (order[document.kind], -document.num_bytes, document.name)):
