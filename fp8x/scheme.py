@@ -106,16 +106,16 @@ class Scheme:
         """Whether scales are e8m0 bytes: such blocks may not be ragged."""
         return self.scale_dtype == E8M0
 
-    def block_of(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The block's extent in every dim of an array of `shape`.
+    def block_of(self, shape: Sequence[int], name: str = "array") -> tuple[int, ...]:
+        """The block's extent in every dim of an array of `shape`; `name` stands in errors.
 
         Raises:
             ShapeError: fewer dims than the block names.
         """
         if len(shape) < len(self.block):
             raise ShapeError(
-                f"shape {tuple(shape)} has {len(shape)} dims, but block {self.block} names {len(self.block)}; "
-                "give an array with at least as many dims"
+                f"{name}: shape {tuple(shape)} has {len(shape)} dims, but block {self.block} names {len(self.block)}; "
+                "give an array with as many dims or more, or a block that names fewer"
             )
         lead = len(shape) - len(self.block)
         # A whole dim of size 0 still has one (empty) block.
@@ -129,7 +129,7 @@ class Scheme:
 
     def check_shape(self, shape: Sequence[int], name: str = "array") -> None:
         """Raises ShapeError, naming the array, unless one of `shape` can be stored: MX blocks may not be ragged."""
-        extents = self.block_of(shape)
+        extents = self.block_of(shape, name)
         if self.is_mx:
             for axis, (n, b) in enumerate(zip(shape, extents)):
                 if n % b:
