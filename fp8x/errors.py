@@ -35,3 +35,11 @@ class DataError(Fp8xError):
 
 class BackendError(Fp8xError):
     """A backend that was asked for by name and cannot run the call."""
+
+
+def some(names: list[str]) -> str:
+    """A few of many names, and a verb."""
+    if len(names) == 1:
+        return f"{names[0]} is"
+    rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{', '.join(names[:4])}{rest} are"

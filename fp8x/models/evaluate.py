@@ -15,6 +15,7 @@ from fp8x.calibrate.data import tokenize
 from fp8x.errors import ConfigError, DataError
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
+from fp8x.nn.convert import check_calibrated
 
 DEFAULT_CONTEXT = 2048
 IGNORED = -1  # a target that counts nothing
@@ -67,12 +68,14 @@ def evaluate(
         DataError: nothing to predict; a document that is token ids; or ids beyond the vocabulary, which come from
             another model's tokenizer.
         ConfigError: the config names no token to begin with, and none is given.
+        CalibrationError: a layer's static activation scale is missing, or the layer is in calibration.
     """
     context = default_context(model.config) if context is None else context
     bos_id = first_token(model.config) if bos_id is None else bos_id
     if context < 1 or batch_size < 1:
         raise DataError(f"context {context} and batch_size {batch_size} do not fit; both have to be positive")
     documents = [_tokens(text, tokenizer, bos_id, model.config.vocab_size) for text in texts if text]
+    check_calibrated(model)
     tokens = sum(len(ids) - 1 for ids in documents)
     if not tokens:
         raise DataError(f"texts: {len(texts)} documents hold no token to predict")

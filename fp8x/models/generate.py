@@ -9,9 +9,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Int32, Key
 
-from fp8x.errors import CalibrationError, DataError
+from fp8x.errors import DataError
 from fp8x.models.decoder import Decoder
-from fp8x.nn.quantized import InputScale
+from fp8x.nn.convert import check_calibrated
 
 
 def generate(
@@ -41,7 +41,7 @@ def generate(
 
     Raises:
         DataError: an empty prompt, token ids outside the vocabulary, or an option out of range.
-        CalibrationError: a layer's static activation scale is missing.
+        CalibrationError: a layer's static activation scale is missing, or the layer is in calibration.
     """
     vocab_size = model.config.vocab_size
     prompt = _check_ids("ids", ids, vocab_size)
@@ -54,7 +54,7 @@ def generate(
     if top_k is not None and top_k < 1:
         raise DataError(f"top_k: {top_k} does not fit; use 1 or more, or None for all tokens")
     ends = _check_ids("eos_id", () if eos_id is None else eos_id, vocab_size).reshape(-1)
-    _check_calibrated(model)
+    check_calibrated(model)
     graphdef, state = nnx.split(model)
     return _generate(
         graphdef,
@@ -130,13 +130,3 @@ def _check_ids(name: str, ids, vocab_size: int) -> Int32[np.ndarray, "..."]:
     if bad := array[(array < 0) | (array >= vocab_size)].tolist():
         raise DataError(f"{name}: {bad[0]} is outside the model's vocabulary; use 0 to {vocab_size - 1}")
     return array.astype(np.int32)
-
-
-def _check_calibrated(model: Decoder) -> None:
-    # The layers look for themselves only outside jit, where scales have values.
-    for path, scale in nnx.to_flat_state(nnx.state(model, InputScale)):
-        if np.isnan(scale[...]).any():
-            raise CalibrationError(
-                f"{'.'.join(map(str, path))}: is not calibrated; run fp8x.calibrate(model, batches), or use a recipe "
-                "with dynamic activation scales"
-            )

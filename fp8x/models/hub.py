@@ -11,11 +11,12 @@ from jaxtyping import Array
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import CONFIG, Format, Reader, Writer, choose_format, format_of
 from fp8x.checkpoint.writer import DEFAULT_SHARD_BYTES
-from fp8x.errors import CalibrationError, CheckpointError
+from fp8x.errors import CheckpointError
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import Names, linear_names, param_names
-from fp8x.models.loading import Loader, flat, get, some
+from fp8x.models.loading import Loader, flat, get
+from fp8x.nn.convert import check_calibrated
 from fp8x.nn.quantized import QuantizedLayer
 from fp8x.recipe import Recipe, Rules, as_recipe
 
@@ -92,7 +93,7 @@ def save(
     if not config.hf:
         raise CheckpointError("model.config.hf: is empty; build the model's config with DecoderConfig.from_hf")
     layers = {path: get(model, path) for path in names}
-    _check_calibrated({path: layer for path, layer in layers.items() if isinstance(layer, QuantizedLayer)})
+    check_calibrated(model)
     # An `lm_head` that is tied is still a matrix to others, which must not look for its scales.
     recipes = {"lm_head": None} | {
         prefix: getattr(layer, "recipe", None) for path, layer in layers.items() for _, prefix in flat(names[path])
@@ -110,14 +111,6 @@ def save(
         for module_path, layer in layers.items():
             for name, array in _tensors(layer, names[module_path], writer_format):
                 writer.add(name, array)
-
-
-def _check_calibrated(layers: Mapping[str, QuantizedLayer]) -> None:
-    if calibrating := [path for path, layer in layers.items() if layer.is_calibrating or layer.recipe.observer]:
-        raise CalibrationError(f"model: {some(calibrating)} in calibration; end it with fp8x.calibrate, then save")
-    static = {path: layer.input_scale[...] for path, layer in layers.items() if layer.input_scale is not None}
-    if missing := [path for path, scale in static.items() if not np.isfinite(np.asarray(scale)).all()]:
-        raise CalibrationError(f"model: {some(missing)} not calibrated; run fp8x.calibrate(model, batches), then save")
 
 
 def _hf_config(model: Decoder, format: Format | None, recipes: Mapping[str, Recipe | None]) -> dict:

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from fp8x import numerics
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import Format, Reader
-from fp8x.errors import CheckpointError
+from fp8x.errors import CheckpointError, some
 from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import Names, linear_names, param_names
 from fp8x.nn.convert import set_module
@@ -180,11 +180,3 @@ def flat(names: Names, index: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int,
 def _weight_shape(module: nnx.Module) -> tuple[int, ...]:
     """`[..., N, K]`, as Hugging Face stores it."""
     return module.kernel.shape[::-1] if isinstance(module, nnx.Linear) else module.weight.shape
-
-
-def some(names: list[str]) -> str:
-    """A few of many names, and a verb."""
-    if len(names) == 1:
-        return f"{names[0]} is"
-    rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"{', '.join(names[:4])}{rest} are"

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
+import numpy as np
 from flax import nnx
 
-from fp8x.errors import RecipeError, RuleError
+from fp8x.errors import CalibrationError, RecipeError, RuleError, some
 from fp8x.nn.grouped import GroupedLinear
 from fp8x.nn.linear import Linear
 from fp8x.nn.quantized import QuantizedLayer
@@ -66,6 +67,23 @@ def _walk(node, path: tuple[str, ...], above: tuple) -> Iterator[tuple[str, nnx.
 def named_layers(model: nnx.Module) -> dict[str, QuantizedLayer]:
     """The quantized layers of a model, by path."""
     return {path: module for path, module in named_modules(model) if isinstance(module, QuantizedLayer)}
+
+
+def check_calibrated(model: nnx.Module) -> None:
+    """Looks before work for what a layer can tell only outside of jit.
+
+    Raises:
+        CalibrationError: layers that are in calibration, or whose static activation scale is missing, by name.
+    """
+    layers = named_layers(model)
+    if calibrating := [path for path, layer in layers.items() if layer.is_calibrating]:
+        raise CalibrationError(f"model: {some(calibrating)} in calibration; end it with fp8x.calibrate(model, batches)")
+    static = {path: layer.input_scale[...] for path, layer in layers.items() if layer.recipe.is_static}
+    if missing := [path for path, scale in static.items() if not np.isfinite(np.asarray(scale)).all()]:
+        raise CalibrationError(
+            f"model: {some(missing)} not calibrated; run fp8x.calibrate(model, batches), or use a recipe with dynamic "
+            "activation scales"
+        )
 
 
 def quantizable(model: nnx.Module) -> dict[str, nnx.Module]:

@@ -157,8 +157,8 @@ def _initial_scale(recipe: Recipe, weight: ScaledArray, given: Array | None) -> 
 
 
 def initial_weight(rngs: nnx.Rngs, shape: tuple[int, ...], scheme: Scheme) -> ScaledArray:
-    """A random weight `[..., K]`: truncated normal of variance 1/K, as `nnx.Linear` has it."""
+    """A random weight `[..., N, K]`: truncated normal of variance 1/K, as `nnx.Linear` has it."""
     scheme.check_shape(shape, "weight")
-    stddev = shape[-1] ** -0.5 if shape[-1] else 1.0
-    weight = nnx.initializers.truncated_normal(stddev)(rngs.params(), shape, jnp.float32)
+    init = nnx.initializers.lecun_normal(in_axis=-1, out_axis=-2, batch_axis=range(len(shape) - 2))
+    weight = init(rngs.params(), shape, jnp.float32)
     return numerics.quantize_weight(weight, scheme, name="weight", allow_nonfinite=True)

@@ -27,7 +27,7 @@ class UnquantizedGroupedLinear(nnx.Module):
         use_bias: whether each expert adds a bias.
         dtype: computation type; None takes the weight's.
         param_dtype: the weights' type.
-        rngs: the stream `params` initializes (truncated normal of variance 1/k).
+        rngs: the stream `params` initializes: normal of variance 1/k, cut off at two standard deviations.
 
     Attributes:
         weight: `nnx.Param`, `[E, *n, K]`, K-major as Hugging Face stores matrices.

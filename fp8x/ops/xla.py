@@ -12,9 +12,9 @@ from fp8x.ops.groups import row_groups
 from fp8x.ops.reference import as_float32, matmul
 from fp8x.pallas.schedule import TileTable, tile_table
 
-# Rows a tile: dequantizing an expert's matrix costs about as much as multiplying a few rows by it, so enough rows to
-# hide that, and few enough that E groups of a few rows do not mostly multiply padding.
-BLOCK_M = 128
+# Rows a tile: an expert's mean number of rows, so that an even load multiplies little padding, within these bounds.
+# Dequantizing a matrix costs about as much as multiplying 16 rows by it; 128 hide that.
+MIN_BLOCK_M, MAX_BLOCK_M = 16, 128
 
 
 def grouped_matmul(
@@ -44,12 +44,13 @@ def grouped_matmul_transposed(
 
 
 def _by_tile(multiply: Callable, x: Float[Array, "m k"], group_sizes, n: int, dtype) -> Float[Array, "m n"]:
-    """`multiply(rows [BLOCK_M, K], group) -> [BLOCK_M, n]` of one tile of rows after another."""
-    m = x.shape[0]
+    """`multiply(rows [block_m, K], group) -> [block_m, n]` of one tile of rows after another."""
+    m, e = x.shape[0], group_sizes.shape[0]
     if m == 0:
         return jnp.zeros((0, n), dtype)
-    tiles = tile_table(group_sizes, m, BLOCK_M)
-    rows = min(BLOCK_M, m)
+    block_m = min(max(-(-m // e), MIN_BLOCK_M), MAX_BLOCK_M)
+    tiles = tile_table(group_sizes, m, block_m)
+    rows = min(block_m, m)
 
     def tile(_, index):
         group, start, used = index
@@ -60,7 +61,7 @@ def _by_tile(multiply: Callable, x: Float[Array, "m k"], group_sizes, n: int, dt
         )
 
     _, out = jax.lax.scan(tile, None, (tiles.group, tiles.start, tiles.rows))
-    return _untile(out, tiles, group_sizes, m, BLOCK_M)
+    return _untile(out, tiles, group_sizes, m, block_m)
 
 
 def _expert(w: ScaledArray, e: Int[Array, ""]) -> ScaledArray:

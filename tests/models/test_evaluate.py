@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import fp8x
-from fp8x.errors import ConfigError, DataError
+from fp8x.errors import CalibrationError, ConfigError, DataError
 from fp8x.models import Decoder, DecoderConfig
 from fp8x.models import evaluate as module
 from fp8x.models.evaluate import default_context, evaluate, first_token
@@ -121,3 +121,9 @@ def test_default_context():
     sizes = {None: 2048, 64: 64, 131072: 2048}
     for given, expected in sizes.items():
         assert default_context(dataclasses.replace(CONFIG, hf={"max_position_embeddings": given})) == expected
+
+
+def test_an_uncalibrated_model_is_refused(tiny_checkpoint, byte_tokenizer):
+    model = fp8x.load(tiny_checkpoint, "e4m3_e4m3_bf16")
+    with pytest.raises(CalibrationError, match=r"layers.0.self_attn.q_proj, .* not calibrated; run fp8x.calibrate"):
+        evaluate(model, byte_tokenizer, ["text"])

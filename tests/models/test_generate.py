@@ -121,5 +121,5 @@ def test_what_does_not_fit_is_named(model, prompt, options, message):
 
 def test_an_uncalibrated_model_is_refused(qwen, ids):
     model = fp8x.quantize_model(nnx.clone(qwen.model), "e4m3_e4m3_bf16")
-    with pytest.raises(CalibrationError, match=r"layers.0.mlp.down_proj.input_scale: is not calibrated; run fp8x"):
+    with pytest.raises(CalibrationError, match=r"layers.0.mlp.down_proj.* not calibrated; run fp8x"):
         generate(model, ids, max_new_tokens=4)
