@@ -82,7 +82,7 @@ def test_round_trip_of_every_recipe(tmp_path, code):
     model = hub.load(MIXTRAL, code)
     recipe = fp8x.RECIPES[code]
     if recipe.observer:
-        with pytest.raises(CalibrationError, match=r"layers.0.self_attn.q_proj, .* more are in calibration"):
+        with pytest.raises(CalibrationError, match=r"layers.0.mlp.w13, .* more are in calibration"):
             hub.save(model, tmp_path / "calibrating")
     calibrated(model)
     held = [name for name, format in FORMATS.items() if format.objection([recipe]) is None]
