@@ -3,7 +3,7 @@
 In two steps, since those packages live in an environment of their own (torch, transformers 5, compressed-tensors 0.20,
 accelerate). The first writes checkpoints, dequantized weights and logits; the second compares and prints a table:
 
-    uv run python tests/goldens/check_with_compressed_tensors.py write DIR
+    python tests/goldens/check_with_compressed_tensors.py write DIR
     python tests/goldens/check_with_compressed_tensors.py check DIR
 
 `dense` is a Qwen3-MoE whose layers are all dense: compressed-tensors runs it with quantized activations. Its logits
