@@ -86,7 +86,7 @@ def test_tokenizer_loses_nothing(heldout):
 
 
 def test_it_has_learned_english(report, heldout):
-    assert report["bits_per_byte"] < 0.85 * report["xz_bits_per_byte"]
+    assert report["bits_per_byte"] < 0.9 * report["xz_bits_per_byte"]
     model = fp8x.load(CHECKPOINT)
     tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
     result = evaluate(model, tokenizer, heldout[:12])
