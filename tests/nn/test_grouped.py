@@ -1,0 +1,210 @@
+"""`fp8x.nn.GroupedLinear` against float64, for every recipe."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import metric
+import numpy as np
+import pytest
+from flax import nnx
+from metric import as_bits, assert_close, float64
+from shapes import GROUPED, Shape, fits, operands, quantize
+
+import fp8x
+from fp8x import numerics
+from fp8x.errors import CalibrationError, RecipeError, ShapeError
+from fp8x.nn.grouped import merge_rows
+from fp8x.nn.unquantized import UnquantizedGroupedLinear
+from fp8x.ops.groups import row_mask
+from fp8x.scheme import Scheme
+
+CODES = list(fp8x.RECIPES)
+forward = nnx.jit(lambda layer, x, sizes: layer(x, sizes))
+MIXED = Shape((1, 63, 0, 64, 65), 96, 160, spare=3)
+
+
+def layer_of(shape, code, *, parts=None, use_bias=True) -> fp8x.nn.GroupedLinear:
+    """A layer `[E, N, K]` (or `[E, parts, N, K]`), with a static scale where it has one."""
+    n = shape.n if parts is None else (parts, shape.n)
+    source = UnquantizedGroupedLinear(len(shape.group_sizes), shape.k, n, use_bias=use_bias, rngs=nnx.Rngs(0))
+    if parts:  # matrices of very different magnitude show whose scale is whose
+        source.weight[...] *= 100.0 ** jnp.arange(parts)[:, None, None]
+    if use_bias:
+        source.bias[...] = jax.random.normal(jax.random.key(1), source.bias.shape)
+    layer = fp8x.nn.GroupedLinear.from_unquantized(source, code)
+    if layer.recipe.is_static and not layer.is_calibrating and layer.recipe.activation.scale_rule != "unit":
+        layer.input_scale[...] = jnp.full_like(layer.input_scale[...], 0.05)
+    return layer
+
+
+def inputs(shape, dtype=jnp.bfloat16):
+    given = operands(shape, Scheme("e4m3", block=(None, None)), dtype=dtype)
+    return given.x, given.group_sizes
+
+
+def expected(layer, x, sizes) -> np.ndarray:
+    """The product in float64, of what the recipe says is multiplied."""
+    activation = layer.recipe.activation
+    if activation is not None:
+        x = jnp.where(row_mask(sizes, x.shape[0])[:, None], x, 0)
+        is_given = layer.recipe.is_static and not layer.is_calibrating
+        x = numerics.quantize_with_scale(x, layer.input_scale[...], activation) if is_given else quantize(x, activation)
+    bias = None if layer.bias is None else layer.bias[...]
+    return metric.grouped_matmul(x, layer.quantized_weight, sizes.tolist(), bias)
+
+
+@pytest.mark.parametrize(("index", "code"), enumerate(CODES), ids=str)
+def test_every_recipe_in_jit(index, code):
+    recipe = fp8x.recipe(code)
+    shapes = [shape for shape in (*GROUPED, MIXED) if fits(shape, recipe.weight)]
+    shape = shapes[index % len(shapes)]
+    layer = layer_of(shape, code, parts=2 if index % 3 else None, use_bias=index % 2 == 0)
+    x, sizes = inputs(shape, recipe.out_dtype)
+    truth = expected(layer, x, sizes)
+    y = forward(layer, x, sizes)
+    assert y.dtype == recipe.out_dtype and y.shape == (shape.m, *layer.weight.shape[1:-1])
+    assert_close(y, truth)
+    assert not np.any(y[shape.m - shape.spare :])
+
+
+@pytest.mark.parametrize("n", [96, 128, 192, 256])
+def test_gate_and_up_have_scales_of_their_own(n):
+    """128-blocks: rows of 96 and 192 do not merge with those of the next matrix, 128 and 256 do."""
+    shape = Shape((2, 0, 5), n, 160)
+    layer = layer_of(shape, "fp8_e4m3fn_bf16_block_scale", parts=2)
+    assert (merge_rows(layer.quantized_weight) is None) == (n % 128 != 0)
+    x, sizes = inputs(shape)
+    y = layer(x, sizes)
+    truth = expected(layer, x, sizes)
+    for part in range(2):  # an error in the small matrix drowns beside the large one
+        assert_close(y[:, part], truth[:, part])
+
+
+@pytest.mark.parametrize("block", [(None, None), (1, None), (1, 32), (32, 32), (2, None, 64)], ids=str)
+def test_merged_rows_are_the_parts(block):
+    shape = Shape((3, 0, 4, 1), 96, 160)
+    layer = layer_of(shape, fp8x.Recipe(Scheme("e4m3", block=block)), parts=2)
+    merged = merge_rows(layer.quantized_weight)
+    assert merged.shape == (4, 192, 160)
+    np.testing.assert_array_equal(float64(merged).reshape(4, 2, 96, 160), float64(layer.quantized_weight))
+    x, sizes = inputs(shape)
+    truth = expected(layer, x, sizes)
+    y = layer(x, sizes)
+    for part in range(2):
+        assert_close(y[:, part], truth[:, part])
+
+
+def test_one_scale_across_experts():
+    shape = Shape((3, 2), 64, 96)
+    recipe = fp8x.Recipe(Scheme("e4m3", block=(None, None, None)))
+    layer = layer_of(shape, recipe, parts=2)
+    assert layer.weight_scale.shape == (1, 2, 1, 1)
+    layer = layer_of(shape, recipe)
+    assert layer.weight_scale.shape == (1, 1, 1)
+    x, sizes = inputs(shape)
+    assert_close(layer(x, sizes), expected(layer, x, sizes))
+
+
+def test_a_row_alone_is_the_row_in_a_batch():
+    shape = Shape((1, 63, 65), 72, 160)
+    layer = layer_of(shape, "mxfp8_mxfp8_bf16")
+    x, sizes = inputs(shape)
+    y = layer(x, sizes)
+    for row, group in [(0, 0), (63, 1), (128, 2)]:
+        alone = layer(x[row : row + 1], jnp.zeros(3, jnp.int32).at[group].set(1))
+        assert_close(alone[0], float64(y[row]))
+
+
+def test_vmap():
+    shape = Shape((2, 0, 3), 32, 64)
+    layer = layer_of(shape, "e4m3_e4m3_bf16_dynamic", parts=2)
+    x, sizes = inputs(shape)
+    y = jax.vmap(layer)(jnp.stack([x, -x]), jnp.stack([sizes, sizes[::-1]]))
+    assert_close(y[0], float64(layer(x, sizes)))
+    assert_close(y[1], float64(layer(-x, sizes[::-1])))
+
+
+class TestCalibration:
+    CODE = "fp8_e4m3fn_bf16_block_scale_static_activation_max_calibrate"
+
+    def test_is_inference_with_the_running_scale(self):
+        layer = layer_of(MIXED, self.CODE, parts=2)
+        x, sizes = inputs(MIXED)
+        observed = forward(layer, x, sizes)
+        layer.finish_calibration()
+        np.testing.assert_array_equal(forward(layer, x, sizes), observed)
+
+    def test_rows_past_the_groups_enter_no_amax_and_tokens_are_counted_by_expert(self):
+        layer = layer_of(MIXED, self.CODE)
+        x, sizes = inputs(MIXED, jnp.float32)
+        layer(x.at[-1].set(1e6), sizes)
+        rows = np.abs(x[: -MIXED.spare])
+        np.testing.assert_array_equal(layer.amax[...], [[rows[:, :128].max(), rows[:, 128:].max()]])
+        layer(x[:4], jnp.asarray([0, 0, 4, 0, 0]))
+        assert layer.tokens[...].tolist() == [1, 63, 4, 64, 65]
+
+    def test_uncalibrated(self):
+        shape = Shape((2, 1), 32, 64)
+        layer = fp8x.nn.GroupedLinear(2, 64, 32, recipe="e4m3_e4m3_bf16", rngs=nnx.Rngs(0))
+        x, sizes = inputs(shape)
+        with pytest.raises(CalibrationError, match=r"the layer \[64 -> 32\] is not calibrated"):
+            layer(x, sizes)
+        assert np.isnan(float64(forward(layer, x, sizes))).all()
+
+
+class TestFromUnquantized:
+    def test_every_expert_is_quantized_by_itself(self):
+        source = UnquantizedGroupedLinear(3, 160, (2, 72), use_bias=True, rngs=nnx.Rngs(0))
+        layer = fp8x.nn.GroupedLinear.from_unquantized(source, "e4m3_e4m3_bf16")
+        for index in np.ndindex(3, 2):
+            q = quantize(source.weight[index], layer.recipe.weight)
+            np.testing.assert_array_equal(as_bits(layer.weight[index]), as_bits(q.data))
+            np.testing.assert_array_equal(layer.weight_scale[index], q.scale)
+        np.testing.assert_array_equal(layer.bias[...], source.bias[...])
+
+    def test_errors_name_the_path(self):
+        source = UnquantizedGroupedLinear(2, 48, 8, rngs=nnx.Rngs(0))
+        with pytest.raises(ShapeError, match=r"mlp\.w2: dim 2 of shape \(2, 8, 48\) is 48, which 32 does not divide"):
+            fp8x.nn.GroupedLinear.from_unquantized(source, "mxfp8_bf16", name="mlp.w2")
+        source.weight[...] = source.weight[...].at[1, 2, 3].set(jnp.inf)
+        with pytest.raises(ShapeError, match=r"mlp\.w2: holds 1 NaN or Inf"):
+            fp8x.nn.GroupedLinear.from_unquantized(source, "e4m3_bf16", name="mlp.w2")
+
+
+def test_unquantized_layer_is_the_product_in_float64():
+    for shape in (GROUPED[2], GROUPED[6]):
+        source = UnquantizedGroupedLinear(len(shape.group_sizes), shape.k, shape.n, use_bias=True, rngs=nnx.Rngs(0))
+        source.bias[...] += 1
+        x, sizes = inputs(shape, jnp.float32)
+        x = jnp.nan_to_num(x)
+        y = source(x, sizes)
+        assert_close(y, metric.grouped_matmul(x, source.weight[...], shape.group_sizes, source.bias[...]))
+
+
+WEIGHT = fp8x.quantize(jnp.ones((2, 8, 64)), Scheme("e4m3", block=(None, None)))
+
+
+@pytest.mark.parametrize(
+    ("weight", "options", "error", "match"),
+    [
+        (WEIGHT, dict(bias=jnp.ones((2, 7))), ShapeError, r"weight \(2, 8, 64\) and bias \(2, 7\) do not fit"),
+        (fp8x.quantize(jnp.ones((8, 64)), WEIGHT.scheme), {}, ShapeError, r"use \[E, N, K\] and \[E, N\]"),
+        (WEIGHT, dict(recipe="e4m3_bf16"), RecipeError, "it is stored in e4m3 ·×· f32, but the recipe's"),
+        (WEIGHT, dict(input_scale=jnp.ones((2, 1))), ShapeError, r"input_scale: float32\[2, 1\] does not fit"),
+    ],
+)
+def test_from_arrays_refuses_what_does_not_fit(weight, options, error, match):
+    with pytest.raises(error, match=match):
+        fp8x.nn.GroupedLinear.from_arrays(weight, **(dict(recipe="e4m3_e4m3_bf16") | options))
+
+
+def test_what_a_layer_does_not_take():
+    layer = fp8x.nn.GroupedLinear(2, 64, 32, recipe="e4m3_e4m3_bf16_max_calibrate", rngs=nnx.Rngs(0))
+    with pytest.raises(ShapeError, match=r"x: shape is \(3, 32\), but the layer takes \[M, 64\]"):
+        layer(jnp.ones((3, 32)), jnp.asarray([1, 2]))
+    with pytest.raises(ShapeError, match=r"group_sizes: shape is \(3,\), but the weights hold 2 experts"):
+        layer(jnp.ones((3, 64)), jnp.asarray([1, 1, 1]))
+    assert not layer.tokens[...].any()
+    other = dataclasses.replace(layer.recipe, weight=Scheme("e4m3", block=(1, 32)))
+    assert fp8x.nn.GroupedLinear(2, 40, 8, recipe=other, rngs=nnx.Rngs(0)).weight_scale.shape == (2, 8, 2)

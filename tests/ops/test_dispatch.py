@@ -1,0 +1,137 @@
+"""Which kernel a call takes: by support, by name, inside jit; and what `explain` says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import fp8x
+from fp8x import ops
+from fp8x.errors import BackendError
+from fp8x.ops import dispatch, xla
+from fp8x.scheme import mx, per_row, per_tensor
+
+X = jnp.ones((4, 64), jnp.bfloat16)
+TOKEN = per_row()
+W = fp8x.quantize(jnp.ones((8, 64)), per_row())
+
+
+@pytest.fixture
+def doubling(monkeypatch):
+    """A kernel before XLA's that takes per-token activations only, and gives itself away by a factor of two."""
+
+    def unsupported(call: dispatch.Call) -> str | None:
+        return None if call.x == per_row() else f"takes per-token activations, not {call.x}"
+
+    def run(*arguments):
+        return 2 * xla.matmul(*arguments)
+
+    kernel = dispatch.Kernel("matmul", "sm90_doubling", "mosaic_gpu", unsupported, run)
+    monkeypatch.setattr(dispatch, "KERNELS", (kernel, *dispatch.KERNELS))
+
+
+def call(x=X, activation=TOKEN):
+    return ops.matmul(x, W, activation=activation)
+
+
+def test_the_first_kernel_that_supports_a_call(doubling):
+    np.testing.assert_array_equal(call(), np.full((4, 8), 128))
+    np.testing.assert_array_equal(call(activation=None), np.full((4, 8), 64))
+
+
+def test_a_backend_asked_for(doubling):
+    with fp8x.backend("xla"):
+        np.testing.assert_array_equal(call(), np.full((4, 8), 64))
+        with fp8x.backend("mosaic_gpu"):
+            np.testing.assert_array_equal(call(), np.full((4, 8), 128))
+        np.testing.assert_array_equal(call(), np.full((4, 8), 64))
+    np.testing.assert_array_equal(call(), np.full((4, 8), 128))
+
+
+def test_compiled_functions_follow_the_context(doubling):
+    compiled = jax.jit(call)
+    results = [compiled(X)]
+    with fp8x.backend("xla"):
+        results.append(compiled(X))
+    results.append(compiled(X))
+    assert [int(y[0, 0]) for y in results] == [128, 64, 128]
+    assert compiled._cache_size() <= 2
+
+
+def test_a_backend_that_cannot_run_the_call_says_why(doubling):
+    with (
+        fp8x.backend("mosaic_gpu"),
+        pytest.raises(BackendError, match="sm90_doubling: takes per-token activations, not bfloat16; xla_matmul"),
+    ):
+        call(activation=None)
+
+
+def test_a_backend_without_kernels():
+    with fp8x.backend("mosaic_gpu"), pytest.raises(BackendError, match="no kernel of backend 'mosaic_gpu' runs matmul"):
+        call()
+
+
+def test_unknown_names(monkeypatch):
+    with pytest.raises(BackendError, match="backend: 'triton' is unknown; use one of 'xla', 'mosaic_gpu'"):
+        fp8x.backend("triton").__enter__()
+    monkeypatch.setenv("FP8X_BACKEND", "cuda")
+    with pytest.raises(BackendError, match="FP8X_BACKEND: 'cuda' is unknown; use one of 'xla', 'mosaic_gpu'"):
+        call()
+
+
+def test_environment_variable(doubling, monkeypatch):
+    monkeypatch.setenv("FP8X_BACKEND", "xla")
+    np.testing.assert_array_equal(call(), np.full((4, 8), 64))
+    with fp8x.backend("mosaic_gpu"):  # the context is nearer
+        np.testing.assert_array_equal(call(), np.full((4, 8), 128))
+    monkeypatch.setenv("FP8X_BACKEND", "")
+    np.testing.assert_array_equal(call(), np.full((4, 8), 128))
+
+
+def test_the_context_ends_with_an_error(doubling):
+    with pytest.raises(RuntimeError), fp8x.backend("xla"):
+        raise RuntimeError
+    np.testing.assert_array_equal(call(), np.full((4, 8), 128))
+
+
+class TestExplain:
+    def test_names_kernels_in_order_and_reasons(self, doubling):
+        def two(x):
+            return call(x) + call(x, None)
+
+        first, second = ops.explain(two, X)
+        assert (first.kernel, first.rejected) == ("sm90_doubling", ())
+        assert second.kernel == "xla_matmul"
+        assert second.rejected == (("sm90_doubling", "takes per-token activations, not bfloat16"),)
+        assert str(second).splitlines() == [
+            "matmul [4, 64] x [8, 64]: bfloat16 by e4m3 1×· f32 -> bfloat16: xla_matmul",
+            "  not sm90_doubling: takes per-token activations, not bfloat16",
+        ]
+
+    def test_respects_a_backend(self, doubling):
+        with fp8x.backend("xla"):
+            (choice,) = ops.explain(call, X)
+        assert choice.rejected == (("sm90_doubling", "backend 'xla' was asked for"),)
+
+    def test_sees_through_functions_that_are_compiled_already(self):
+        compiled = jax.jit(call)
+        compiled(X)
+        assert len(ops.explain(compiled, X)) == len(ops.explain(compiled, X)) == 1
+
+    def test_runs_nothing(self, compilations):
+        x = jax.ShapeDtypeStruct((7, 96), jnp.float16)
+        w = jax.eval_shape(lambda: fp8x.quantize(jnp.ones((8, 96)), mx()))
+        (choice,) = ops.explain(lambda x, w: ops.matmul(x, w, activation=per_tensor()), x, w)
+        assert str(choice.call) == "matmul [7, 96] x [8, 96]: e4m3 ·×· f32 by e4m3 1×32 e8m0 -> float16"
+        assert not compilations
+
+    def test_layers(self):
+        moe = fp8x.nn.MoE(64, 32, 4, 2, recipe="mxfp8_mxfp8_bf16", rngs=nnx.Rngs(0))
+        names = [choice.kernel for choice in ops.explain(moe, X)]
+        assert names == ["xla_grouped_matmul", "xla_grouped_matmul"]
+
+    def test_a_layer_in_calibration_as_an_argument(self):
+        layer = fp8x.nn.Linear(64, 8, recipe="e4m3_e4m3_bf16_max_calibrate", rngs=nnx.Rngs(0))
+        assert len(ops.explain(lambda layer, x: layer(x), layer, X)) == 1
+        assert not np.any(layer.amax[...])
