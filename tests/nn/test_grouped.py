@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from metric import as_bits, assert_close, float64
-from shapes import GROUPED, Shape, fits, operands, quantize
+from shapes import GROUPED, Shape, operands, quantize
 
 import fp8x
 from fp8x import numerics
@@ -22,6 +22,8 @@ from fp8x.scheme import Scheme
 CODES = list(fp8x.RECIPES)
 forward = nnx.jit(lambda layer, x, sizes: layer(x, sizes))
 MIXED = Shape((1, 63, 0, 64, 65), 96, 160, spare=3)
+HOT = Shape((0, 0, 130, 0, 0), 96, 160)
+NO_ROWS = Shape((0, 0, 0, 0, 0), 96, 160)
 
 
 def layer_of(shape, code, *, parts=None, use_bias=True) -> fp8x.nn.GroupedLinear:
@@ -54,11 +56,10 @@ def expected(layer, x, sizes) -> np.ndarray:
     return metric.grouped_matmul(x, layer.quantized_weight, sizes.tolist(), bias)
 
 
-@pytest.mark.parametrize(("index", "code"), enumerate(CODES), ids=str)
+@pytest.mark.parametrize(("index", "code"), list(enumerate(CODES)), ids=str)
 def test_every_recipe_in_jit(index, code):
     recipe = fp8x.recipe(code)
-    shapes = [shape for shape in (*GROUPED, MIXED) if fits(shape, recipe.weight)]
-    shape = shapes[index % len(shapes)]
+    shape = (MIXED, HOT, NO_ROWS)[index % 5 % 3]
     layer = layer_of(shape, code, parts=2 if index % 3 else None, use_bias=index % 2 == 0)
     x, sizes = inputs(shape, recipe.out_dtype)
     truth = expected(layer, x, sizes)

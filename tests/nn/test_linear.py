@@ -43,7 +43,7 @@ def expected(layer, x) -> np.ndarray:
     return metric.matmul(x, layer.quantized_weight, None if layer.bias is None else layer.bias[...])
 
 
-@pytest.mark.parametrize(("index", "code"), enumerate(CODES), ids=str)
+@pytest.mark.parametrize(("index", "code"), list(enumerate(CODES)), ids=str)
 def test_every_recipe_in_jit(index, code):
     layer = layer_of(code, use_bias=index % 2 == 0)
     x = inputs(ROWS[index % len(ROWS)], layer.recipe.out_dtype)

@@ -92,7 +92,7 @@ def test_unquantized_is_the_dense_mixture(options):
     assert_close(y, dense(moe, x), tolerance=1e-6)
 
 
-@pytest.mark.parametrize(("index", "code"), enumerate(CODES), ids=str)
+@pytest.mark.parametrize(("index", "code"), list(enumerate(CODES)), ids=str)
 def test_every_recipe_in_jit(index, code):
     moe = moe_of(code, use_bias=index % 2 == 0, intermediate=(96, 192)[index // 2 % 2])
     dtype = moe.w13.recipe.out_dtype
