@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fp8x import numerics
-from fp8x.errors import CalibrationError, DataError
+from fp8x.errors import CalibrationError, DataError, some
 from fp8x.nn.convert import named_layers
 from fp8x.nn.quantized import Amax, QuantizedLayer, TokenCount
 
@@ -86,7 +86,7 @@ def calibrate(model: nnx.Module, batches: Iterable, mesh=None) -> CalibrationRep
         count = _observe(model, batches)
         idle = [path for path, layer in layers.items() if not np.asarray(layer.amax[...]).any()]
         if idle:
-            raise CalibrationError(f"{', '.join(idle)}: saw no activation other than zero; give more or other data")
+            raise CalibrationError(f"model: {some(idle)} fed nothing but zeros; give more or other data")
         found = {path: _statistics(layer) for path, layer in layers.items()}
     except BaseException:
         for layer in layers.values():

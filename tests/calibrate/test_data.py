@@ -132,7 +132,7 @@ def test_pack_lays_documents_end_to_end(byte_tokenizer):
     rows = pack([[1, 2, 3], [4, 5, 6]], byte_tokenizer, 3, 8, seed=0, bos_id=BOS)
     assert rows.dtype == np.int32 and rows.shape == (2, 3)
     documents = [[BOS, 1, 2, 3], [BOS, 4, 5, 6]]
-    assert rows.ravel().tolist() in [sum(d, [])[:6] for d in (documents, documents[::-1])]
+    assert rows.ravel().tolist() in [[*a, *b][:6] for a, b in (documents, documents[::-1])]
 
 
 def test_pack_of_less_than_a_row_is_a_shorter_row(byte_tokenizer):

@@ -10,7 +10,7 @@ from fp8x.nn.convert import named_layers
 
 
 class Mlp(nnx.Module):
-    """Two linears and a mixture of experts, of which the router sends every token with a positive first feature to 0."""
+    """Two linears around a mixture of experts."""
 
     def __init__(self, rngs):
         self.up = nnx.Linear(32, 64, rngs=rngs)
@@ -127,7 +127,7 @@ def test_a_layer_that_sees_zeros_is_named_and_the_old_scales_stay():
     m = model()
     fp8x.calibrate(m, batches())
     before = m.up.input_scale[...]
-    with pytest.raises(CalibrationError, match="up, moe.w13, moe.w2, down: saw no activation other than zero"):
+    with pytest.raises(CalibrationError, match=r"up, moe.w13, moe.w2, down are fed nothing but zeros"):
         fp8x.calibrate(m, [jnp.zeros((4, 32))])
     np.testing.assert_array_equal(m.up.input_scale[...], before)
     assert not m.up.is_calibrating
