@@ -35,7 +35,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 from stdlib_english import Document, documents, sha256, shared_with, split
-from tokenizers import Tokenizer, pre_tokenizers, trainers
+from tokenizers import Tokenizer, pre_tokenizers, processors, trainers
 from tokenizers import decoders as token_decoders
 from tokenizers import models as token_models
 
@@ -124,6 +124,9 @@ def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{SEPARATOR} $A", special_tokens=[(SEPARATOR, SEPARATOR_ID)]
+    )
     return tokenizer
 
 
@@ -384,7 +387,7 @@ def main() -> None:
     xz = xz_bits_per_byte(training_texts, heldout_texts)
     tokenizer = train_tokenizer(training_texts)
     training_ids, heldout_ids = [
-        [[SEPARATOR_ID, *tokenizer.encode(text).ids] for text in texts] for texts in (training_texts, heldout_texts)
+        [tokenizer.encode(text).ids for text in texts] for texts in (training_texts, heldout_texts)
     ]
     for text, ids in zip(heldout_texts, heldout_ids, strict=True):
         if tokenizer.decode(ids[1:]) != text:
