@@ -16,6 +16,9 @@ from fp8x.array import ScaledArray
 from fp8x.errors import ShapeError
 from fp8x.scheme import ELEMENTS, MIN_SCALE, Scheme
 
+# The fields of a float32, as int32.
+_SIGN, _EXPONENT, _MANTISSA = np.int32(-(2**31)), np.int32(0x7F800000), np.int32(0x007FFFFF)
+
 
 def quantize(x: Float[Array, "..."], scheme: Scheme, *, name: str = "x") -> ScaledArray:
     """Quantizes `x` by the amax of its own blocks.
@@ -39,9 +42,8 @@ def quantize_with_scale(x: Float[Array, "..."], scale: Float[Array, "..."], sche
     """
     # The invariants, before anything is computed from a scale that does not meet them.
     ScaledArray(jax.ShapeDtypeStruct(x.shape, scheme.dtype), scale, scheme)
-    inverse = _expand(_inverse(scale), x.shape, scheme)
     limit = np.float32(scheme.max)
-    data = jnp.clip(_float32(x) * inverse, -limit, limit).astype(scheme.dtype)
+    data = jnp.clip(_divided(x, scale, scheme), -limit, limit).astype(scheme.dtype)
     return ScaledArray(data, scale, scheme)
 
 
@@ -95,11 +97,12 @@ def block_amax(x: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
     """The largest finite magnitude of every block, float32, in the shape of the scales. 0 for an empty block."""
     blocks = scheme.block_of(x.shape)
     counts = scheme.scale_shape(x.shape)
-    x = _float32(x)
-    x = jnp.where(jnp.isfinite(x), jnp.abs(x), np.float32(0.0))
-    x = jnp.pad(x, [(0, c * b - n) for n, b, c in zip(x.shape, blocks, counts)])
-    x = x.reshape([extent for pair in zip(counts, blocks) for extent in pair])
-    return jnp.max(x, axis=tuple(range(1, x.ndim, 2)), initial=np.float32(0.0))
+    # Magnitudes compare like their bits, and as integers XLA does not flush the subnormal ones.
+    bits = jax.lax.bitcast_convert_type(_float32(x), jnp.int32) & ~_SIGN
+    bits = jnp.where(bits < _EXPONENT, bits, 0)
+    bits = jnp.pad(bits, [(0, c * b - n) for n, b, c in zip(bits.shape, blocks, counts)])
+    bits = bits.reshape([extent for pair in zip(counts, blocks) for extent in pair])
+    return jax.lax.bitcast_convert_type(jnp.max(bits, axis=tuple(range(1, bits.ndim, 2)), initial=0), jnp.float32)
 
 
 def compute_scale(amax: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
@@ -120,13 +123,13 @@ def compute_scale(amax: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..
         # Adding all ones below the exponent carries into it unless the mantissa is zero: the next power of two.
         bits = (bits + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000)
         scale = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    return jnp.where(amax == 0, np.float32(1.0), scale)
+    return jnp.where(jax.lax.bitcast_convert_type(amax, jnp.int32) == 0, np.float32(1.0), scale)
 
 
 def _e8m0_scale(amax: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
     element = ELEMENTS[scheme.element]
-    bits = jax.lax.bitcast_convert_type(amax, jnp.uint32).astype(jnp.int32)
-    exponent, mantissa = bits >> 23, bits & 0x7FFFFF
+    bits = jax.lax.bitcast_convert_type(amax, jnp.int32)
+    exponent, mantissa = bits >> 23, bits & _MANTISSA
     beyond = {
         "floor": jnp.zeros_like(mantissa),
         "rceil": mantissa > _mantissa_field(element.max_mantissa),
@@ -173,6 +176,19 @@ def _float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """
     mantissa_bits = min(jnp.finfo(x.dtype).nmant, jnp.finfo(jnp.float32).nmant)
     return jax.lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=mantissa_bits)
+
+
+def _divided(x: Float[Array, "..."], scale: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
+    """`x * 1/scale` in float32.
+
+    XLA flushes a subnormal `x` on CPU. So it enters by its mantissa, `m * 2^-23`, and the scale takes the 2^-126.
+    """
+    x, inverse = _float32(x), _expand(_inverse(scale), x.shape, scheme)
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    is_subnormal = (bits & _EXPONENT) == 0
+    mantissa = (bits & _MANTISSA).astype(jnp.float32) * np.float32(2.0**-23)
+    x = jnp.where(is_subnormal, jnp.where(bits < 0, -mantissa, mantissa), x)
+    return x * jnp.where(is_subnormal, inverse * np.float32(2.0**-126), inverse)
 
 
 def _expand(scale: Float[Array, "..."], shape: Sequence[int], scheme: Scheme) -> Float[Array, "..."]:
