@@ -8,10 +8,13 @@ import numpy as np
 from jax import Array
 
 import fp8x
+from fp8x import numerics
 from fp8x.array import ScaledArray
 from fp8x.scheme import Scheme
 
-quantize = jax.jit(fp8x.quantize, static_argnames="scheme")  # one compilation a shape, where eager has a dozen
+# Compiled: one compilation a shape, where eager execution has a dozen.
+quantize = jax.jit(fp8x.quantize, static_argnames="scheme")
+quantize_with_scale = jax.jit(numerics.quantize_with_scale, static_argnames="scheme")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`fp8x.nn.GroupedLinear` against float64, for every recipe."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from metric import as_bits, assert_close, float64
-from shapes import GROUPED, Shape, operands, quantize
+from shapes import GROUPED, Shape, operands, quantize, quantize_with_scale
 
 import fp8x
-from fp8x import numerics
 from fp8x.errors import CalibrationError, RecipeError, ShapeError
 from fp8x.nn.grouped import merge_rows
 from fp8x.nn.unquantized import UnquantizedGroupedLinear
@@ -26,15 +26,23 @@ HOT = Shape((0, 0, 130, 0, 0), 96, 160)
 NO_ROWS = Shape((0, 0, 0, 0, 0), 96, 160)
 
 
+def source_of(shape, *, parts=None, use_bias=True) -> UnquantizedGroupedLinear:
+    """A layer with random weights from numpy: XLA takes long to compile a truncated normal."""
+    n = shape.n if parts is None else (parts, shape.n)
+    make = functools.partial(UnquantizedGroupedLinear, len(shape.group_sizes), shape.k, n, use_bias=use_bias)
+    source, rng = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))), np.random.default_rng(0)
+    weight = rng.normal(size=source.weight.shape) * shape.k**-0.5
+    if parts:  # matrices of very different magnitude show whose scale is whose
+        weight *= 100.0 ** np.arange(parts)[:, None, None]
+    source.weight.set_value(jnp.asarray(weight, jnp.float32))
+    if use_bias:
+        source.bias.set_value(jnp.asarray(rng.normal(size=source.bias.shape), jnp.float32))
+    return source
+
+
 def layer_of(shape, code, *, parts=None, use_bias=True) -> fp8x.nn.GroupedLinear:
     """A layer `[E, N, K]` (or `[E, parts, N, K]`), with a static scale where it has one."""
-    n = shape.n if parts is None else (parts, shape.n)
-    source = UnquantizedGroupedLinear(len(shape.group_sizes), shape.k, n, use_bias=use_bias, rngs=nnx.Rngs(0))
-    if parts:  # matrices of very different magnitude show whose scale is whose
-        source.weight[...] *= 100.0 ** jnp.arange(parts)[:, None, None]
-    if use_bias:
-        source.bias[...] = jax.random.normal(jax.random.key(1), source.bias.shape)
-    layer = fp8x.nn.GroupedLinear.from_unquantized(source, code)
+    layer = fp8x.nn.GroupedLinear.from_unquantized(source_of(shape, parts=parts, use_bias=use_bias), code)
     if layer.recipe.is_static and not layer.is_calibrating and layer.recipe.activation.scale_rule != "unit":
         layer.input_scale[...] = jnp.full_like(layer.input_scale[...], 0.05)
     return layer
@@ -51,7 +59,7 @@ def expected(layer, x, sizes) -> np.ndarray:
     if activation is not None:
         x = jnp.where(row_mask(sizes, x.shape[0])[:, None], x, 0)
         is_given = layer.recipe.is_static and not layer.is_calibrating
-        x = numerics.quantize_with_scale(x, layer.input_scale[...], activation) if is_given else quantize(x, activation)
+        x = quantize_with_scale(x, layer.input_scale[...], activation) if is_given else quantize(x, activation)
     bias = None if layer.bias is None else layer.bias[...]
     return metric.grouped_matmul(x, layer.quantized_weight, sizes.tolist(), bias)
 
@@ -156,7 +164,7 @@ class TestCalibration:
 
 class TestFromUnquantized:
     def test_every_expert_is_quantized_by_itself(self):
-        source = UnquantizedGroupedLinear(3, 160, (2, 72), use_bias=True, rngs=nnx.Rngs(0))
+        source = source_of(Shape((0, 0, 0), 72, 160), parts=2)
         layer = fp8x.nn.GroupedLinear.from_unquantized(source, "e4m3_e4m3_bf16")
         for index in np.ndindex(3, 2):
             q = quantize(source.weight[index], layer.recipe.weight)
@@ -165,7 +173,7 @@ class TestFromUnquantized:
         np.testing.assert_array_equal(layer.bias[...], source.bias[...])
 
     def test_errors_name_the_path(self):
-        source = UnquantizedGroupedLinear(2, 48, 8, rngs=nnx.Rngs(0))
+        source = source_of(Shape((0, 0), 8, 48))
         with pytest.raises(ShapeError, match=r"mlp\.w2: dim 2 of shape \(2, 8, 48\) is 48, which 32 does not divide"):
             fp8x.nn.GroupedLinear.from_unquantized(source, "mxfp8_bf16", name="mlp.w2")
         source.weight[...] = source.weight[...].at[1, 2, 3].set(jnp.inf)
@@ -175,8 +183,7 @@ class TestFromUnquantized:
 
 def test_unquantized_layer_is_the_product_in_float64():
     for shape in (GROUPED[2], GROUPED[6]):
-        source = UnquantizedGroupedLinear(len(shape.group_sizes), shape.k, shape.n, use_bias=True, rngs=nnx.Rngs(0))
-        source.bias[...] += 1
+        source = source_of(shape)
         x, sizes = inputs(shape, jnp.float32)
         x = jnp.nan_to_num(x)
         y = source(x, sizes)

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from metric import assert_close, float64
-from shapes import quantize
+from shapes import quantize, quantize_with_scale
 
 import fp8x
-from fp8x import numerics
 from fp8x.errors import CalibrationError, RecipeError, ShapeError
 
 CODES = list(fp8x.RECIPES)
@@ -39,7 +38,7 @@ def expected(layer, x) -> np.ndarray:
     activation = layer.recipe.activation
     if activation is not None:
         is_given = layer.recipe.is_static and not layer.is_calibrating
-        x = numerics.quantize_with_scale(x, layer.input_scale[...], activation) if is_given else quantize(x, activation)
+        x = quantize_with_scale(x, layer.input_scale[...], activation) if is_given else quantize(x, activation)
     return metric.matmul(x, layer.quantized_weight, None if layer.bias is None else layer.bias[...])
 
 
