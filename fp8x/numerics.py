@@ -49,7 +49,7 @@ def quantize_with_scale(x: Float[Array, "..."], scale: Float[Array, "..."], sche
 
 def is_clipped(x: Float[Array, "..."], scale: Float[Array, "..."], scheme: Scheme) -> Bool[Array, "..."]:
     """Where `quantize_with_scale` clips."""
-    return jnp.abs(_float32(x) * _expand(_inverse(scale), x.shape, scheme)) > np.float32(scheme.max)
+    return jnp.abs(_divided(x, scale, scheme)) > np.float32(scheme.max)
 
 
 def quantize_weight(w: Float[Array, "..."], scheme: Scheme, *, name: str, allow_nonfinite: bool = False) -> ScaledArray:
