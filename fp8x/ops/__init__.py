@@ -9,6 +9,7 @@ Gradients, whichever kernel ran: straight through the rounding (Bengio et al., 2
 scales are frozen, and so is an `x` that is quantized already. Reverse mode only.
 """
 
+import dataclasses
 import math
 
 from jaxtyping import Array, Float, Int
@@ -36,7 +37,7 @@ def matmul(
     """`dequantize(x) @ dequantize(w).T` in float32, then bias, then one cast to `out_dtype`.
 
     Arguments:
-        x: `[..., K]`; an Array, or a ScaledArray `[M, K]` that is quantized already.
+        x: `[..., K]`; an Array, or a ScaledArray that is quantized already.
         w: `[N, K]`, K-major.
         activation: the scheme in which an Array `x` is quantized first (over `[M, K]`, leading dims flattened);
             None multiplies it as it is (weight-only).
@@ -50,7 +51,7 @@ def matmul(
         BackendError: a backend was asked for that can't run this call.
     """
     _check_weight(w, 2)
-    rows = x if isinstance(x, ScaledArray) else x.reshape(math.prod(x.shape[:-1]), *x.shape[-1:])
+    rows = _rows(x)
     _check_input(rows, w, activation, activation_scale)
     _check_bias(bias, w.shape[:1])
     call = _call("matmul", rows, w, activation, bias, out_dtype)
@@ -89,6 +90,22 @@ def grouped_matmul(
     _check_bias(bias, w.shape[:2])
     call = _call("grouped_matmul", x, w, activation, bias, out_dtype)
     return product(choose(call), activation, call.out_dtype, x, activation_scale, w, group_sizes, bias)
+
+
+def _rows(x: Float[Array, "... k"] | ScaledArray) -> Float[Array, "m k"] | ScaledArray:
+    """`x` as `[M, K]`."""
+    if not isinstance(x, ScaledArray):
+        return x.reshape(math.prod(x.shape[:-1]), *x.shape[-1:])
+    if x.ndim == 2:
+        return x
+    *above, rows, columns = (1, *x.scheme.block_of(x.shape))
+    if x.ndim > 2 and (any(block != 1 for block in above) or not x.shape[-2] or x.shape[-2] % rows):
+        raise ShapeError(
+            f"x: shape is {x.shape}, and its blocks of {x.scheme} are none of [M, K]; quantize it as [M, K]"
+        )
+    shape = (math.prod(x.shape[:-1]), x.shape[-1])
+    scheme = dataclasses.replace(x.scheme, block=(rows, columns))
+    return ScaledArray(x.data.reshape(shape), x.scale.reshape(scheme.scale_shape(shape)), scheme)
 
 
 def _call(op: str, x, w: ScaledArray, activation: Scheme | None, bias, out_dtype) -> Call:

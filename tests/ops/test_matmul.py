@@ -193,6 +193,7 @@ X, W = jnp.zeros((2, 64)), fp8x.quantize(jnp.zeros((8, 64)), per_row())
         (fp8x.quantize(X[None], per_row()), W, {}, r"x: shape is \(1, 2, 64\)"),
         (X.astype(jnp.int32), W, {}, "x: dtype is int32; use one of bfloat16, float16, float32 or a ScaledArray"),
         (fp8x.quantize(X, per_row()), W, dict(activation=per_row()), "activation: x is quantized already"),
+        (fp8x.quantize(jnp.ones((2, 3, 64)), Scheme("e4m3", block=(2, None))), W, {}, r"are none of \[M, K\]"),
         (X, W, dict(bias=jnp.zeros(7)), r"bias: shape is \(7,\), but w needs \(8,\)"),
         (X, W, dict(out_dtype=jnp.int8), "out_dtype: int8 does not fit"),
         (X, W, dict(activation_scale=jnp.ones((2, 1))), "activation_scale: it came without activation"),
@@ -216,3 +217,15 @@ def test_the_metric_sees_one_wrong_row():
     wrong = y.copy()
     wrong[17] = y[16]
     assert relative_error(wrong, y) > 2 * max(TOLERANCE.values())
+
+
+@pytest.mark.parametrize("scheme", [per_row(), per_tensor(), mx(), Scheme("e4m3", block=(64,))], ids=str)
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 1, 3)], ids=str)
+def test_quantized_input_of_any_rank(scheme, lead):
+    if len(lead) + 1 < len(scheme.block):
+        pytest.skip("the scheme needs rows")
+    w = quantize(jax.random.normal(jax.random.key(0), (8, 64)), per_row())
+    x = quantize(jax.random.normal(jax.random.key(1), (*lead, 64)), scheme)
+    y = ops.matmul(x, w, out_dtype=jnp.float32)
+    assert y.shape == (*lead, 8)
+    assert_close(y, float64(x) @ float64(w).T)
