@@ -98,13 +98,13 @@ def _rows(x: Float[Array, "... k"] | ScaledArray) -> Float[Array, "m k"] | Scale
         return x.reshape(math.prod(x.shape[:-1]), *x.shape[-1:])
     if x.ndim == 2:
         return x
-    *above, rows, columns = (1, *x.scheme.block_of(x.shape))
+    *above, rows, _ = (1, *x.scheme.block_of(x.shape))
     if x.ndim > 2 and (any(block != 1 for block in above) or not x.shape[-2] or x.shape[-2] % rows):
         raise ShapeError(
             f"x: shape is {x.shape}, and its blocks of {x.scheme} are none of [M, K]; quantize it as [M, K]"
         )
     shape = (math.prod(x.shape[:-1]), x.shape[-1])
-    scheme = dataclasses.replace(x.scheme, block=(rows, columns))
+    scheme = dataclasses.replace(x.scheme, block=(rows, x.scheme.block[-1]))  # None stays: kernels look for it
     return ScaledArray(x.data.reshape(shape), x.scale.reshape(scheme.scale_shape(shape)), scheme)
 
 

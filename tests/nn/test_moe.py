@@ -102,7 +102,13 @@ def test_every_recipe_in_jit(index, code):
         for layer in (moe.w13, moe.w2):
             layer.finish_calibration()
     # Every intermediate is rounded to 16 bits, and now and then falls to the other side of an 8-bit step by that.
-    assert_close(y, dense(moe, x), tolerance=4e-2 if "e5m2" in code else 2e-2)
+    assert_close(y, dense(moe, x), tolerance=4e-2)
+
+
+@pytest.mark.parametrize("code", ["e4m3_e4m3_bf16", "fp8_e4m3fn_bf16_block_scale", "mxfp8_mxfp8_bf16"])
+def test_with_float32_between_the_products_nothing_falls_aside(code):
+    moe, x = moe_of(dataclasses.replace(fp8x.recipe(code), out_dtype=jnp.float32)), tokens(65)
+    assert_close(forward(moe, x), dense(moe, x), tolerance=5e-6)
 
 
 @pytest.mark.parametrize("code", [None, "e4m3_e4m3_bf16", "mxfp8_mxfp8_bf16"])
@@ -128,7 +134,7 @@ def test_a_hot_expert_and_empty_ones(code):
     moe.router.kernel[...] = jnp.zeros_like(moe.router.kernel[...]).at[0, 2].set(100.0)
     x = x.at[:, 0].set(1.0)
     assert (moe.route(x)[1] == 2).all()
-    assert_close(moe(x), dense(moe, x), tolerance=2e-2 if code else 1e-6)
+    assert_close(moe(x), dense(moe, x), tolerance=4e-2 if code else 1e-6)
 
 
 @pytest.mark.parametrize("code", [None, "e4m3_e4m3_bf16", "fp8_e4m3fn_bf16_block_scale"])
@@ -137,7 +143,7 @@ def test_a_token_alone_is_the_token_in_a_batch(code):
     y = float64(forward(moe, x))
     for i in (0, 64):
         # 8-bit steps of what w2 reads: a sum in another order may fall to the other side of one.
-        assert relative_error(forward(moe, x[i]), y[i]) < (2e-2 if code else 1e-6)
+        assert relative_error(forward(moe, x[i]), y[i]) < (4e-2 if code else 1e-6)
 
 
 def test_the_router_is_never_quantized_and_the_shared_expert_is():
