@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
 from fp8x.array import ScaledArray
-from fp8x.errors import ShapeError
+from fp8x.errors import RecipeError, ShapeError
 from fp8x.scheme import ELEMENTS, MIN_SCALE, Scheme
 
 # The fields of a float32, as int32.
@@ -68,6 +68,8 @@ def quantize_weight(w: Float[Array, "..."], scheme: Scheme, *, name: str, allow_
 
 
 def _check_input(x: Float[Array, "..."], scheme: Scheme, name: str) -> None:
+    if not isinstance(scheme, Scheme):
+        raise RecipeError(f"scheme: {scheme!r} is no Scheme; use one like Scheme('e4m3', block=(128, 128))")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ShapeError(f"{name}: dtype is {x.dtype}; quantize takes a floating-point array")
     scheme.check_shape(x.shape, name)

@@ -319,3 +319,12 @@ def test_outputs_that_can_not_be_written(tiny_checkpoint, tmp_path, texts):
 def test_a_mistake_in_the_options_is_code_2():
     assert invoke("quantize", "a", code=2).exit_code == 2
     assert invoke("frobnicate", code=2).exit_code == 2
+
+
+def test_numbers_out_of_range_and_text_that_is_none(tiny_checkpoint, texts, tmp_path):
+    assert error("generate", tiny_checkpoint, "\udcff") == "error: prompt: it is not UTF-8"
+    invoke("generate", tiny_checkpoint, "text", "--seed", 2**64, code=2)
+    invoke("generate", tiny_checkpoint, "text", "-n", 10**11, code=2)
+    calibrate = ("calibrate", tiny_checkpoint, texts, "--recipe", STATIC)
+    assert "--max-length: 65 is over the model's 64 positions" in error(*calibrate, "--max-length", 65)
+    assert f"--output {tmp_path}: is a directory" in error(*calibrate, "--output", tmp_path)

@@ -86,7 +86,7 @@ def calibrate(model: nnx.Module, batches: Iterable, mesh=None) -> CalibrationRep
         count = _observe(model, batches)
         idle = [path for path, layer in layers.items() if not np.asarray(layer.amax[...]).any()]
         if idle:
-            raise CalibrationError(f"model: {some(idle)} fed nothing but zeros; give more or other data")
+            raise CalibrationError(f"model: {some(idle)} fed no finite value but zeros; give more or other data")
         found = {path: _statistics(layer) for path, layer in layers.items()}
     except BaseException:
         for layer in layers.values():

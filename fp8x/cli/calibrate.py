@@ -34,13 +34,13 @@ def calibrate(
 
     $ fp8x calibrate examples/tiny_mixtral examples/calibration.jsonl --recipe e4m3_e4m3_bf16 -o scales.json
     """
-    from fp8x.errors import CalibrationError, DataError
+    from fp8x.errors import CalibrationError
 
     chosen, rules = options.parse_recipe(recipe), options.parse_rules(rule)
     if not any(map(options.needs_calibration, (chosen, *rules.values()))):
         raise CalibrationError(f"--recipe {recipe}: has no calibrated scale; take a static one, like e4m3_e4m3_bf16")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise DataError(f"--output {output}: its directory does not exist")
+    if output is not None:
+        terminal.check_file("--output", output)
     calibration = options.Calibration(data, num_samples, max_length, batch_size, seed)
     rows = read_rows(source, calibration)
     model = load(source, chosen, rules)
@@ -70,6 +70,9 @@ def read_rows(source: Path, calibration: options.Calibration) -> "np.ndarray":
     from fp8x.models.evaluate import default_context, first_token
 
     config = DecoderConfig.from_hf(Reader(source).config)
+    limit = config.hf.get("max_position_embeddings")
+    if isinstance(limit, int) and (calibration.max_length or 0) > limit:
+        raise DataError(f"--max-length: {calibration.max_length} is over the model's {limit} positions")
     texts = read_texts(calibration.data, report=terminal.warn)
     rows = pack(
         texts,

@@ -14,7 +14,7 @@ def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face directory, quantized or not.")],
     prompt: Annotated[str, typer.Argument(help="What the text begins with.")],
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", min=1, metavar="N", help="Tokens to add.")
+        int, typer.Option("--max-new-tokens", "-n", min=1, max=1_000_000, metavar="N", help="Tokens to add.")
     ] = 64,
     temperature: Annotated[
         float, typer.Option("--temperature", "-t", min=0.0, metavar="X", help="0: the likeliest token.")
@@ -22,7 +22,9 @@ def generate(
     top_k: Annotated[
         int | None, typer.Option(min=1, metavar="K", help="Draw among the k likeliest tokens only.")
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Draws the tokens, at a temperature above 0.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Draws the tokens, at a temperature above 0.")
+    ] = 0,
     as_json: options.AsJson = False,
 ) -> None:
     """Continue a text.
@@ -34,6 +36,8 @@ def generate(
     from fp8x.errors import DataError
     from fp8x.models.generate import generate as run
 
+    if prompt != prompt.encode(errors="replace").decode():
+        raise DataError("prompt: it is not UTF-8")
     tokenizer = load_tokenizer(checkpoint)
     ids = tokenizer.encode(prompt).ids if prompt.strip() else []
     if not ids:

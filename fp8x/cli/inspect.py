@@ -35,10 +35,9 @@ def inspect(
     for every tensor.
     """
     from fp8x.checkpoint import inspect as module
-    from fp8x.errors import DataError
 
-    if plot is not None and not plot.absolute().parent.is_dir():
-        raise DataError(f"--plot {plot}: its directory does not exist")
+    if plot is not None:
+        terminal.check_file("--plot", plot)
     chosen = None if recipe is None else options.parse_recipe(recipe)
     with terminal.progress(f"reading {checkpoint.name}") as update:
         found = module.inspect(checkpoint, reference=reference, recipe=chosen, progress=update)

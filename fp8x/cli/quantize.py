@@ -63,9 +63,7 @@ def quantize(
         calibrate.warn_undersampled(report, min_tokens)
         result = calibrate.sidecar(report, recipe, calibration, rows)
     with terminal.progress(f"writing {destination.name}"):
-        fp8x.save(model, destination, format)
-    if result is not None:
-        terminal.write_atomically(destination / SIDECAR, terminal.to_json(result) + "\n")
+        fp8x.save(model, destination, format, beside={} if result is None else {SIDECAR: terminal.plain(result)})
     with terminal.progress("reading back") as update:
         before = inspect(source)
         after = inspect(destination, reference=source, progress=update)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fp8x.errors import Fp8xError
+from fp8x.errors import DataError, Fp8xError
 
 PATIENCE = 2.0  # seconds before a progress bar shows
 PIPE_WIDTH = 240  # columns where no terminal says how many there are; tables take what they need
@@ -97,22 +97,31 @@ def show_json(value: Any) -> None:
 
 def to_json(value: Any) -> str:
     """Indented JSON; NaN and Inf, which JSON does not know, become null."""
-    return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    return json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What JSON can hold: arrays as lists, paths as text, NaN and Inf as null."""
     match value:
         case dict():
-            return {key: _plain(item) for key, item in value.items()}
+            return {key: plain(item) for key, item in value.items()}
         case list() | tuple():
-            return [_plain(item) for item in value]
+            return [plain(item) for item in value]
         case np.ndarray() | np.generic():
-            return _plain(value.tolist())
+            return plain(value.tolist())
         case float():
             return value if math.isfinite(value) else None
         case Path():
             return str(value)
     return value
+
+
+def check_file(option: str, path: Path) -> None:
+    """Raises DataError, before any work, where a file to be written can't be."""
+    if path.is_dir():
+        raise DataError(f"{option} {path}: is a directory; name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise DataError(f"{option} {path}: its directory does not exist")
 
 
 def write_atomically(path: Path, text: str) -> None:

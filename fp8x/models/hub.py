@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -71,7 +72,12 @@ def load(
 
 
 def save(
-    model: Decoder, path: str | Path, format: str | None = None, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    model: Decoder,
+    path: str | Path,
+    format: str | None = None,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    beside: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Writes a model as a Hugging Face directory, completely or not at all; weights and scales byte by byte.
 
@@ -82,6 +88,7 @@ def save(
         format: "compressed-tensors" or "fp8"; by default the first that can hold the model. None for a model that is
             not quantized.
         max_shard_bytes: several files with an index, where one would be larger.
+        beside: further JSON files, by name: they come with the weights or not at all.
 
     Raises:
         CalibrationError: layers that are in calibration, or whose static activation scale is missing.
@@ -104,6 +111,8 @@ def save(
     writer_format = choose_format(used, format) if used else None
     with Writer(path, max_shard_bytes=max_shard_bytes) as writer:
         writer.add_json(CONFIG, _hf_config(model, writer_format, recipes))
+        for name, value in (beside or {}).items():
+            writer.add_json(name, value)
         if "_name_or_path" in config.hf:
             writer.copy_companions(Path(config.hf["_name_or_path"]))
         for variable_path, name in param_names(config).items():

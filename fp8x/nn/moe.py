@@ -81,7 +81,10 @@ class MoE(nnx.Module):
             quantize_model(self.shared, recipe)
 
     def __call__(self, x: Float[Array, "... h"]) -> Float[Array, "... h"]:
-        tokens = x.reshape(-1, x.shape[-1])
+        hidden = self.w2.weight.shape[1]
+        if x.shape[-1:] != (hidden,):
+            raise ShapeError(f"x: shape is {x.shape}, but the layer takes [..., {hidden}]")
+        tokens = x.reshape(-1, hidden)
         weights, experts = self.route(tokens)
         y = self.combine(tokens, weights, experts)
         if self.shared is not None:

@@ -233,3 +233,9 @@ class TestGradient:
         assert relative_error(dx, plain_dx) < limit
         for name, leaf in [("router", "kernel"), ("w13", "bias"), ("w2", "bias")]:
             assert relative_error(params[name][leaf][...], plain[name][leaf][...]) < limit
+
+
+def test_input_of_another_width_is_named():
+    moe = fp8x.nn.MoE(64, 32, 4, 2, rngs=nnx.Rngs(0))
+    with pytest.raises(ShapeError, match=r"x: shape is \(3, 32\), but the layer takes \[..., 64\]"):
+        moe(jnp.ones((3, 32)))
