@@ -9,6 +9,9 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+# For the tests over many devices; the others run on the first.
+jax.config.update("jax_num_cpu_devices", 8)
+
 TINY_MIXTRAL = {
     "architectures": ["MixtralForCausalLM"],
     "model_type": "mixtral",
