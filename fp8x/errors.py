@@ -33,6 +33,10 @@ class DataError(Fp8xError):
     """A data file of which nothing can be used."""
 
 
+class MeshError(Fp8xError):
+    """A mesh that cannot be made, or that a model or its data does not fit."""
+
+
 class BackendError(Fp8xError):
     """A backend that was asked for by name and cannot run the call."""
 

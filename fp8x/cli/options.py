@@ -1,14 +1,17 @@
 """Arguments and options that several commands take, and the words that the user wrote turned into recipes and rules."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fp8x.errors import RuleError
+from fp8x.errors import MeshError, RuleError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from fp8x.recipe import Recipe
 
 RecipeCode = Annotated[str, typer.Option("--recipe", "-r", metavar="CODE", help="A recipe; `fp8x recipes` lists them.")]
@@ -28,6 +31,10 @@ MaxLength = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Rows at a time.")]
 MinTokens = Annotated[int, typer.Option(min=0, metavar="N", help="Name the experts that saw fewer tokens.")]
+MeshText = Annotated[
+    str | None,
+    typer.Option("--mesh", metavar="AXIS=N,...", help="Devices by axis: data, tensor, expert, like data=2,tensor=4."),
+]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Accept weights that hold NaN or Inf.")]
 
 NUM_SAMPLES, BATCH_SIZE, MIN_TOKENS = 256, 8, 64
@@ -60,6 +67,41 @@ def parse_rules(rules: list[str] | None) -> dict[str, "Recipe | None"]:
             raise RuleError(rf"--rule {rule!r}: expected REGEX=CODE or REGEX=none, like 'layers\.0\..*=none'")
         parsed[pattern] = None if code.lower() == "none" else parse_recipe(code)
     return parsed
+
+
+MESH_AXES = ("data", "tensor", "expert")
+
+
+def parse_mesh(text: str | None) -> "Mesh | None":
+    """`data=2,tensor=4` as a mesh of the first 8 devices, in that order; None for None.
+
+    Raises:
+        MeshError: text that is no list of axes and sizes, an unknown axis, or more devices than there are.
+    """
+    if text is None:
+        return None
+    import jax
+
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, equals, size = (word.strip() for word in part.partition("="))
+        if axis not in MESH_AXES:
+            raise MeshError(
+                f"--mesh {text}: axis {axis!r} is unknown; use {', '.join(MESH_AXES)}, like data=2,tensor=4"
+            )
+        if axis in sizes:
+            raise MeshError(f"--mesh {text}: axis {axis!r} comes twice; name each once")
+        if not (equals and size.isdecimal() and int(size)):
+            raise MeshError(f"--mesh {text}: the size of axis {axis!r} is {size!r}; use a positive number")
+        sizes[axis] = int(size)
+    needed, devices = math.prod(sizes.values()), jax.devices()
+    if needed > len(devices):
+        hint = ""
+        if devices[0].platform == "cpu":
+            hint = f" (on a machine without GPUs run with JAX_NUM_CPU_DEVICES={needed}, which splits the CPU)"
+        raise MeshError(f"--mesh {text}: needs {needed} devices, but there are {len(devices)}{hint}")
+    auto = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), auto, devices=devices[:needed])
 
 
 def needs_calibration(recipe: "Recipe | None") -> bool:
