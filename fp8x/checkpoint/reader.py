@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class Reader:
             raise CheckpointError(f"{self.path}: {found}; give a directory with {CONFIG} and {SINGLE}")
         self.config: dict[str, Any] = read_json(self.path / CONFIG)
         self._tensors: dict[str, Stored] = {}
-        self._maps: dict[Path, np.ndarray] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
         listed = _listed_files(self.path)
         for file in dict.fromkeys(listed.values()) if listed else [self.path / SINGLE]:
             for name, tensor in _read_header(file):
@@ -108,10 +109,30 @@ class Reader:
             raise CheckpointError(f"{where}: shape is {list(tensor.shape)}, expected {expected}")
         if tensor.start == tensor.stop:
             return np.empty(tensor.shape, DTYPES[tensor.dtype])
+        data = np.frombuffer(self._map(tensor.file), np.uint8)[tensor.start : tensor.stop]
+        return data.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+    def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Takes a tensor's bytes, or `start` to `stop` of them, out of this process's resident memory.
+
+        To be called once they are used: pages of a mapped file count until then. Views stay valid; they read the file
+        again, mostly from the system's page cache.
+        """
+        tensor = self.stored(name)
         if tensor.file not in self._maps:
-            self._maps[tensor.file] = np.memmap(tensor.file, np.uint8, "r")
-        data = self._maps[tensor.file][tensor.start : tensor.stop]
-        return data.view(np.ndarray).view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+            return
+        first = tensor.start + start
+        last = tensor.stop if stop is None else tensor.start + stop
+        # Outwards to whole pages: nothing is lost, since the mapping is read-only.
+        first -= first % mmap.PAGESIZE
+        if first < last:
+            self._maps[tensor.file].madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def _map(self, file: Path) -> mmap.mmap:
+        if file not in self._maps:
+            with file.open("rb") as f:
+                self._maps[file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[file]
 
 
 def read_json(file: Path) -> dict[str, Any]:

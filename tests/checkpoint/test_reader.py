@@ -1,7 +1,9 @@
 """Reading: what a Reader gives, and what it says of a broken directory."""
 
 import json
+import re
 import struct
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +60,28 @@ def test_index(sharded):
     reader = Reader(sharded)
     assert sorted(reader) == ["a", "b"] and "c" not in reader
     assert reader.stored("b").file.name == "model-2.safetensors"
+
+
+def resident(file: Path) -> int:
+    """Bytes of a mapped file in this process's memory."""
+    mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    (mapping,) = [m for m in mappings if str(file) in m]
+    return 1024 * int(re.search(r"Rss:\s+(\d+)", mapping)[1])
+
+
+def test_released_pages_leave_memory_and_can_be_read_again(single):
+    values = np.arange(4 * 2**20, dtype=np.float32)
+    save_file({"a": values, "b": values[:10]}, single / SINGLE)
+    reader = Reader(single)
+    reader.release("a")  # nothing is mapped yet
+    array = reader.read("a", shapes=[values.shape], dtypes=["F32"])
+    total = array.sum()
+    assert resident(single / SINGLE) > 16 * 2**20
+    reader.release("a", 0, 8 * 2**20)
+    assert 5 * 2**20 < resident(single / SINGLE) <= 9 * 2**20  # the system may unmap a huge page as a whole
+    reader.release("a")
+    assert resident(single / SINGLE) < 2**17
+    assert array.sum() == total
 
 
 def test_unexpected_tensor(single):
