@@ -26,7 +26,9 @@ DTYPES: dict[str, np.dtype] = {
     "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
     "F8_E5M2": np.dtype(jnp.float8_e5m2),
     "F8_E8M0": np.dtype(jnp.float8_e8m0fnu),
-    "U8": np.dtype(np.uint8),
+    "F64": np.dtype(np.float64),
+    "BOOL": np.dtype(np.bool_),
+    **{f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)},
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

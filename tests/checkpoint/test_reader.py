@@ -5,7 +5,6 @@ import re
 import struct
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -16,7 +15,7 @@ from fp8x.errors import CheckpointError
 
 
 def tensor(dtype: str = "F32", shape: tuple[int, ...] = (2, 3)) -> np.ndarray:
-    return np.asarray(jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape).astype(DTYPES[dtype]))
+    return np.arange(np.prod(shape), dtype=np.float32).reshape(shape).astype(DTYPES[dtype])
 
 
 @pytest.fixture

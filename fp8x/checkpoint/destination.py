@@ -1,0 +1,63 @@
+"""What everything that writes a directory has to see to: that nothing is there, that errors say where, companions."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from fp8x.errors import CheckpointError
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+# What lies beside the weights and stays true of them in any format.
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template*",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "configuration_*.py",
+    "modeling_*.py",
+    "LICENSE*",
+)
+
+
+def check_free(path: Path) -> None:
+    """Raises CheckpointError unless nothing is at `path`, or an empty directory."""
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if os.path.lexists(path):
+        what = "is not empty" if path.is_dir() else "is a file"
+        raise CheckpointError(f"{path}: exists and {what}; it is left as it is. Remove it, or write elsewhere")
+
+
+def copy_companions(source: Path, directory: Path) -> None:
+    """Copies tokenizer, generation settings and licence from another checkpoint's directory."""
+    for file in {file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()}:
+        shutil.copyfile(file, directory / file.name)
+
+
+def fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns what the file system says into a CheckpointError that names the destination."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: can't be written: {error}; nothing is left of it") from error
