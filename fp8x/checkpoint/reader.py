@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from fp8x.checkpoint.fused import unfused
 from fp8x.errors import CheckpointError
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LEGACY = "hf_quant_config.json"
 
 # The safetensors library gives no float8 to numpy or flax (0.8 looks for numpy.float8_e4m3fn), so it only validates
 # headers here, and tensors are views of the mapped file in these types.
@@ -47,11 +49,12 @@ class Stored:
 class Reader:
     """A Hugging Face directory: `config.json`, and `model.safetensors` or several files with an index.
 
-    Only headers are read when one is built; a tensor's bytes are read when they are used.
+    Only headers are read when one is built; a tensor's bytes are read when they are used. Experts that are fused on
+    disk appear one by one (`fused.py`).
 
     Attributes:
         path: the directory, absolute.
-        config: the parsed config.json.
+        config: the parsed config.json, with older places of `quantization_config` in that field.
 
     Raises:
         CheckpointError: anything is missing, truncated or contradicts itself; the message names file and tensor.
@@ -62,7 +65,7 @@ class Reader:
         if not self.path.is_dir():
             found = "is a file" if self.path.exists() else "does not exist"
             raise CheckpointError(f"{self.path}: {found}; give a directory with {CONFIG} and {SINGLE}")
-        self.config: dict[str, Any] = read_json(self.path / CONFIG)
+        self.config: dict[str, Any] = _read_config(self.path)
         self._tensors: dict[str, Stored] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         listed = _listed_files(self.path)
@@ -75,6 +78,7 @@ class Reader:
         for name, file in listed.items():
             if name not in self._tensors or self._tensors[name].file != file:
                 raise CheckpointError(f"{self.path / INDEX}: says that {file.name} holds {name}, but it does not")
+        self._tensors = unfused(self._tensors, self.config.get("model_type"))
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -152,6 +156,17 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json(path / CONFIG)
+    # First names: compressed-tensors of 2024, and ModelOpt before 0.31.
+    older = config.pop("compression_config", None)
+    if older is None and (path / LEGACY).is_file():
+        older = {"quant_method": "modelopt"} | read_json(path / LEGACY)
+    if older is not None and config.get("quantization_config") is None:
+        config["quantization_config"] = older
+    return config
 
 
 def _listed_files(path: Path) -> dict[str, Path]:
