@@ -6,6 +6,8 @@ from typing import Any
 from fp8x.checkpoint.compressed_tensors import CompressedTensors
 from fp8x.checkpoint.format import Format as Format
 from fp8x.checkpoint.fp8 import Fp8
+from fp8x.checkpoint.modelopt import ModelOpt
+from fp8x.checkpoint.mxfp8 import Mxfp8
 from fp8x.checkpoint.reader import CONFIG as CONFIG
 from fp8x.checkpoint.reader import Reader as Reader
 from fp8x.checkpoint.writer import Writer as Writer
@@ -13,7 +15,7 @@ from fp8x.errors import CheckpointError
 from fp8x.recipe import Recipe
 
 # In the order in which a model without a wish gets one.
-FORMATS: dict[str, Format] = {format.name: format for format in (CompressedTensors(), Fp8())}
+FORMATS: dict[str, Format] = {format.name: format for format in (CompressedTensors(), Fp8(), ModelOpt(), Mxfp8())}
 
 
 def format_of(config: Mapping[str, Any]) -> Format | None:

@@ -6,7 +6,6 @@ FP8, FP8_DYNAMIC, FP8_BLOCK, MXFP8, MXFP8A16) and `lifecycle/initialize.py`. An 
 used: ours is in 16 bits.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,8 +15,7 @@ import numpy as np
 from fp8x.checkpoint.extras import KEY, apply_extras, extras
 from fp8x.checkpoint.fields import Fields
 from fp8x.checkpoint.format import Format, Layout, Recipes, TensorSpec, weight_spec
-from fp8x.checkpoint.names import patterns
-from fp8x.errors import CheckpointError
+from fp8x.checkpoint.names import first_target, patterns
 from fp8x.recipe import Recipe
 from fp8x.scheme import Scheme, mx, per_row, per_tensor
 
@@ -83,22 +81,16 @@ class CompressedTensors(Format):
         targets: dict[str, Recipe] = {}
         groups = fields.object("config_groups")
         for name in groups.value:
-            group = groups.object(name)
+            group = _group(groups, name)
             own = group.one_of("format", None, FLOAT, NAIVE, MXFP8, default=None) or common
             recipe = apply_extras(_recipe(group, out_dtype, own == MXFP8), added.object(name, {}))
             targets |= dict.fromkeys(group.strings("targets"), recipe)
         if not targets:
             raise fields.error("config_groups", "an object of groups with targets")
-        ignore = _compile(fields.strings("ignore", []))
-        # Names before patterns before classes, as the library matches.
-        ordered = sorted(targets, key=lambda target: (target == LINEAR, target.startswith("re:"), target))
-        table = list(zip(_compile(ordered), ordered))
-        return {
-            prefix: None
-            if any(pattern.match(prefix) for pattern in ignore)
-            else next((targets[target] for pattern, target in table if pattern.match(prefix)), None)
-            for prefix in prefixes
-        }
+        ignored = first_target(fields.strings("ignore", []), LINEAR)
+        target = first_target(targets, LINEAR)
+        # No target is called None: what none matches has no recipe.
+        return {prefix: None if ignored(prefix) is not None else targets.get(target(prefix)) for prefix in prefixes}
 
     def layout(self, recipe: Recipe, shape: tuple[int, int]) -> Layout:
         scheme, n = recipe.weight, shape[0]
@@ -112,17 +104,12 @@ class CompressedTensors(Format):
         )
 
 
-def _compile(targets: Iterable[str]) -> list[re.Pattern]:
-    """Matchers of target strings: `re:` and a pattern for the start of a name, a class, or a whole name."""
-    compiled = []
-    for target in targets:
-        plain = ".*" if target == LINEAR else re.escape(target) + "$"
-        pattern = target.removeprefix("re:") if target.startswith("re:") else plain
-        try:
-            compiled.append(re.compile(pattern))
-        except re.error as error:
-            raise CheckpointError(f"config.json: quantization_config: {target!r} is no pattern: {error}") from None
-    return compiled
+def _group(groups: Fields, name: str) -> Fields:
+    """A config group; a list of targets alone stands under the name of a preset."""
+    targets = groups.value[name]
+    if isinstance(targets, list) and name.upper() in PRESETS:
+        return Fields({"targets": targets} | PRESETS[name.upper()], f"{groups.where}.{name}")
+    return groups.object(name)
 
 
 def _recipe(group: Fields, out_dtype: np.dtype, is_mx: bool) -> Recipe:
@@ -190,3 +177,17 @@ def _weight_args(recipe: Recipe) -> dict[str, Any] | None:
 
 def _input_args(recipe: Recipe) -> dict[str, Any] | None:
     return None if recipe.activation is None else _args(recipe.activation, "token", dynamic=not recipe.is_static)
+
+
+def _preset(recipe: Recipe) -> dict[str, Any]:
+    return {"weights": _weight_args(recipe), "input_activations": _input_args(recipe)}
+
+
+# The library's own names for whole groups (`PRESET_SCHEMES` of quant_scheme.py), as far as they are in FP8.
+PRESETS: dict[str, dict[str, Any]] = {
+    "FP8": _preset(Recipe(per_tensor(), per_tensor(), "static")),
+    "FP8_DYNAMIC": _preset(Recipe(per_row(), per_row(), "dynamic")),
+    "FP8_BLOCK": _preset(Recipe(Scheme("e4m3", block=(128, 128)), Scheme("e4m3", block=(1, 128)), "dynamic")),
+    "MXFP8": _preset(Recipe(mx(), mx(), "dynamic")),
+    "MXFP8A16": _preset(Recipe(mx())),
+}

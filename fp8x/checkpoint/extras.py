@@ -20,6 +20,8 @@ def extras(recipe: Recipe, derived: Recipe) -> dict[str, Any]:
         scheme, other = getattr(recipe, name), getattr(derived, name)
         if scheme is not None and scheme.scale_rule != other.scale_rule:
             fields[f"{name}_scale_rule"] = scheme.scale_rule
+    if recipe.is_static and recipe.activation.block != derived.activation.block:
+        fields["activation_block"] = list(recipe.activation.block)
     if recipe.out_dtype != derived.out_dtype:
         fields["out_dtype"] = str(recipe.out_dtype)
     return fields
@@ -35,5 +37,9 @@ def apply_extras(recipe: Recipe, fields: Fields) -> Recipe:
         rule = fields.one_of(f"{name}_scale_rule", *SCALE_RULES[plain.scale_dtype], default=plain.scale_rule)
         return dataclasses.replace(plain, scale_rule=rule)
 
+    if recipe.is_static:
+        plain = list(recipe.activation.block)
+        block = fields.one_of("activation_block", plain, [None, recipe.weight.block[-1]], default=plain)
+        recipe = dataclasses.replace(recipe, activation=dataclasses.replace(recipe.activation, block=tuple(block)))
     out_dtype = fields.one_of("out_dtype", *map(str, OUT_DTYPES.values()), default=str(recipe.out_dtype))
     return dataclasses.replace(recipe, weight=scheme("weight"), activation=scheme("activation"), out_dtype=out_dtype)

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fp8x.array import ScaledArray
@@ -76,6 +75,10 @@ class Format(abc.ABC):
             out_dtype: the model's type, which a reader takes for the layers' output.
         """
 
+    def beside(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Further JSON files that belong beside config.json, by name, for the `quantization_config` in it."""
+        return {}
+
     @abc.abstractmethod
     def from_config(self, config: Mapping[str, Any], prefixes: Iterable[str], out_dtype: np.dtype) -> Recipes:
         """The recipe of every prefix; the inverse of `to_config`.
@@ -116,8 +119,14 @@ class Format(abc.ABC):
         layout, scheme = self.layout(recipe, shape), recipe.weight
         scheme.check_shape(shape, f"{prefix}.weight")
         scale = _as_scale(layout.weight_scale.read(prefix, reader), scheme.scale_dtype)
-        _check_scale(scale, layout.weight_scale.name(prefix, reader), reader)
+        name = layout.weight_scale.name(prefix, reader)
+        _check_scale(scale, name, reader)
         weight = ScaledArray(layout.weight.read(prefix, reader), scale.reshape(scheme.scale_shape(shape)), scheme)
+        if count := _lost_blocks(weight):
+            raise CheckpointError(
+                f"{name} in {reader.stored(name).file}: {count} of {scale.size} scales are 0, but their blocks of "
+                f"{prefix}.weight are not: their values are lost"
+            )
         if layout.input_scale is None:
             return weight, None
         input_scale = _as_scale(layout.input_scale.read(prefix, reader), FLOAT32)
@@ -134,12 +143,14 @@ def _as_scale(stored: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Scales in a scheme's type, from any type that formats store them in; exact."""
     if dtype == E8M0:
         return stored.view(E8M0)
-    if stored.dtype != E8M0:
-        return np.asarray(jnp.asarray(stored).astype(FLOAT32))
-    byte = stored.view(np.uint8).astype(np.uint32)
-    # From bits: 2^-127 (byte 0) is subnormal in float32, which XLA flushes on CPU. 255 is NaN.
-    bits = np.where(byte == 0, 0x00400000, np.where(byte == 255, 0x7FC00000, byte << 23))
-    return bits.astype(np.uint32).view(FLOAT32)
+    if stored.dtype in (np.uint8, E8M0):
+        byte = stored.view(np.uint8).astype(np.uint32)
+        # From bits: 2^-127 (byte 0) is subnormal in float32, which XLA flushes on CPU. 255 is NaN.
+        bits = np.where(byte == 0, 0x00400000, np.where(byte == 255, 0x7FC00000, byte << 23))
+        return bits.astype(np.uint32).view(FLOAT32)
+    if stored.dtype == DTYPES["BF16"]:
+        return (stored.view(np.uint16).astype(np.uint32) << 16).view(FLOAT32)
+    return stored.astype(FLOAT32, copy=False)
 
 
 def _check_scale(scale: np.ndarray, name: str, reader: Reader) -> None:
@@ -147,3 +158,16 @@ def _check_scale(scale: np.ndarray, name: str, reader: Reader) -> None:
     if count := int(bad.sum()):
         file = reader.stored(name).file
         raise CheckpointError(f"{name} in {file}: {count} of {scale.size} scales are NaN, infinite or negative")
+
+
+def _lost_blocks(weight: ScaledArray) -> int:
+    """How many blocks `[n, k]` of a matrix have scale 0 over values other than 0. Other blocks are not looked at."""
+    if weight.scheme.is_mx or (weight.scale != 0).all():
+        return 0
+    rows, columns = weight.scheme.block_of(weight.shape)
+    codes = weight.data.view(np.uint8)
+    # -0 is a zero too.
+    return sum(
+        bool((codes[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns] & 0x7F).any())
+        for i, j in np.argwhere(weight.scale == 0)
+    )

@@ -4,12 +4,20 @@
     activation_scheme      "static": `input_scale` is on disk; "dynamic": from each input
     weight_block_size      [128, 128], or null (or missing) for one scale a matrix
     fmt                    "e4m3" (if missing) or "e5m2", DeepSeek's field
-    scale_fmt              "ue8m0": float32 scales are powers of two (DeepSeek-V3.1); scale rule "pow2"
+    scale_fmt              "ue8m0": scales are powers of two (scale rule "pow2"): float32 in DeepSeek-V3.1, a byte in
+                           transformers
     modules_to_not_convert names that stay in 16 bits (`ignored_layers` is read too)
 
-Dynamic activations are quantized per token beside per-tensor weights (as vLLM does: then a row's result does not
-depend on the other rows), per token and K-group beside blocks. Ours alone: `activation_scheme: "static"` beside blocks,
-with an `input_scale` of `[K / 128]`, one for each K-group.
+Dynamic activations are quantized per token beside per-tensor weights: a row's result then does not depend on the other
+rows. So does vLLM wherever its CUTLASS kernels run (`Fp8LinearMethod` in quantization/fp8.py takes
+`kFp8DynamicTokenSym` if `cutlass_fp8_supported()`, one scale for all tokens elsewhere), and so does transformers
+(`fp8_linear`: "leave None for dynamic (per-token)"). Beside blocks they are per token and K-group.
+
+Static activations have one scale, beside blocks too, as in transformers (vLLM has none there). Ours alone: an
+`input_scale` of `[K / 128]` beside blocks, one for each K-group.
+
+Blocks at the edges are ragged: the grid is `ceil(N / 128) × ceil(K / 128)`, as in DeepSeek-V3 and vLLM. (transformers
+writes whole blocks alone; where it dequantizes, it divides the matrix evenly by the grid, which is another block.)
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,11 +28,12 @@ import numpy as np
 from fp8x.checkpoint.extras import KEY, apply_extras, extras
 from fp8x.checkpoint.fields import Fields
 from fp8x.checkpoint.format import Format, Layout, Recipes, TensorSpec, weight_spec
-from fp8x.checkpoint.names import is_listed
+from fp8x.checkpoint.names import listed
 from fp8x.recipe import Recipe
-from fp8x.scheme import ELEMENTS, FLOAT32, Scheme
+from fp8x.scheme import ELEMENTS, Scheme
 
 SCALES = ("F32", "BF16", "F8_E8M0")
+ONE = ((), (1,), (1, 1))  # how tools shape a single scale; the first is written
 
 
 class Fp8(Format):
@@ -42,8 +51,9 @@ class Fp8(Format):
                 return "no weight-only form: activation_scheme is static or dynamic"
             if weight.is_mx or not (weight.block == (None, None) or (len(weight.block) == 2 and all(weight.block))):
                 return f"weights {weight} are neither per tensor nor 2-d blocks with float32 scales"
-            fits = _activation(weight, recipe.activation_scale)
-            if (activation.element, activation.block, activation.scale_dtype) != (fits.element, fits.block, FLOAT32):
+            fits = _activations(weight, recipe.activation_scale)
+            if _kind(activation) not in map(_kind, fits):
+                fits = " or ".join(map(str, fits))
                 return f"{recipe.activation_scale} activations beside weights {weight} are {fits}, not {activation}"
         return None
 
@@ -66,20 +76,29 @@ class Fp8(Format):
     def from_config(self, config: Mapping[str, Any], prefixes: Iterable[str], out_dtype: np.dtype) -> Recipes:
         fields = Fields(config, "quantization_config")
         recipe = apply_extras(_recipe(fields, out_dtype), fields.object(KEY, {}))
-        name = "ignored_layers" if fields.get("modules_to_not_convert", None) is None else "modules_to_not_convert"
-        kept = fields.strings(name, [])
-        return {prefix: None if is_listed(prefix, kept) else recipe for prefix in prefixes}
+        is_kept = listed(kept_modules(fields))
+        return {prefix: None if is_kept(prefix) else recipe for prefix in prefixes}
 
     def layout(self, recipe: Recipe, shape: tuple[int, int]) -> Layout:
-        if recipe.weight.block == (None, None):
-            # The second names are transformers' own.
-            scale = TensorSpec((".weight_scale", ".weight_scale_inv"), ((), (1,)), SCALES)
-            inputs = TensorSpec((".input_scale", ".activation_scale"), ((), (1,)), SCALES)
+        weight = recipe.weight
+        dtypes = (*SCALES, "U8") if weight.scale_rule == "pow2" else SCALES
+        # ….weight_scale_inv and ….activation_scale are transformers' own names for single scales.
+        if weight.block == (None, None):
+            scale = TensorSpec((".weight_scale", ".weight_scale_inv"), ONE, dtypes)
+            inputs = TensorSpec((".input_scale", ".activation_scale"), ONE, SCALES)
         else:
-            scale = TensorSpec((".weight_scale_inv",), (recipe.weight.scale_shape(shape),), SCALES)
-            groups = recipe.activation.scale_shape((1, shape[1]))[-1]
-            inputs = TensorSpec((".input_scale",), ((groups,),), SCALES)
+            scale = TensorSpec((".weight_scale_inv",), (weight.scale_shape(shape),), dtypes)
+            inputs = TensorSpec((".activation_scale", ".input_scale"), ONE, SCALES)
+            if recipe.is_static and recipe.activation.block != (None, None):
+                groups = recipe.activation.scale_shape((1, shape[1]))[-1]
+                inputs = TensorSpec((".input_scale",), ((groups,),), SCALES)
         return Layout(weight_spec(recipe, shape), scale, inputs if recipe.is_static else None)
+
+
+def kept_modules(fields: Fields) -> list[str]:
+    """The names that stay in 16 bits, from whichever of the two fields is there."""
+    name = "ignored_layers" if fields.get("modules_to_not_convert", None) is None else "modules_to_not_convert"
+    return fields.strings(name, [])
 
 
 def _recipe(fields: Fields, out_dtype: np.dtype) -> Recipe:
@@ -88,13 +107,19 @@ def _recipe(fields: Fields, out_dtype: np.dtype) -> Recipe:
     rule = "pow2" if fields.one_of("scale_fmt", None, "float", "ue8m0", default=None) == "ue8m0" else "amax"
     whole = fields.get("weight_block_size", None) is None
     weight = Scheme(element, block=(None, None) if whole else fields.block("weight_block_size"), scale_rule=rule)
-    return Recipe(weight, _activation(weight, activation_scale), activation_scale, out_dtype)
+    return Recipe(weight, _activations(weight, activation_scale)[0], activation_scale, out_dtype)
 
 
-def _activation(weight: Scheme, activation_scale: str) -> Scheme:
-    """The activations that belong to a weight, since the config does not describe them."""
-    rows = None if activation_scale == "static" else 1
-    return Scheme(weight.element, block=(rows, weight.block[1]), scale_rule=weight.scale_rule)
+def _activations(weight: Scheme, activation_scale: str) -> list[Scheme]:
+    """The activations that fit a weight; the first belongs to it, since the config does not describe them."""
+    columns = weight.block[1]
+    blocks = [(1, columns)] if activation_scale == "dynamic" else [(None, None), (None, columns)]
+    return [Scheme(weight.element, block=block, scale_rule=weight.scale_rule) for block in dict.fromkeys(blocks)]
+
+
+def _kind(scheme: Scheme) -> tuple:
+    """A scheme without its rule, which other tools do not need to read it."""
+    return scheme.element, scheme.block, scheme.scale_dtype
 
 
 def _describe(recipe: Recipe) -> str:

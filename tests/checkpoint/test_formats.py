@@ -11,13 +11,13 @@ import pytest
 
 import fp8x
 from fp8x.checkpoint import FORMATS, Reader, Writer, choose_format, format_of
-from fp8x.checkpoint.names import is_listed, patterns
+from fp8x.checkpoint.names import listed, patterns
 from fp8x.errors import CheckpointError
 from fp8x.recipe import Recipe
 from fp8x.scheme import E8M0, Scheme, mx, per_row, per_tensor
 
 FLOAT32, BFLOAT16 = np.dtype("float32"), np.dtype(jnp.bfloat16)
-COMPRESSED, FP8 = FORMATS["compressed-tensors"], FORMATS["fp8"]
+COMPRESSED, FP8, MODELOPT, MXFP8 = (FORMATS[name] for name in ("compressed-tensors", "fp8", "modelopt", "mxfp8"))
 BLOCK, GROUP = Scheme("e4m3", block=(128, 128)), Scheme("e4m3", block=(1, 128))
 
 # Recipes beyond those with a code.
@@ -33,14 +33,17 @@ OTHERS = {
     "per token": Recipe(per_tensor(), per_row(), "dynamic"),
     "e5m2": Recipe(per_tensor("e5m2"), per_tensor("e5m2"), "static"),
     "mixed elements": Recipe(per_tensor("e4m3"), per_tensor("e5m2"), "static"),
+    "one scale beside blocks": Recipe(Scheme("e4m3", block=(128, 128)), per_tensor(), "static"),
     "across experts": Recipe(Scheme("e4m3", block=(None, None, None)), per_tensor(), "static"),
     "float32 out": Recipe(per_row(), out_dtype=FLOAT32),
 }
 RECIPES = {code: recipe for code, recipe in fp8x.RECIPES.items() if recipe.observer is None} | OTHERS
 HOLDS = {
     "compressed-tensors": r"e4m3_e4m3_b?f16(_dynamic)?|e4m3_b?f16|fp8_e4m3fn_b?f16_block_scale|mxfp8_(mxfp8_)?b?f16"
-    r"|pow2.*|floor|dynamic per tensor|per token|float32 out",
-    "fp8": r"e[45]m[32]_e[45]m[32]_b?f16|fp8_.*|pow2.*|per token|e5m2",
+    r"|pow2.*|floor|dynamic per tensor|per token|float32 out|one scale beside blocks",
+    "fp8": r"e[45]m[32]_e[45]m[32]_b?f16|fp8_.*|pow2.*|per token|e5m2|one scale beside blocks",
+    "modelopt": r"e4m3_e4m3_b?f16(_dynamic)?|mxfp8_mxfp8_b?f16|floor",
+    "mxfp8": "",
 }
 
 
@@ -126,7 +129,7 @@ def compressed(weights: dict = WEIGHTS, inputs: dict | None = None, **fields) ->
     [
         (compressed(config_groups=None), "quantization_config.config_groups is None, expected an object"),
         (compressed(config_groups={}), "config_groups is {}, expected an object of groups with targets"),
-        (compressed(config_groups={"FP8": ["Linear"]}), r"config_groups.FP8 is \['Linear'\], expected an object"),
+        (compressed(config_groups={"W4A16": ["Linear"]}), r"config_groups.W4A16 is \['Linear'\], expected an object"),
         (compressed(config_groups={"g": {"targets": ["Linear"]}}), "config_groups.g has no weights"),
         (compressed(config_groups={"g": {"weights": WEIGHTS}}), "config_groups.g has no targets"),
         (compressed(format="pack-quantized"), "format is 'pack-quantized'; fp8x reads 'float-quantized' or"),
@@ -178,8 +181,27 @@ def test_configs_as_others_write_them():
 NONSENSE = [None, 0, -1, 1.5, "x", "", True, [], {}, [1], ["re:("], {"a": 1}, [128, 0], [[]]]
 
 
-@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
-def test_any_field_may_be_nonsense(format):
+WELL_FORMED = {
+    "compressed-tensors": COMPRESSED.to_config({"a": OTHERS["pow2 weights"], "lm_head": None}, BFLOAT16),
+    "fp8": FP8.to_config({"a": OTHERS["pow2 weights"], "lm_head": None}, BFLOAT16),
+    "fp8 static": FP8.to_config({"a": fp8x.RECIPES["fp8_e4m3fn_f16_block_scale_static_activation"]}, BFLOAT16),
+    "modelopt": MODELOPT.to_config({"a": OTHERS["floor"], "lm_head": None}, BFLOAT16),
+    "modelopt legacy": {
+        "quant_method": "modelopt",
+        "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]},
+    },
+    "modelopt mixed": {
+        "quant_method": "modelopt",
+        "quant_algo": "MIXED_PRECISION",
+        "quantized_layers": {"a": {"quant_algo": "FP8"}, "b": {"quant_algo": "MXFP8", "group_size": 32}},
+        "ignore": ["lm_head", "c*"],
+    },
+    "mxfp8": {"quant_method": "mxfp8", "weight_block_size": [1, 32], "ignored_layers": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("name", WELL_FORMED)
+def test_any_field_may_be_nonsense(name):
     """It is read or refused, never a KeyError."""
 
     def spoiled(config):
@@ -189,19 +211,20 @@ def test_any_field_may_be_nonsense(format):
             if isinstance(value, dict):
                 yield from (config | {key: other} for other in spoiled(value))
 
-    for recipe in (fp8x.RECIPES["e4m3_e4m3_f16"], OTHERS["pow2 weights"]):
-        for config in spoiled(format.to_config({"a": recipe, "lm_head": None}, BFLOAT16)):
-            with contextlib.suppress(CheckpointError):
-                format.from_config(config, ["a"], BFLOAT16)
+    format = format_of({"quantization_config": WELL_FORMED[name]})
+    assert None not in format.from_config(WELL_FORMED[name], ["a"], BFLOAT16).values()
+    for config in spoiled(WELL_FORMED[name]):
+        with contextlib.suppress(CheckpointError):
+            format.from_config(config, ["a"], BFLOAT16)
 
 
 def test_names_of_modules_that_stay():
     name = "model.layers.1.mlp.gate"
     for entry in ("gate", "mlp.gate", "model.layers.1", name, "mlp", r"model\.layers\.\d+\.mlp\.gate", "re:.*gate"):
-        assert is_listed(name, [entry]), entry
+        assert listed([entry])(name), entry
     for entry in ("gat", "layers.11", "gate_proj", "up", "", "(", "lm_head"):
-        assert not is_listed(name, [entry]), entry
-    assert not is_listed("model.layers.1.mlp.gate_proj", ["mlp.gate"])
+        assert not listed([entry])(name), entry
+    assert not listed(["mlp.gate"])("model.layers.1.mlp.gate_proj")
 
 
 def test_patterns_match_their_names_alone():

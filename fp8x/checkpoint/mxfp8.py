@@ -1,0 +1,51 @@
+"""`quant_method: "mxfp8"`: bare MXFP8, as MiniMax publishes it and vLLM, SGLang and transformers read it. Read only.
+
+    field                  means
+    weight_block_size      [1, 32], or missing
+    scale_fmt              "ue8m0", or missing
+    activation_scheme      "dynamic", or missing: MXFP8 too, from each input
+    modules_to_not_convert names that stay in 16 bits (or `ignored_layers`)
+
+`weight_scale_inv` is U8 `[N, K / 32]`; byte b means 2^(b-127). Sources: SGLang `quantization/fp8.py` (`use_mxfp8`),
+vLLM `quantization/__init__.py`, transformers `quantizers/auto.py`.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from fp8x.checkpoint.fields import Fields
+from fp8x.checkpoint.format import Format, Layout, Recipes, TensorSpec, weight_spec
+from fp8x.checkpoint.fp8 import kept_modules
+from fp8x.checkpoint.names import listed
+from fp8x.errors import CheckpointError
+from fp8x.recipe import Recipe
+from fp8x.scheme import mx
+
+OBJECTION = "is read only; 'modelopt' and 'compressed-tensors' hold MXFP8"
+
+
+class Mxfp8(Format):
+    """MXFP8 weights and activations."""
+
+    name = quant_method = "mxfp8"
+
+    def objection(self, recipes: Iterable[Recipe]) -> str | None:
+        return OBJECTION
+
+    def to_config(self, recipes: Recipes, out_dtype: np.dtype) -> dict[str, Any]:
+        raise CheckpointError(f"format: {self.name!r} {OBJECTION}")
+
+    def from_config(self, config: Mapping[str, Any], prefixes: Iterable[str], out_dtype: np.dtype) -> Recipes:
+        fields = Fields(config, "quantization_config")
+        fields.one_of("weight_block_size", [1, 32], None, default=None)
+        fields.one_of("scale_fmt", "ue8m0", None, default=None)
+        fields.one_of("activation_scheme", "dynamic", default="dynamic")
+        recipe, is_kept = Recipe(mx(), mx(), "dynamic", out_dtype), listed(kept_modules(fields))
+        return {prefix: None if is_kept(prefix) else recipe for prefix in prefixes}
+
+    def layout(self, recipe: Recipe, shape: tuple[int, int]) -> Layout:
+        scale_shape = recipe.weight.scale_shape(shape)
+        suffixes = (".weight_scale_inv", ".weight_scale")
+        return Layout(weight_spec(recipe, shape), TensorSpec(suffixes, (scale_shape,), ("U8", "F8_E8M0")))
