@@ -1,49 +1,24 @@
 """`Reader`: the tensors of a Hugging Face directory, memory-mapped and checked before anyone computes with them."""
 
-import dataclasses
 import json
 import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from fp8x.checkpoint.fused import unfused
+from fp8x.checkpoint.header import DTYPE_NAMES as DTYPE_NAMES
+from fp8x.checkpoint.header import DTYPES as DTYPES
+from fp8x.checkpoint.header import Stored as Stored
 from fp8x.errors import CheckpointError
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LEGACY = "hf_quant_config.json"
-
-# The safetensors library gives no float8 to numpy or flax (0.8 looks for numpy.float8_e4m3fn), so it only validates
-# headers here, and tensors are views of the mapped file in these types.
-DTYPES: dict[str, np.dtype] = {
-    "F32": np.dtype(jnp.float32),
-    "F16": np.dtype(jnp.float16),
-    "BF16": np.dtype(jnp.bfloat16),
-    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
-    "F8_E5M2": np.dtype(jnp.float8_e5m2),
-    "F8_E8M0": np.dtype(jnp.float8_e8m0fnu),
-    "F64": np.dtype(np.float64),
-    "BOOL": np.dtype(np.bool_),
-    **{f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)},
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies: its file, its type by safetensors' name, its shape, and its bytes in the file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
 
 
 class Reader:

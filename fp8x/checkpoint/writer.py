@@ -3,19 +3,20 @@
 import contextlib
 import fcntl
 import json
-import math
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from fp8x.checkpoint.reader import DTYPE_NAMES, INDEX, SINGLE
+from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_free, copy_companions, explained, fsync
+from fp8x.checkpoint.header import DTYPE_NAMES, make_header
+from fp8x.checkpoint.reader import INDEX, SINGLE
 from fp8x.errors import CheckpointError
 
 
@@ -26,8 +27,8 @@ class Writer:
             writer.add("model.norm.weight", scale)
             writer.add_json("config.json", config)
 
-    An exception inside the block removes what was written; what a killed process left beside `path` is removed when the
-    next writer of `path` begins.
+    An exception inside the block removes what was written; what a killed process left is removed by the next writer of
+    the same `path`.
 
     Arguments:
         path: the directory to make; it may exist if it is empty.
@@ -51,15 +52,16 @@ class Writer:
             raise CheckpointError(f"max_shard_bytes: {max_shard_bytes} does not fit; use a positive number of bytes")
         check_free(self.path)
         self._max_shard_bytes = max_shard_bytes
-        self._temporary = self.path.with_name(f".{self.path.name}.tmp-{secrets.token_hex(4)}")
+        self._progress = progress
         self._pending: dict[str, np.ndarray] = {}
-        self._pending_bytes = 0
+        self._pending_bytes = self._written_bytes = 0
         self._shards: list[dict[str, int]] = []  # per file written: tensor name -> bytes
 
     def __enter__(self) -> "Writer":
         with explained(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._temporary.mkdir()
+            _sweep(self.path)
+            self._temporary, self._lock = _make_temporary(self.path)
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -69,12 +71,16 @@ class Writer:
                     self._finish()
         finally:
             shutil.rmtree(self._temporary, ignore_errors=True)
+            if self._lock is not None:
+                os.close(self._lock)
 
     def add(self, name: str, array: jax.Array | np.ndarray) -> None:
         """Adds a tensor; written once a shard is full."""
         if name in self._pending or any(name in shard for shard in self._shards):
             raise CheckpointError(f"{name}: added twice to {self.path}")
         array = np.asarray(array, order="C")
+        if array.dtype not in DTYPE_NAMES:
+            raise CheckpointError(f"{name}: dtype is {array.dtype}; use one of {', '.join(map(str, DTYPE_NAMES))}")
         if self._pending and self._pending_bytes + array.nbytes > self._max_shard_bytes:
             with explained(self.path):
                 self._write_shard()
@@ -93,11 +99,11 @@ class Writer:
 
     def _write_shard(self) -> None:
         self._shards.append({name: array.nbytes for name, array in self._pending.items()})
-        # Wide types first, so that every tensor is aligned to its type.
-        order = sorted(self._pending, key=lambda name: (-self._pending[name].itemsize, name))
+        specs = {name: (DTYPE_NAMES[array.dtype], array.shape) for name, array in self._pending.items()}
+        header, offsets = make_header(specs)
         with (self._temporary / _shard_name(len(self._shards))).open("xb") as file:
-            file.write(header({name: (self._pending[name].dtype, self._pending[name].shape) for name in order}))
-            for name in order:
+            file.write(header)
+            for name in offsets:
                 array = self._pending.pop(name)
                 file.write(array.reshape(-1).view(np.uint8))
                 self._written_bytes += array.nbytes
@@ -120,8 +126,53 @@ class Writer:
         for file in [*self._temporary.iterdir(), self._temporary]:
             fsync(file)
         check_free(self.path)
-        os.rename(self._temporary, self.path)
+        try:
+            os.rename(self._temporary, self.path)
+        except OSError:
+            check_free(self.path)  # says more, where another writer came first
+            raise
         fsync(self.path.parent)
+
+
+def _make_temporary(path: Path) -> tuple[Path, int | None]:
+    """A hidden sibling of `path`, and the descriptor of a lock on it that lasts as long as this process."""
+    while True:
+        temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+        temporary.mkdir()
+        try:
+            return temporary, _lock(temporary)
+        except (BlockingIOError, FileNotFoundError):
+            pass  # a sweeping writer came between
+        except OSError:
+            return temporary, None  # a file system without locks; nobody sweeps there
+
+
+def _sweep(path: Path) -> None:
+    """Removes the hidden siblings of `path` whose writers are dead."""
+    pattern = re.compile(re.escape(f".{path.name}.tmp-") + "[0-9a-f]{8}")
+    for left in [other for other in path.parent.iterdir() if pattern.fullmatch(other.name)]:
+        with contextlib.suppress(OSError):  # held by a living writer, or no directory
+            lock = _lock(left)
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(directory: Path) -> int:
+    """Locks a directory until the descriptor is closed.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        FileNotFoundError: another process has removed it.
+        OSError: it can't be locked.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        directory.stat()
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _shard_name(number: int) -> str:
