@@ -20,11 +20,11 @@ def load(
     rules: "Mapping[str, Recipe | None] | None" = None,
     allow_nonfinite: bool = False,
 ) -> "Decoder":
-    """`fp8x.load`, with a spinner."""
+    """`fp8x.load`, with a progress bar."""
     import fp8x
 
-    with terminal.progress(f"loading {path.name}"):
-        return fp8x.load(path, recipe, rules=rules, allow_nonfinite=allow_nonfinite)
+    with terminal.progress(f"loading {path.name}", unit="bytes") as update:
+        return fp8x.load(path, recipe, rules=rules, allow_nonfinite=allow_nonfinite, progress=update)
 
 
 def load_tokenizer(path: Path) -> "Tokenizer":

@@ -62,8 +62,9 @@ def quantize(
         report = calibrate.run(model, rows, calibration)
         calibrate.warn_undersampled(report, min_tokens)
         result = calibrate.sidecar(report, recipe, calibration, rows)
-    with terminal.progress(f"writing {destination.name}"):
-        fp8x.save(model, destination, format, beside={} if result is None else {SIDECAR: terminal.plain(result)})
+    beside = {} if result is None else {SIDECAR: terminal.plain(result)}
+    with terminal.progress(f"writing {destination.name}", unit="bytes") as update:
+        fp8x.save(model, destination, format, beside=beside, progress=update)
     with terminal.progress("reading back") as update:
         before = inspect(source)
         after = inspect(destination, reference=source, progress=update)

@@ -9,13 +9,22 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from fp8x.errors import DataError, Fp8xError
@@ -52,14 +61,15 @@ def _say(kind: str, message: object, style: str) -> None:
 
 
 @contextlib.contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
+def progress(what: str, unit: Literal["steps", "bytes"] = "steps") -> Iterator[Callable[[int, int | None], None]]:
     """A bar on stderr that shows once the work has taken two seconds, and goes when it is done.
 
-    Gives a function that takes what is done and the total (None: unknown).
+    Gives a function that takes what is done and the total (None: unknown), both in `unit`.
     """
     console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
+    counts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     task = bar.add_task(what, total=None)
     timer = threading.Timer(PATIENCE, bar.start)
     timer.daemon = True

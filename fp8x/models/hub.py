@@ -1,6 +1,7 @@
 """`load` and `save`: Hugging Face directories in and out of a `Decoder`, one layer at a time."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from jaxtyping import Array
 
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import CONFIG, Format, Reader, Writer, choose_format, format_of
-from fp8x.checkpoint.writer import DEFAULT_SHARD_BYTES
+from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES
+from fp8x.checkpoint.header import DTYPES
 from fp8x.errors import CheckpointError
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
@@ -29,11 +31,13 @@ def load(
     *,
     rules: Mapping[str, Recipe | str | None] | None = None,
     allow_nonfinite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """Loads a Mixtral or Qwen3-MoE checkpoint, quantized or not.
 
     Each matrix goes from its file into its place; with a recipe it is quantized on the way, so a bf16 model is never
-    whole in memory. What is in 8 bits on disk stays so, byte by byte; its layers return the checkpoint's type.
+    whole in memory: the peak is the model as it will be, and one matrix. What is in 8 bits on disk stays so, byte by
+    byte; its layers return the checkpoint's type.
 
     Arguments:
         path: a directory with config.json and safetensors files.
@@ -41,6 +45,7 @@ def load(
         mesh: not supported yet.
         rules: exceptions to `recipe`, as `fp8x.quantize_model` takes them.
         allow_nonfinite: load weights that hold NaN or Inf instead of raising.
+        progress: called after every tensor with the bytes read and the bytes in all.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, quantized in a way that is not supported, or quantized
@@ -61,7 +66,7 @@ def load(
             "or give the unquantized checkpoint"
         )
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    loader = Loader(reader, model, format, allow_nonfinite)
+    loader = Loader(reader, model, format, allow_nonfinite, progress)
     loader.check_names()
     if format is None:
         chosen = Rules(None if recipe is None else as_recipe(recipe), rules or {}).resolve(linear_names(config))
@@ -78,6 +83,7 @@ def save(
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     beside: Mapping[str, Mapping[str, Any]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes a model as a Hugging Face directory, completely or not at all; weights and scales byte by byte.
 
@@ -89,6 +95,7 @@ def save(
             not quantized.
         max_shard_bytes: several files with an index, where one would be larger.
         beside: further JSON files, by name: they come with the weights or not at all.
+        progress: called after every tensor with the bytes written and the bytes in all.
 
     Raises:
         CalibrationError: layers that are in calibration, or whose static activation scale is missing.
@@ -109,14 +116,18 @@ def save(
     if format is not None and not used:
         raise CheckpointError(f"format: {format!r} does not fit: the model is not quantized; leave the format out")
     writer_format = choose_format(used, format) if used else None
-    with Writer(path, max_shard_bytes=max_shard_bytes) as writer:
+    params = {name: get(model, variable_path) for variable_path, name in param_names(config).items()}
+    total = sum(variable.nbytes for variable in params.values())
+    total += sum(_stored_bytes(layer, names[path], writer_format) for path, layer in layers.items())
+    report = None if progress is None else lambda done: progress(done, total)
+    with Writer(path, max_shard_bytes=max_shard_bytes, progress=report) as writer:
         writer.add_json(CONFIG, _hf_config(model, writer_format, recipes))
         for name, value in (beside or {}).items():
             writer.add_json(name, value)
         if "_name_or_path" in config.hf:
             writer.copy_companions(Path(config.hf["_name_or_path"]))
-        for variable_path, name in param_names(config).items():
-            writer.add(name, get(model, variable_path)[...])
+        for name, variable in params.items():
+            writer.add(name, variable[...])
         for module_path, layer in layers.items():
             for name, array in _tensors(layer, names[module_path], writer_format):
                 writer.add(name, array)
@@ -130,6 +141,16 @@ def _hf_config(model: Decoder, format: Format | None, recipes: Mapping[str, Reci
     if format is not None:
         hf["quantization_config"] = format.to_config(recipes, dtype)
     return hf
+
+
+def _stored_bytes(layer: nnx.Module, names: Names, format: Format | None) -> int:
+    """The size of what `_tensors` gives."""
+    if not isinstance(layer, QuantizedLayer):
+        return (layer.kernel if isinstance(layer, nnx.Linear) else layer.weight).nbytes
+    layout = format.layout(layer.recipe, layer.weight.shape[-2:])
+    specs = [spec for spec in (layout.weight, layout.weight_scale, layout.input_scale) if spec is not None]
+    each = sum(math.prod(spec.shapes[0]) * DTYPES[spec.dtypes[0]].itemsize for spec in specs)
+    return each * len(list(flat(names)))
 
 
 def _tensors(layer: nnx.Module, names: Names, format: Format | None) -> Iterator[tuple[str, Array | np.ndarray]]:

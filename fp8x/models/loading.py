@@ -1,7 +1,8 @@
 """`Loader`: fills an abstract decoder from a checkpoint, matrix by matrix."""
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +29,22 @@ HARMLESS = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.([qkv]|kv|attn)_sca
 
 
 class Loader:
-    """Fills an abstract decoder from a checkpoint."""
+    """Fills an abstract decoder from a checkpoint. `progress` is called with the bytes read and the bytes in all."""
 
-    def __init__(self, reader: Reader, model: Decoder, format: Format | None, allow_nonfinite: bool):
+    def __init__(
+        self,
+        reader: Reader,
+        model: Decoder,
+        format: Format | None,
+        allow_nonfinite: bool,
+        progress: Callable[[int, int], None] | None,
+    ):
         self.reader, self.model, self.format, self.allow_nonfinite = reader, model, format, allow_nonfinite
         self.names = linear_names(model.config)
         self.dtype = jnp.dtype(model.config.dtype)
         self.shapes = {path: _weight_shape(get(model, path)) for path in self.names}
         self.stored = dict.fromkeys(self.names) if format is None else self._stored_recipes(format)
+        self._progress, self._read_bytes, self._total_bytes = progress, 0, 0
 
     def _stored_recipes(self, format: Format) -> dict[str, Recipe | None]:
         """The recipe of every module of a quantized checkpoint."""
@@ -68,10 +77,7 @@ class Loader:
         for path, names in self.names.items():
             recipe, shape = self.stored[path], self.shapes[path][-2:]
             for _, prefix in flat(names):
-                if recipe is None:
-                    needed.append(f"{prefix}.weight")
-                else:
-                    needed += self.format.names(prefix, recipe, shape, self.reader)
+                needed += self._tensors(prefix, recipe, shape)
         if missing := [name for name in needed if name not in self.reader]:
             raise CheckpointError(f"{self.reader.path}: {some(missing)} missing, which config.json calls for")
         unknown = set(self.reader) - set(needed) - ({"lm_head.weight"} if self.model.lm_head is None else set())
@@ -79,6 +85,7 @@ class Loader:
             is_lost = self.format is None and any("scale" in name for name in unknown)
             hint = "; is the quantization_config lost?" if is_lost else ""
             raise CheckpointError(f"{self.reader.path}: {some(unknown)} not part of what config.json describes{hint}")
+        self._total_bytes = sum(self.reader.stored(name).nbytes for name in needed)
 
     def load(self, recipes: Mapping[str, Recipe | None]) -> None:
         """Fills the model; `recipes` of every linear module, None where it stays in 16 or 32 bits."""
@@ -95,30 +102,30 @@ class Loader:
                 get(self.model, path).weight.set_value(self._stack(names, shape))
 
     def _quantized_layer(self, path: str, names: Names, recipe: Recipe, shape: tuple[int, ...]) -> QuantizedLayer:
-        if isinstance(names, str):
-            bias = get(self.model, path).bias
-            weight, input_scale = self._matrix(names, recipe, shape)
-            weight = ScaledArray(jnp.array(weight.data), jnp.array(weight.scale), weight.scheme)
-            bias = None if bias is None else bias[...]
-            return Linear.from_arrays(weight, recipe, bias=bias, input_scale=_as_array(input_scale))
         scheme = weight_scheme(recipe, len(shape))
         if len(scheme.block) > 2:
             # Scales across experts: the layer has to be whole before it is quantized.
             weight = numerics.quantize_weight(self._stack(names, shape), scheme, name=path, allow_nonfinite=True)
             return GroupedLinear.from_arrays(weight, recipe)
-        data, scale = np.empty(shape, scheme.dtype), np.empty(scheme.scale_shape(shape), scheme.scale_dtype)
+        data, scale = _empty(shape, scheme.dtype), _empty(scheme.scale_shape(shape), scheme.scale_dtype)
         input_scale = None
         for index, prefix in flat(names):
             weight, given = self._matrix(prefix, recipe, shape[-2:])
             data[index], scale[index] = weight.data, weight.scale
             if given is not None:
                 # One scale quantizes what all experts read. Where they differ the largest clips none, as in vLLM.
-                input_scale = given if input_scale is None else np.maximum(input_scale, given)
-        weight = ScaledArray(jnp.asarray(data), jnp.asarray(scale), scheme)
-        return GroupedLinear.from_arrays(weight, recipe, input_scale=_as_array(input_scale))
+                input_scale = np.array(given) if input_scale is None else np.maximum(input_scale, given)
+            if self.format is not None:
+                self._finish(*self._tensors(prefix, recipe, shape[-2:]))
+        weight = ScaledArray(jax.device_put(data), jax.device_put(scale), scheme)
+        input_scale = None if input_scale is None else jnp.array(input_scale)
+        if not isinstance(names, str):
+            return GroupedLinear.from_arrays(weight, recipe, input_scale=input_scale)
+        bias = get(self.model, path).bias
+        return Linear.from_arrays(weight, recipe, bias=None if bias is None else bias[...], input_scale=input_scale)
 
     def _matrix(self, prefix: str, recipe: Recipe, shape: tuple[int, ...]) -> tuple[ScaledArray, np.ndarray | None]:
-        """One matrix in 8 bits, and its static activation scale: as stored, or quantized now."""
+        """One matrix in 8 bits, and its static activation scale: as stored (views of the file), or quantized now."""
         if self.format is None:
             array = self._array(f"{prefix}.weight", shape)
             # Non-finite values are settled: `_array` has looked.
@@ -133,16 +140,29 @@ class Loader:
 
     def _stack(self, names: Names, shape: tuple[int, ...]) -> Array:
         """The experts' matrices in one array."""
-        stack = np.empty(shape, self.dtype)
+        stack = _empty(shape, self.dtype)
         for index, prefix in flat(names):
             stack[index] = self._array(f"{prefix}.weight", shape[-2:])
-        return jnp.asarray(stack)
+        return jax.device_put(stack)
 
     def _array(self, name: str, shape: tuple[int, ...]) -> Array:
         """An unquantized tensor in the model's type."""
         array = jnp.array(self.reader.read(name, shapes=[shape], dtypes=UNQUANTIZED))
         self._check_finite(name, array)
+        self._finish(name)
         return array.astype(self.dtype)
+
+    def _tensors(self, prefix: str, recipe: Recipe | None, shape: tuple[int, ...]) -> list[str]:
+        """What is stored of a matrix."""
+        return [f"{prefix}.weight"] if recipe is None else self.format.names(prefix, recipe, shape, self.reader)
+
+    def _finish(self, *names: str) -> None:
+        """Tensors are copied: their pages may go."""
+        for name in names:
+            self.reader.release(name)
+            self._read_bytes += self.reader.stored(name).nbytes
+        if self._progress is not None:
+            self._progress(self._read_bytes, self._total_bytes)
 
     def _check_finite(self, name: str, array: Array | np.ndarray) -> None:
         if not self.allow_nonfinite and (count := int(_count_nonfinite(array))):
@@ -157,8 +177,12 @@ def _count_nonfinite(array: Array) -> Array:
     return jnp.sum(~jnp.isfinite(array))
 
 
-def _as_array(scale: np.ndarray | None) -> Array | None:
-    return None if scale is None else jnp.array(scale)
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Room for an array that `jax.device_put` takes over on CPU as it is: it copies what is not aligned to 64 bytes."""
+    size, align = math.prod(shape) * np.dtype(dtype).itemsize, 64
+    room = np.empty(size + align, np.uint8)
+    start = -room.ctypes.data % align
+    return room[start : start + size].view(dtype).reshape(shape)
 
 
 def get(model: nnx.Module, path: str):

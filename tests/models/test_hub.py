@@ -174,6 +174,23 @@ def test_experts_share_the_largest_input_scale(static, tmp_path):
     assert_same(hub.load(path), hub.load(static))
 
 
+@pytest.mark.parametrize("code", [None, "e4m3_e4m3_bf16_dynamic"])
+def test_progress_counts_the_bytes_of_tensors(tmp_path, code):
+    reports = []
+    model = hub.load(MIXTRAL, code, progress=lambda *report: reports.append(report))
+    size = sum(array.nbytes for array in tensors_of(MIXTRAL).values())
+    assert reports[-1] == (size, size) and len(reports) == len(list(Reader(MIXTRAL)))
+    assert reports == sorted(set(reports))
+    reports.clear()
+    hub.save(model, tmp_path / "out", max_shard_bytes=20_000, progress=lambda *report: reports.append(report))
+    stored = tensors_of(tmp_path / "out")
+    size = sum(array.nbytes for array in stored.values())
+    assert reports[-1] == (size, size) and len(reports) == len(stored)
+    reports.clear()
+    hub.load(tmp_path / "out", progress=lambda *report: reports.append(report))
+    assert reports[-1] == (size, size)
+
+
 def test_harmless_tensors_and_tied_head(tmp_path):
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
     assert_same(hub.load(edited(MIXTRAL, tmp_path / "out", extra)), hub.load(MIXTRAL))
