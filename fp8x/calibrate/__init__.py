@@ -1,5 +1,6 @@
 """Static activation scales from data."""
 
 from fp8x.calibrate.driver import CalibrationReport, LayerStatistics, calibrate
+from fp8x.calibrate.statistics import all_reduce, observe, start
 
-__all__ = ["CalibrationReport", "LayerStatistics", "calibrate"]
+__all__ = ["CalibrationReport", "LayerStatistics", "all_reduce", "calibrate", "observe", "start"]

@@ -3,18 +3,20 @@
 import dataclasses
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
 
-from fp8x import numerics
+from fp8x.calibrate.methods import DEFAULT_PERCENTILE, Method, check_method, find_scale
+from fp8x.calibrate.sharded import ShardedObserver
+from fp8x.calibrate.statistics import observe, start, static_layers
 from fp8x.errors import CalibrationError, DataError, some
-from fp8x.nn.convert import named_layers
-from fp8x.nn.quantized import Amax, QuantizedLayer, TokenCount
-
-Statistic = nnx.Any(Amax, TokenCount)
+from fp8x.nn.observer import total_counts
+from fp8x.nn.quantized import QuantizedLayer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,68 +57,96 @@ class CalibrationReport:
         return names
 
 
-def calibrate(model: nnx.Module, batches: Iterable, mesh=None) -> CalibrationReport:
-    """Sets the static activation scales of a model from the largest magnitudes that its layers see.
+def calibrate(
+    model: nnx.Module,
+    batches: Iterable,
+    mesh: Mesh | None = None,
+    *,
+    method: Method = "max",
+    percentile: float = DEFAULT_PERCENTILE,
+) -> CalibrationReport:
+    """Sets the static activation scales of a model from what its layers see.
 
-    The model that infers is the one that calibrates: a layer in calibration gathers the running amax of its input
-    and goes on with that input quantized by the scale which follows, so that later layers see what they will see.
+    The model that infers is the one that calibrates: a layer in calibration gathers statistics of its input and passes
+    it on in 16 bits. What a row gives depends on no other row, and statistics join by maxima and integer sums, so
+    neither the order of batches nor the number of devices changes a bit of the scales.
 
     Arguments:
         model: a quantized model; every layer with a static activation scale is calibrated (anew).
         batches: what the model is called with, one after another; a tuple is several arguments. Batches of one shape
-            compile once.
-        mesh: reserved for sharded calibration; None is the only value yet.
+            compile once. On a mesh: arrays whose rows are split over the axis `data`; the first batch sets how many
+            rows a device takes, and what the last one leaves over compiles once more. With several processes, each
+            gives its own batches, of any number, for its own devices.
+        mesh: axes among `data`, `tensor` and `expert`; the model is copied to every device. None: where the model is.
+        method: `"max"`: scales from the largest magnitudes. `"percentile"`: from the magnitude that `percentile` of a
+            hundred values do not exceed. `"mse"`: those of the least squared error. The last two gather histograms.
+        percentile: above 0, up to 100; for its method only.
 
     Raises:
-        CalibrationError: the model has no static layer, or a layer saw nothing but zeros (named).
+        CalibrationError: the model has no static layer, an unknown method, or layers (named) that saw NaN or Inf, or
+            nothing but zeros.
         DataError: no batches.
-        NotImplementedError: a mesh was given.
+        MeshError: a mesh that the batches do not fit.
     """
-    if mesh is not None:
-        raise NotImplementedError("mesh: calibration runs on one device; pass mesh=None")
-    layers = {path: layer for path, layer in named_layers(model).items() if layer.recipe.is_static}
-    if not layers:
-        raise CalibrationError(
-            "model: no layer has a static activation scale, so there is nothing to calibrate; "
-            "quantize it with a recipe such as 'e4m3_e4m3_bf16'"
-        )
-    for layer in layers.values():
-        layer.start_calibration()
+    check_method(method, percentile)
+    layers = static_layers(model)
+    parts = start(model, histogram=method != "max")
     try:
-        count = _observe(model, batches)
-        idle = [path for path, layer in layers.items() if not np.asarray(layer.amax[...]).any()]
-        if idle:
-            raise CalibrationError(f"model: {some(idle)} fed no finite value but zeros; give more or other data")
-        found = {path: _statistics(layer) for path, layer in layers.items()}
+        observer = _Observer(*parts) if mesh is None else ShardedObserver(*parts, mesh)
+        count = _observe_all(observer, batches)
+        nnx.update(model, observer.result())
+        _check_inputs(layers)
+        found = {path: _statistics(layer, method, percentile) for path, layer in layers.items()}
     except BaseException:
         for layer in layers.values():
             layer.abandon_calibration()
         raise
-    for layer in layers.values():
-        layer.finish_calibration()
+    for path, layer in layers.items():
+        layer.finish_calibration(found[path].scale)
     return CalibrationReport(found, count)
 
 
-def _observe(model: nnx.Module, batches: Iterable) -> int:
-    """Runs every batch; the statistics go through the compiled step as values, in and out."""
-    graphdef, statistics, rest = nnx.split(model, Statistic, ...)
+class _Observer:
+    """Observes batches where the model is."""
+
+    def __init__(self, graphdef: nnx.GraphDef, statistics: nnx.State, rest: nnx.State):
+        self.graphdef, self.statistics, self.rest = graphdef, statistics, rest
+
+    def add(self, batch: tuple[Any, ...]) -> None:
+        self.statistics = _step(self.graphdef, self.statistics, self.rest, batch)
+
+    def result(self) -> nnx.State:
+        return self.statistics
+
+
+def _observe_all(observer: "_Observer | ShardedObserver", batches: Iterable) -> int:
     count = 0
     for batch in batches:
         count += 1
-        statistics = _step(graphdef, statistics, rest, batch if isinstance(batch, tuple) else (batch,))
+        observer.add(batch if isinstance(batch, tuple) else (batch,))
     if count == 0:
         raise DataError("batches: there are none; calibration needs at least one")
-    nnx.update(model, statistics)
     return count
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _step(graphdef: nnx.GraphDef, statistics: nnx.State, rest: nnx.State, batch: tuple[Array, ...]) -> nnx.State:
-    model = nnx.merge(graphdef, statistics, rest)
-    model(*batch)
-    return nnx.state(model, Statistic)
+def _step(graphdef: nnx.GraphDef, statistics: nnx.State, rest: nnx.State, batch: tuple[Any, ...]) -> nnx.State:
+    return observe(graphdef, rest, statistics, batch)
 
 
-def _statistics(layer: QuantizedLayer) -> LayerStatistics:
-    scale = numerics.compute_scale(layer.amax[...], layer.recipe.activation)
-    return LayerStatistics(np.asarray(layer.amax[...]), np.asarray(scale), np.asarray(layer.tokens[...]))
+def _check_inputs(layers: dict[str, QuantizedLayer]) -> None:
+    if broken := [path for path, layer in layers.items() if layer.nonfinite[...]]:
+        rows = int(layers[broken[0]].nonfinite[...])
+        raise CalibrationError(
+            f"model: {some(broken)} fed NaN or Inf ({broken[0]} in {rows} rows); mend the weights or the data, or "
+            "quantize from a type that does not overflow"
+        )
+    if idle := [path for path, layer in layers.items() if not np.asarray(layer.amax[...]).any()]:
+        raise CalibrationError(f"model: {some(idle)} fed nothing but zeros; give more or other data")
+
+
+def _statistics(layer: QuantizedLayer, method: Method, percentile: float) -> LayerStatistics:
+    amax = np.asarray(layer.amax[...])
+    counts = None if layer.histogram is None else total_counts(np.asarray(layer.histogram[...]))
+    scale = find_scale(method, percentile, amax, counts, layer.recipe.activation)
+    return LayerStatistics(amax, scale, np.asarray(layer.tokens[...]))

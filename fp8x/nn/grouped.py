@@ -92,13 +92,12 @@ class GroupedLinear(QuantizedLayer):
             ShapeError: `x` is not `[M, K]`, or group sizes that do not fit.
             CalibrationError: a static activation scale is not calibrated; inside jit the result is NaN instead.
         """
-        recipe, shape = self.recipe, self.weight.shape
+        shape = self.weight.shape
         if x.ndim != 2 or x.shape[1] != shape[-1]:
             raise ShapeError(f"x: shape is {x.shape}, but the layer takes [M, {shape[-1]}], rows sorted by expert")
         group_sizes = check_group_sizes(group_sizes, shape[0], x.shape[0])
-        scale = self._activation_scale(x, group_sizes)
         weight, bias = self.quantized_weight, None if self.bias is None else self.bias[...]
-        options = dict(activation=recipe.activation, activation_scale=scale, out_dtype=recipe.out_dtype)
+        options = self._activation(x, group_sizes) | {"out_dtype": self.recipe.out_dtype}
         if weight.ndim == 3:
             return ops.grouped_matmul(x, weight, group_sizes, bias=bias, **options)
         if (merged := merge_rows(weight)) is not None:

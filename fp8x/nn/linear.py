@@ -89,9 +89,8 @@ class Linear(QuantizedLayer):
         y = ops.matmul(
             rows,
             self.quantized_weight,
-            activation=self.recipe.activation,
-            activation_scale=self._activation_scale(rows),
             bias=None if self.bias is None else self.bias[...],
             out_dtype=self.recipe.out_dtype,
+            **self._activation(rows),
         )
         return y.reshape(*x.shape[:-1], y.shape[-1])

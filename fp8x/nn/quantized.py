@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from fp8x import numerics
 from fp8x.array import ScaledArray
 from fp8x.errors import CalibrationError, RecipeError, ShapeError
+from fp8x.nn.observer import BINS, Amax, Histogram, NonfiniteCount, TokenCount, add_counts, count_bins
 from fp8x.ops.groups import concrete, row_mask
 from fp8x.recipe import Recipe
 from fp8x.scheme import Scheme
@@ -28,14 +29,6 @@ class InputScale(nnx.Variable):
     """A static activation scale, float32 `[1, ceil(K / block_k)]`; NaN until it is calibrated."""
 
 
-class Amax(nnx.Variable):
-    """The running amax of a layer's input while it is in calibration, in the shape of its `InputScale`."""
-
-
-class TokenCount(nnx.Variable):
-    """Rows that a layer has seen in calibration, int32: `[]`, or `[E]` for one matrix per expert."""
-
-
 class QuantizedLayer(nnx.Module):
     """Base of `Linear` and `GroupedLinear`.
 
@@ -46,7 +39,8 @@ class QuantizedLayer(nnx.Module):
         weight_scheme: the scheme of the two above.
         bias: `nnx.Param` or None.
         input_scale: `InputScale`, or None unless the recipe's activation scale is static.
-        amax, tokens: statistics while the layer is in calibration, else None.
+        amax, tokens, nonfinite: statistics while the layer is in calibration, else None.
+        histogram: one too, where calibration was started with it.
     """
 
     def hold(self, weight: ScaledArray, recipe: Recipe, bias: Array | None, input_scale: Array | None = None) -> None:
@@ -64,7 +58,7 @@ class QuantizedLayer(nnx.Module):
         self.input_scale = nnx.data(
             InputScale(_initial_scale(recipe, weight, input_scale)) if recipe.is_static else None
         )
-        self.amax = self.tokens = nnx.data(None)
+        self.abandon_calibration()
         if recipe.observer:
             self.start_calibration()
 
@@ -77,8 +71,13 @@ class QuantizedLayer(nnx.Module):
     def is_calibrating(self) -> bool:
         return self.amax is not None
 
-    def start_calibration(self) -> None:
-        """From now on a call gathers the running amax of its input, and fake-quantizes with the scale that follows.
+    def start_calibration(self, *, histogram: bool = False, fake_quantize: bool = True) -> None:
+        """From now on a call gathers the running amax of its input.
+
+        Arguments:
+            histogram: gather one of the input's magnitudes as well.
+            fake_quantize: go on with the input quantized by the scale that follows from the running amax; otherwise
+                with the input as it is, so that no row's result depends on other rows or on calls before.
 
         Raises:
             CalibrationError: the recipe has no static activation scale.
@@ -87,11 +86,15 @@ class QuantizedLayer(nnx.Module):
             raise CalibrationError(
                 f"recipe: its activation scale is {self.recipe.activation_scale}; only a static one is calibrated"
             )
+        self.fake_quantize = fake_quantize
         self.amax = nnx.data(Amax(jnp.zeros(self.input_scale.shape, jnp.float32)))
         self.tokens = nnx.data(TokenCount(jnp.zeros(self.weight.shape[:-2][:1], jnp.int32)))
+        self.nonfinite = nnx.data(NonfiniteCount(jnp.zeros((), jnp.int32)))
+        shape = (2, self.input_scale.shape[1], BINS)
+        self.histogram = nnx.data(Histogram(jnp.zeros(shape, jnp.uint32)) if histogram else None)
 
-    def finish_calibration(self) -> None:
-        """Sets the static scale from the amax gathered, and ends calibration.
+    def finish_calibration(self, scale: Float[Array, "1 groups"] | None = None) -> None:
+        """Sets the static scale (by default the one that follows from the amax gathered), and ends calibration.
 
         Raises:
             CalibrationError: no calibration was started, or the amax is zero: the layer saw nothing.
@@ -100,21 +103,27 @@ class QuantizedLayer(nnx.Module):
             raise CalibrationError("layer: it is not in calibration; call start_calibration first")
         if not np.asarray(self.amax[...]).any():
             raise CalibrationError(f"layer: it saw no activation other than zero in {np.sum(self.tokens[...])} tokens")
-        self.input_scale[...] = numerics.compute_scale(self.amax[...], self.recipe.activation)
+        if scale is None:
+            scale = numerics.compute_scale(self.amax[...], self.recipe.activation)
+        self.input_scale[...] = scale
         self.recipe = dataclasses.replace(self.recipe, observer=None)
         self.abandon_calibration()
 
     def abandon_calibration(self) -> None:
         """Ends calibration and keeps the static scale as it was before."""
-        self.amax = self.tokens = nnx.data(None)
+        self.amax = self.tokens = self.nonfinite = self.histogram = nnx.data(None)
 
-    def _activation_scale(
+    def _activation(
         self, x: Float[Array, "m k"], group_sizes: Int[Array, " e"] | None = None
-    ) -> Float[Array, "1 groups"] | None:
-        """The static scale, if the recipe has one; in calibration, after `x` has joined the running amax."""
-        if not self.recipe.is_static:
-            return None
-        if not self.is_calibrating:
+    ) -> dict[str, Scheme | Array | None]:
+        """How a product is to quantize its input `x`; in calibration, after `x` has joined the statistics."""
+        scheme, scale = self.recipe.activation, None
+        if self.is_calibrating:
+            self._observe(jax.lax.stop_gradient(x), group_sizes)
+            if not self.fake_quantize:
+                return {"activation": None, "activation_scale": None}
+            scale = numerics.compute_scale(self.amax[...], scheme)
+        elif self.recipe.is_static:
             scale = self.input_scale[...]
             values = concrete(scale)
             if values is not None and np.isnan(values).any():
@@ -122,13 +131,19 @@ class QuantizedLayer(nnx.Module):
                     f"input_scale: the layer [{x.shape[-1]} -> {self.weight.shape[-2]}] is not calibrated; "
                     "run fp8x.calibrate(model, batches), or use a recipe with dynamic activation scales"
                 )
-            return scale
-        scheme = self.recipe.activation
-        if group_sizes is not None:
-            x = jnp.where(row_mask(group_sizes, x.shape[0])[:, None], x, 0)
-        self.amax[...] = jnp.maximum(self.amax[...], numerics.block_amax(jax.lax.stop_gradient(x), scheme))
+        return {"activation": scheme, "activation_scale": scale}
+
+    def _observe(self, x: Float[Array, "m k"], group_sizes: Int[Array, " e"] | None) -> None:
+        is_row = None if group_sizes is None else row_mask(group_sizes, x.shape[0])
+        if self.histogram is not None:
+            counts = count_bins(x, self.recipe.activation, is_row)
+            self.histogram[...] = add_counts(self.histogram[...], counts)
+        if is_row is not None:
+            x = jnp.where(is_row[:, None], x, 0)
+        self.amax[...] = jnp.maximum(self.amax[...], numerics.block_amax(x, self.recipe.activation))
         self.tokens[...] = self.tokens[...] + (x.shape[0] if group_sizes is None else group_sizes)
-        return numerics.compute_scale(self.amax[...], scheme)
+        is_nonfinite = ~jnp.all(jnp.isfinite(x), axis=1)
+        self.nonfinite[...] = self.nonfinite[...] + jnp.sum(is_nonfinite, dtype=jnp.int32)
 
 
 def weight_scheme(recipe: Recipe, ndim: int) -> Scheme:

@@ -104,11 +104,15 @@ def test_experts_that_saw_little_are_named():
     assert set(report.undersampled(9)) >= {"up", "down"}
 
 
-def test_non_finite_activations_enter_no_amax():
-    layer = fp8x.nn.Linear(32, 16, recipe="e4m3_e4m3_bf16", rngs=nnx.Rngs(0))
-    x = np.ones((4, 32), np.float32)
-    x[0, 0], x[1, 1] = np.inf, np.nan
-    assert fp8x.calibrate(layer, [jnp.asarray(x)]).layers[""].amax == 1.0
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_non_finite_activations_are_an_error_that_names_the_layers(value):
+    m = model()
+    with pytest.raises(CalibrationError, match=r"up, moe.w13, moe.w2, down are fed NaN or Inf \(up in 1 rows\)"):
+        fp8x.calibrate(m, [batches(1)[0], batches(1)[0].at[2, 3].set(value)])
+    m.up.weight_scale[...] = m.up.weight_scale[...] * np.nan
+    with pytest.raises(CalibrationError, match=r"model: moe.w13, moe.w2, down are fed NaN or Inf \(moe.w13 in 8 rows"):
+        fp8x.calibrate(m, batches(1))
+    assert not m.up.is_calibrating
 
 
 def test_no_batches():
@@ -127,7 +131,7 @@ def test_a_layer_that_sees_zeros_is_named_and_the_old_scales_stay():
     m = model()
     fp8x.calibrate(m, batches())
     before = m.up.input_scale[...]
-    with pytest.raises(CalibrationError, match=r"up, moe.w13, moe.w2, down are fed no finite value but zeros"):
+    with pytest.raises(CalibrationError, match=r"up, moe.w13, moe.w2, down are fed nothing but zeros"):
         fp8x.calibrate(m, [jnp.zeros((4, 32))])
     np.testing.assert_array_equal(m.up.input_scale[...], before)
     assert not m.up.is_calibrating
@@ -140,6 +144,24 @@ def test_uncalibrated_layer_raises_on_concrete_values_and_gives_nan_under_jit():
     assert np.isnan(nnx.jit(lambda m, x: m(x))(m, batches(1)[0]).astype(jnp.float32)).all()
 
 
-def test_mesh_is_refused():
-    with pytest.raises(NotImplementedError, match="mesh"):
-        fp8x.calibrate(model(), batches(), mesh=object())
+def test_order_and_company_of_batches_change_no_bit():
+    data = batches(4)
+    first, again = fp8x.calibrate(model(), data).layers, fp8x.calibrate(model(), data[::-1]).layers
+    alone = [fp8x.calibrate(model(), [batch]).layers for batch in data]
+    for path in first:
+        np.testing.assert_array_equal(first[path].amax, again[path].amax)
+        np.testing.assert_array_equal(first[path].amax, np.max([one[path].amax for one in alone], axis=0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "entropy"}, "method: 'entropy' is unknown; use one of 'max', 'percentile', 'mse'"),
+        ({"method": "percentile", "percentile": 0}, "percentile: 0 does not fit; use one above 0, up to 100"),
+        ({"method": "percentile", "percentile": 101.0}, "percentile: 101.0 does not fit"),
+        ({"percentile": float("nan")}, "percentile: nan does not fit"),
+    ],
+)
+def test_bad_methods(options, message):
+    with pytest.raises(CalibrationError, match=message):
+        fp8x.calibrate(model(), batches(), **options)

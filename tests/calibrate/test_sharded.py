@@ -1,0 +1,192 @@
+"""Calibration over many devices: bit for bit what one device finds in the same portions."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+
+import fp8x
+from fp8x.calibrate import all_reduce, observe, sharded, start
+from fp8x.errors import MeshError
+from fp8x.nn.convert import named_layers
+
+CODE = "fp8_e4m3fn_bf16_block_scale_static_activation"
+PORTION = 3  # rows
+
+
+class Mlp(nnx.Module):
+    """Two linears around a mixture of experts."""
+
+    def __init__(self, rngs):
+        self.up = nnx.Linear(32, 160, rngs=rngs)
+        self.moe = fp8x.nn.MoE(160, 32, 4, 2, rngs=rngs)
+        self.down = nnx.Linear(160, 32, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(self.moe(self.up(x)))
+
+
+def model():
+    return fp8x.quantize_model(Mlp(nnx.Rngs(0)), CODE)
+
+
+def rows(count, seed=0):
+    return np.random.default_rng(seed).normal(size=(count, 32)).astype(np.float32)
+
+
+def mesh_of(axis_type=AxisType.Auto, **axes):
+    devices = jax.devices()[: np.prod(list(axes.values()))]
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), (axis_type,) * len(axes), devices=devices)
+
+
+def split(x, size):
+    return [x[start : start + size] for start in range(0, len(x), size)]
+
+
+def assert_same(report, expected):
+    assert list(report.layers) == list(expected.layers)
+    for path, layer in report.layers.items():
+        for name in ("amax", "scale", "tokens"):
+            actual, wanted = getattr(layer, name), getattr(expected.layers[path], name)
+            assert actual.dtype == wanted.dtype
+            np.testing.assert_array_equal(actual, wanted, err_msg=f"{path}.{name}")
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """By the seed of 24 rows: what one device finds in portions of them, with histograms."""
+    return fp8x.calibrate(model(), split(rows(24), PORTION), method="percentile", percentile=99)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"data": 1},
+        {"data": 2},
+        {"data": 4},
+        {"data": 8},
+        {"data": 2, "tensor": 4},
+        {"expert": 2, "data": 2, "tensor": 2},
+        {"data": 4, "axis_type": AxisType.Explicit},
+        {"tensor": 2},
+    ],
+    ids=str,
+)
+def test_equals_one_device_bit_for_bit(mesh, one_device):
+    mesh = mesh_of(**mesh)
+    calibrated = model()
+    before = sharded._step._cache_size()
+    batches = split(rows(24), PORTION * mesh.shape.get("data", 1))
+    report = fp8x.calibrate(calibrated, batches, mesh, method="percentile", percentile=99)
+    assert sharded._step._cache_size() == before + 1 and report.batches == len(batches)
+    assert_same(report, one_device)
+    for path, layer in named_layers(calibrated).items():
+        np.testing.assert_array_equal(layer.input_scale[...], one_device.layers[path].scale)
+
+
+def test_inside_set_mesh(one_device):
+    mesh = mesh_of(AxisType.Explicit, data=4)
+    with jax.set_mesh(mesh):
+        report = fp8x.calibrate(model(), split(rows(24), 12), mesh, method="percentile", percentile=99)
+    assert_same(report, one_device)
+
+
+def test_in_pmap(one_device):
+    """The idiom of docs/calibration.md."""
+    graphdef, statistics, rest = start(model())
+    step = jax.pmap(
+        lambda statistics, rest, x: observe(graphdef, rest, statistics, (x,)),
+        axis_name="data",
+        in_axes=(0, None, 0),
+    )
+    total = jax.pmap(lambda statistics: all_reduce(statistics, "data"), axis_name="data")
+    found = jax.tree.map(lambda s: jnp.zeros((4, *s.shape), s.dtype), statistics)
+    for batch in split(rows(24), 4 * PORTION):
+        found = step(found, rest, batch.reshape(4, PORTION, 32))
+    found = jax.tree.map(lambda s: s[0], total(found))
+    for path, layer in one_device.layers.items():
+        of_layer = found
+        for key in path.split("."):
+            of_layer = of_layer[key]
+        np.testing.assert_array_equal(of_layer.amax[...], layer.amax)
+        np.testing.assert_array_equal(of_layer.tokens[...], layer.tokens)
+
+
+def test_another_split_moves_an_amax_by_a_last_bit_of_bf16_at_most(one_device):
+    whole = fp8x.calibrate(model(), [rows(24)])
+    for path, layer in whole.layers.items():
+        np.testing.assert_allclose(layer.amax, one_device.layers[path].amax, rtol=2.0**-7)
+        np.testing.assert_array_equal(layer.tokens.sum(), one_device.layers[path].tokens.sum())
+    np.testing.assert_array_equal(whole.layers["up"].amax, one_device.layers["up"].amax)
+
+
+def test_a_last_batch_that_leaves_devices_idle_compiles_nothing():
+    mesh = mesh_of(data=4)
+    portions = split(rows(4 * PORTION * 2 + PORTION), PORTION)  # two batches, and one device's worth
+    expected = fp8x.calibrate(model(), portions)
+    before = sharded._step._cache_size()
+    report = fp8x.calibrate(model(), split(np.concatenate(portions), 4 * PORTION), mesh)
+    assert sharded._step._cache_size() == before + 1
+    assert_same(report, expected)
+
+
+def test_rows_that_do_not_fill_a_device_compile_once_more():
+    mesh, portions = mesh_of(data=4), split(rows(23), PORTION)
+    assert len(portions[-1]) == 2
+    expected = fp8x.calibrate(model(), portions)
+    before = sharded._step._cache_size()
+    assert_same(fp8x.calibrate(model(), [rows(23)[:12], rows(23)[12:]], mesh), expected)
+    assert sharded._step._cache_size() <= before + 2
+
+
+def collectives(text):
+    """Kind and bytes of each collective of a compiled program."""
+    names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
+    found = re.findall(rf"= \(?(\w+)\[([\d,]*)\][^=\n]*? ({names})(?:-start)?\(", text)
+    sizes = {"f32": 4, "u32": 4, "s32": 4, "bf16": 2, "f8e4m3fn": 1}
+    return [
+        (kind, sizes[dtype] * int(np.prod([int(n) for n in shape.split(",") if n]))) for dtype, shape, kind in found
+    ]
+
+
+@pytest.mark.parametrize("histogram", [False, True])
+def test_devices_meet_once_in_two_all_reduces(histogram):
+    graphdef, statistics, rest = start(model(), histogram=histogram)
+    observer = sharded.ShardedObserver(graphdef, statistics, rest, mesh_of(data=2, tensor=2))
+    observer.rows = PORTION
+    x, is_real = np.zeros((2 * PORTION, 32), np.float32), np.ones(2, bool)
+    step = sharded._step.lower(graphdef, observer.local, observer.statistics, observer.rest, (x,), is_real)
+    assert collectives(step.compile().as_text()) == []
+    reduce = sharded._reduce.lower(observer.mesh, observer.statistics).compile().as_text()
+    groups = 1 + 2 + 1 + 2  # of up, w13, w2, down
+    counts = 4 + 2 * 1 + 2 * 4  # NaN rows of each, tokens of linears and of experts
+    amax, sums = 4 * groups, 4 * counts + (4 * groups * 2 * 8192 if histogram else 0)
+    assert collectives(reduce) == [("all-reduce", amax), ("all-reduce", sums)]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "batches", "message"),
+    [
+        ({"data": 4}, [rows(6)], "the first has 6 rows, which 4 devices along mesh axis 'data' do not divide; give "
+         "batches of 4 or 8 rows"),
+        ({"data": 4}, [rows(3)], "give batches of 4 rows"),
+        ({"data": 2}, [rows(4)[:0]], "every array needs the same rows, one or more"),
+        ({"data": 2}, [(rows(4), 3.0)], "every array needs the same rows, one or more"),
+        ({"model": 2}, [rows(4)], "axis 'model' is unknown; use data, tensor, expert"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_a_mesh(mesh, batches, message):
+    m = model()
+    with pytest.raises(MeshError) as error:
+        fp8x.calibrate(m, batches, mesh_of(**mesh))
+    assert message in str(error.value)
+    assert not m.up.is_calibrating
+
+
+def test_a_mesh_that_is_none():
+    with pytest.raises(MeshError, match=r"mesh: 'data=2' is no Mesh; make one with jax\.make_mesh"):
+        fp8x.calibrate(model(), [rows(4)], mesh="data=2")
