@@ -25,7 +25,7 @@ from fp8x.recipe import Recipe
 UNQUANTIZED = ("BF16", "F32", "F16")
 
 # Tensors that say nothing a decoder needs: old rotary tables, and the scales of an fp8 KV cache (ours is in 16 bits).
-HARMLESS = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.([qkv]|kv|attn)_scale|[kv]_proj\.output_scale)")
+HARMLESS = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.([qkv]|kv|attn)_scale|[kv]_proj\.(output|[kv])_scale)")
 
 
 class Loader:
