@@ -121,8 +121,9 @@ def save(
     total += sum(_stored_bytes(layer, names[path], writer_format) for path, layer in layers.items())
     report = None if progress is None else lambda done: progress(done, total)
     with Writer(path, max_shard_bytes=max_shard_bytes, progress=report) as writer:
-        writer.add_json(CONFIG, _hf_config(model, writer_format, recipes))
-        for name, value in (beside or {}).items():
+        hf = _hf_config(model, writer_format, recipes)
+        further = {} if writer_format is None else writer_format.beside(hf["quantization_config"])
+        for name, value in ({CONFIG: hf} | further | dict(beside or {})).items():
             writer.add_json(name, value)
         if "_name_or_path" in config.hf:
             writer.copy_companions(Path(config.hf["_name_or_path"]))
