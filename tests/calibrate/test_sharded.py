@@ -1,5 +1,6 @@
 """Calibration over many devices: bit for bit what one device finds in the same portions."""
 
+import contextlib
 import re
 
 import jax
@@ -13,21 +14,21 @@ import fp8x
 from fp8x.calibrate import all_reduce, observe, sharded, start
 from fp8x.errors import MeshError
 from fp8x.nn.convert import named_layers
+from fp8x.nn.observer import BINS
 
 CODE = "fp8_e4m3fn_bf16_block_scale_static_activation"
 PORTION = 3  # rows
 
 
 class Mlp(nnx.Module):
-    """Two linears around a mixture of experts."""
+    """A linear and a mixture of experts."""
 
     def __init__(self, rngs):
         self.up = nnx.Linear(32, 160, rngs=rngs)
         self.moe = fp8x.nn.MoE(160, 32, 4, 2, rngs=rngs)
-        self.down = nnx.Linear(160, 32, rngs=rngs)
 
     def __call__(self, x):
-        return self.down(self.moe(self.up(x)))
+        return self.moe(self.up(x))
 
 
 def model():
@@ -56,48 +57,55 @@ def assert_same(report, expected):
             np.testing.assert_array_equal(actual, wanted, err_msg=f"{path}.{name}")
 
 
+METHOD = {"method": "percentile", "percentile": 99}  # gathers all there is
+
+
 @pytest.fixture(scope="module")
 def one_device():
-    """By the seed of 24 rows: what one device finds in portions of them, with histograms."""
-    return fp8x.calibrate(model(), split(rows(24), PORTION), method="percentile", percentile=99)
+    """What one device finds in 24 rows, portion by portion."""
+    return fp8x.calibrate(model(), split(rows(24), PORTION), **METHOD)
+
+
+_EVENTS = []
+jax.monitoring.register_event_duration_secs_listener(lambda event, _, **tags: _EVENTS.append((event, tags)))
+
+
+@pytest.fixture
+def compiled():
+    """How often the sharded step has been compiled in this test."""
+    _EVENTS.clear()
+    step = ("/jax/core/compile/backend_compile_duration", {"fun_name": f"jit({sharded._step.__name__})"})
+    return lambda: _EVENTS.count(step)
 
 
 @pytest.mark.parametrize(
-    "mesh",
-    [
-        {"data": 1},
-        {"data": 2},
-        {"data": 4},
-        {"data": 8},
-        {"data": 2, "tensor": 4},
-        {"expert": 2, "data": 2, "tensor": 2},
-        {"data": 4, "axis_type": AxisType.Explicit},
-        {"tensor": 2},
-    ],
-    ids=str,
+    "axes", [{"data": 1}, {"data": 2}, {"data": 4}, {"data": 8}, {"expert": 2, "data": 2, "tensor": 2}], ids=str
 )
-def test_equals_one_device_bit_for_bit(mesh, one_device):
-    mesh = mesh_of(**mesh)
-    calibrated = model()
-    before = sharded._step._cache_size()
-    batches = split(rows(24), PORTION * mesh.shape.get("data", 1))
-    report = fp8x.calibrate(calibrated, batches, mesh, method="percentile", percentile=99)
-    assert sharded._step._cache_size() == before + 1 and report.batches == len(batches)
+def test_equals_one_device_bit_for_bit_and_compiles_once(axes, one_device, compiled):
+    mesh, calibrated = mesh_of(**axes), model()
+    batches = split(rows(24), PORTION * axes["data"])
+    report = fp8x.calibrate(calibrated, batches, mesh, **METHOD)
+    assert compiled() <= 1 and report.batches == len(batches)  # 0 where another test had the mesh
     assert_same(report, one_device)
     for path, layer in named_layers(calibrated).items():
         np.testing.assert_array_equal(layer.input_scale[...], one_device.layers[path].scale)
 
 
-def test_inside_set_mesh(one_device):
+@pytest.mark.parametrize("is_set", [False, True])
+def test_explicit_axes(is_set, one_device):
     mesh = mesh_of(AxisType.Explicit, data=4)
-    with jax.set_mesh(mesh):
-        report = fp8x.calibrate(model(), split(rows(24), 12), mesh, method="percentile", percentile=99)
+    with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
+        report = fp8x.calibrate(model(), split(rows(24), 12), mesh, **METHOD)
     assert_same(report, one_device)
+
+
+def test_without_a_data_axis_every_device_sees_all(one_device):
+    assert_same(fp8x.calibrate(model(), split(rows(24), PORTION), mesh_of(tensor=2), **METHOD), one_device)
 
 
 def test_in_pmap(one_device):
     """The idiom of docs/calibration.md."""
-    graphdef, statistics, rest = start(model())
+    graphdef, statistics, rest = start(model(), histogram=True)
     step = jax.pmap(
         lambda statistics, rest, x: observe(graphdef, rest, statistics, (x,)),
         axis_name="data",
@@ -117,30 +125,23 @@ def test_in_pmap(one_device):
 
 
 def test_another_split_moves_an_amax_by_a_last_bit_of_bf16_at_most(one_device):
-    whole = fp8x.calibrate(model(), [rows(24)])
+    whole = fp8x.calibrate(model(), [rows(24)], **METHOD)
     for path, layer in whole.layers.items():
         np.testing.assert_allclose(layer.amax, one_device.layers[path].amax, rtol=2.0**-7)
         np.testing.assert_array_equal(layer.tokens.sum(), one_device.layers[path].tokens.sum())
     np.testing.assert_array_equal(whole.layers["up"].amax, one_device.layers["up"].amax)
 
 
-def test_a_last_batch_that_leaves_devices_idle_compiles_nothing():
-    mesh = mesh_of(data=4)
-    portions = split(rows(4 * PORTION * 2 + PORTION), PORTION)  # two batches, and one device's worth
-    expected = fp8x.calibrate(model(), portions)
-    before = sharded._step._cache_size()
-    report = fp8x.calibrate(model(), split(np.concatenate(portions), 4 * PORTION), mesh)
-    assert sharded._step._cache_size() == before + 1
-    assert_same(report, expected)
-
-
-def test_rows_that_do_not_fill_a_device_compile_once_more():
+def test_a_last_batch_that_leaves_devices_idle_compiles_nothing_and_a_rest_once(one_device, compiled):
     mesh, portions = mesh_of(data=4), split(rows(23), PORTION)
-    assert len(portions[-1]) == 2
-    expected = fp8x.calibrate(model(), portions)
-    before = sharded._step._cache_size()
-    assert_same(fp8x.calibrate(model(), [rows(23)[:12], rows(23)[12:]], mesh), expected)
-    assert sharded._step._cache_size() <= before + 2
+    fp8x.calibrate(model(), [rows(12)], mesh, **METHOD)
+    before = compiled()
+    report = fp8x.calibrate(model(), [rows(24)[:12], rows(24)[12:21]], mesh, **METHOD)
+    assert compiled() == before
+    assert_same(report, fp8x.calibrate(model(), split(rows(24)[:21], PORTION), **METHOD))
+    report = fp8x.calibrate(model(), [rows(24)[:12], rows(24)[12:23]], mesh, **METHOD)
+    assert compiled() == before + 1 and len(portions[-1]) == 2
+    assert_same(report, fp8x.calibrate(model(), portions, **METHOD))
 
 
 def collectives(text):
@@ -153,19 +154,17 @@ def collectives(text):
     ]
 
 
-@pytest.mark.parametrize("histogram", [False, True])
-def test_devices_meet_once_in_two_all_reduces(histogram):
-    graphdef, statistics, rest = start(model(), histogram=histogram)
-    observer = sharded.ShardedObserver(graphdef, statistics, rest, mesh_of(data=2, tensor=2))
-    observer.rows = PORTION
-    x, is_real = np.zeros((2 * PORTION, 32), np.float32), np.ones(2, bool)
-    step = sharded._step.lower(graphdef, observer.local, observer.statistics, observer.rest, (x,), is_real)
+def test_devices_meet_once_in_two_all_reduces():
+    for histogram in (True, False):
+        observer = sharded.ShardedObserver(*start(model(), histogram=histogram), mesh_of(data=2, tensor=2))
+        reduce = sharded._reduce.lower(observer.mesh, observer.statistics).compile().as_text()
+        groups = 1 + 2 + 1  # of up, w13, w2
+        counts = 3 + 1 + 2 * 4  # rows with NaN of each, tokens of the linear and of experts
+        sums = 4 * counts + (4 * groups * 2 * BINS if histogram else 0)
+        assert collectives(reduce) == [("all-reduce", 4 * groups), ("all-reduce", sums)]
+    batch, is_real = (np.zeros((2 * PORTION, 32), np.float32),), np.ones(2, bool)
+    step = sharded._step.lower(observer.graphdef, observer.local, observer.statistics, observer.rest, batch, is_real)
     assert collectives(step.compile().as_text()) == []
-    reduce = sharded._reduce.lower(observer.mesh, observer.statistics).compile().as_text()
-    groups = 1 + 2 + 1 + 2  # of up, w13, w2, down
-    counts = 4 + 2 * 1 + 2 * 4  # NaN rows of each, tokens of linears and of experts
-    amax, sums = 4 * groups, 4 * counts + (4 * groups * 2 * 8192 if histogram else 0)
-    assert collectives(reduce) == [("all-reduce", amax), ("all-reduce", sums)]
 
 
 @pytest.mark.parametrize(
