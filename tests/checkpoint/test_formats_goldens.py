@@ -1,0 +1,132 @@
+"""Checkpoints in the dialects of others (`tests/goldens/make_fp8_goldens.py`): what they mean, and that it survives."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+import fp8x
+from fp8x.checkpoint import FORMATS, Reader, format_of
+from fp8x.checkpoint.inspect import inspect
+from fp8x.models import Decoder
+from fp8x.models.hf_names import linear_names, param_names
+from fp8x.models.loading import get
+from fp8x.nn.quantized import QuantizedLayer
+from fp8x.recipe import Recipe
+from fp8x.scheme import Scheme, mx, per_row, per_tensor
+
+GOLDENS = Path(__file__).parents[1] / "goldens" / "fp8"
+
+SMALL_BLOCK, RAGGED = Scheme("e4m3", block=(32, 32)), Scheme("e4m3", block=(48, 40))
+POW2 = dataclasses.replace(SMALL_BLOCK, scale_rule="pow2")
+# The recipe of q_proj and of the experts; None where they are in 16 bits.
+TENSOR = Recipe(per_tensor(), per_tensor(), "static")
+STATIC_BLOCK = Recipe(SMALL_BLOCK, per_tensor(), "static")
+MX = Recipe(mx(), mx(), "dynamic")
+CHANNEL = Recipe(per_row(), per_row(), "dynamic")
+
+
+def block(scheme: Scheme) -> Recipe:
+    return Recipe(scheme, dataclasses.replace(scheme, block=(1, scheme.block[1])), "dynamic")
+
+
+CASES = {
+    "hf_bf16_fused": (None, None, None),
+    "hf_block": ("fp8", block(SMALL_BLOCK), block(SMALL_BLOCK)),
+    "hf_block_fused_ue8m0": ("fp8", block(POW2), block(POW2)),
+    "hf_block_static": ("fp8", STATIC_BLOCK, STATIC_BLOCK),
+    "hf_tensor_fused_static": ("fp8", TENSOR, TENSOR),
+    "fp8_tensor": ("fp8", TENSOR, TENSOR),
+    "fp8_block_ragged": ("fp8", None, block(RAGGED)),
+    "mxfp8": ("mxfp8", MX, MX),
+    "modelopt_fp8": ("modelopt", TENSOR, TENSOR),
+    "modelopt_mxfp8": ("modelopt", None, MX),
+    "modelopt_mixed": ("modelopt", CHANNEL, MX),
+    "compressed_tensors_mxfp8": ("compressed-tensors", Recipe(mx()), Recipe(mx())),
+    "compressed_tensors_channel": ("compressed-tensors", CHANNEL, CHANNEL),
+}
+
+
+@functools.cache
+def loaded(name: str) -> Decoder:
+    return fp8x.load(GOLDENS / name)
+
+
+def dequantized(model: Decoder) -> Decoder:
+    """The same weights in float32."""
+    plain = Decoder(dataclasses.replace(model.config, dtype="float32"), rngs=nnx.Rngs(0))
+    for path in param_names(model.config):
+        get(plain, path).set_value(get(model, path)[...].astype(jnp.float32))
+    for path in linear_names(model.config):
+        layer, target = get(model, path), get(plain, path)
+        if isinstance(target, nnx.Linear):
+            weight = layer.quantized_weight.dequantize() if isinstance(layer, QuantizedLayer) else layer.kernel[...].T
+            target.kernel.set_value(weight.T.astype(jnp.float32))
+        else:
+            weight = layer.quantized_weight.dequantize() if isinstance(layer, QuantizedLayer) else layer.weight[...]
+            target.weight.set_value(weight.astype(jnp.float32))
+    return plain
+
+
+run = nnx.jit(lambda model, ids: model(ids))
+
+
+def test_no_golden_is_forgotten():
+    assert {path.name for path in GOLDENS.iterdir()} == set(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_of_the_dequantized_weights(name):
+    format, attention, experts = CASES[name]
+    model, golden = loaded(name), load_file(GOLDENS / name / "golden.safetensors")
+    found = format_of(Reader(GOLDENS / name).config)
+    assert (None if found is None else found.name) == format
+    for path, recipe in (("self_attn.q_proj", attention), ("mlp.w13", experts), ("mlp.w2", experts)):
+        layer = get(model, f"layers.{0 if path == 'self_attn.q_proj' else model.config.num_hidden_layers - 1}.{path}")
+        assert getattr(layer, "recipe", None) == recipe, path
+    logits = run(dequantized(model), golden["ids"])
+    np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=2e-6 * np.abs(golden["logits"]).max())
+
+
+def test_static_scales():
+    """One for each layer: that of all experts, of gate and up, is the largest, which clips none."""
+    for name, *expected in (
+        ("fp8_tensor", 0.078125, 0.109375, 0.046875),
+        ("modelopt_fp8", 0.078125, 0.109375, 0.046875),
+        ("hf_block_static", 0.08, 0.6, 0.65),
+        ("hf_tensor_fused_static", 0.08, 0.6, 0.65),
+    ):
+        layer = get(loaded(name), f"layers.{loaded(name).config.num_hidden_layers - 1}")
+        found = [layer.self_attn.q_proj.input_scale, layer.mlp.w13.input_scale, layer.mlp.w2.input_scale]
+        np.testing.assert_allclose(np.stack([scale[...] for scale in found]).ravel(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, (format, *_) in CASES.items() if format])
+def test_round_trip_byte_by_byte(tmp_path, name):
+    model = loaded(name)
+    used = {
+        layer.recipe for path in linear_names(model.config) if isinstance(layer := get(model, path), QuantizedLayer)
+    }
+    formats = [format for format in FORMATS.values() if format.objection(used) is None]
+    assert formats
+    for format in formats:
+        fp8x.save(model, tmp_path / format.name, format.name)
+        assert_same(fp8x.load(tmp_path / format.name), model)
+        assert inspect(tmp_path / format.name).format == format.name
+
+
+def assert_same(a: Decoder, b: Decoder) -> None:
+    a_leaves, b_leaves = (dict(jax.tree.leaves_with_path(nnx.state(model))) for model in (a, b))
+    assert a_leaves.keys() == b_leaves.keys()
+    for key, leaf in a_leaves.items():
+        assert (
+            leaf.dtype == b_leaves[key].dtype and np.asarray(leaf).tobytes() == np.asarray(b_leaves[key]).tobytes()
+        ), key
+    for path in linear_names(a.config):
+        assert getattr(get(a, path), "recipe", None) == getattr(get(b, path), "recipe", None), path

@@ -1,0 +1,333 @@
+"""Writes tiny FP8 checkpoints in the dialects of others, with the logits of their dequantized weights in float32.
+
+The environment (Python 3.11, CPU): `pip install torch transformers accelerate compressed-tensors`; the committed files
+were made with torch 2.13.0, transformers 5.23.0, accelerate 1.15.0 and compressed-tensors 0.20.0. Run
+`python tests/goldens/make_fp8_goldens.py`; it replaces the folders of its cases in `fp8/` beside this file. Each holds
+a checkpoint and `golden.safetensors`: ids int32 [2, 12], and what transformers computes in float32 from the dequantized
+weights (activations are not quantized), logits float32 [2, 12, vocab].
+
+Who writes what:
+
+- `hf_…`: transformers' own `FineGrainedFP8Config` quantizes and `save_pretrained` writes; its check for a GPU is left
+  out. `Fp8Dequantize` gives the float32 weights.
+- `compressed_tensors_…`: the library's compressors, matrix by matrix (experts are no Linear to transformers 5).
+- the others, which no library writes on a CPU: torch code that follows vLLM's loaders (`quantization/fp8.py`,
+  `quantization/modelopt.py`, `utils/mxfp8_utils.py`), with the names and configs of published checkpoints.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+from compressed_tensors.quantization.utils import calculate_qparams
+from make_hf_goldens import randomize
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+HERE = Path(__file__).parent / "fp8"
+State = dict[str, torch.Tensor]
+
+COMMON = {
+    "vocab_size": 32,
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 1,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+MIXTRAL = COMMON | {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "intermediate_size": 32,
+    "rope_theta": 1e4,
+}
+QWEN = COMMON | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "mlp_only_layers": [0],
+    "norm_topk_prob": True,
+    "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"},
+}
+ROUTERS = ("block_sparse_moe.gate.weight", "mlp.gate.weight")
+
+
+def is_linear(name: str, tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 2 and not name.endswith(("embed_tokens.weight", "lm_head.weight", *ROUTERS))
+
+
+def original(config: dict, folder: Path) -> State:
+    """A random bf16 checkpoint with the tensor names of the published models."""
+    (folder / "config.json").write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    randomize(model, seed=5)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def logits(config: dict, state: State, ids: torch.Tensor) -> torch.Tensor:
+    """What transformers computes in float32."""
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        Path(folder, "config.json").write_text(json.dumps(config))
+        save_file(
+            {name: t.float().contiguous() for name, t in state.items()},
+            Path(folder, "model.safetensors"),
+            {"format": "pt"},
+        )
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return model(ids).logits
+
+
+def write(name: str, config: dict, state: State, dequantized: State, files: dict[str, dict] | None = None) -> None:
+    folder = HERE / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for file, value in ({"config.json": config} | (files or {})).items():
+        (folder / file).write_text(json.dumps(value, indent=2) + "\n")
+    save_file({k: t.contiguous() for k, t in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    ids = torch.randint(0, COMMON["vocab_size"], (2, 12), generator=torch.Generator().manual_seed(1))
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
+    save_file({"ids": ids.int(), "logits": logits(plain, dequantized, ids)}, folder / "golden.safetensors")
+    print(f"{name:32} {sum(file.stat().st_size for file in folder.iterdir()) / 1024:4.0f} KiB")
+
+
+def by_transformers(name: str, config: dict, quantization: FineGrainedFP8Config, fused: bool) -> None:
+    with tempfile.TemporaryDirectory() as source, tempfile.TemporaryDirectory() as target:
+        original(config, Path(source))
+        if quantization is None:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(source, quantization_config=quantization)
+        # Static scales are left to be trained: give each one its own.
+        scales = [parameter for key, parameter in model.named_parameters() if key.endswith("activation_scale")]
+        for index, scale in enumerate(scales):
+            scale.data = torch.linspace(0.01, 0.05, scale.numel()).reshape(scale.shape) * (index + 1)
+        model.save_pretrained(target, save_original_format=not fused)
+        state, config = (
+            load_file(Path(target, "model.safetensors")),
+            json.loads(Path(target, "config.json").read_text()),
+        )
+    write(name, config, state, dequantized_by_transformers(state))
+
+
+def dequantized_by_transformers(state: State) -> State:
+    """Every matrix, of an expert or of all of them, with its scale: `Fp8Dequantize`, in float32."""
+    experts = {"gate_up_proj": ("gate_proj", "up_proj", "w1", "w3"), "down_proj": ("down_proj", "w2")}
+    result: State = {}
+    for name, tensor in state.items():
+        if name.endswith(("scale_inv", "activation_scale")):
+            continue
+        scale = state.get(f"{name}_scale_inv")
+        before, dot, expert = name.partition(".experts.")
+        if scale is None and dot and tensor.dtype == torch.float8_e4m3fn:
+            # Saved by itself, its scale with those of the others: gate's rows come first.
+            index, part, _ = expert.split(".")
+            fused = next(fused for fused, parts in experts.items() if part in parts)
+            scale = state[f"{before}.experts.{fused}_scale_inv"][int(index)]
+            if fused == "gate_up_proj":
+                scale = scale.chunk(2)[part in ("up_proj", "w3")]
+        dequantize = Fp8Dequantize(None)._dequantize_one
+        result[name] = tensor if scale is None else dequantize(tensor, scale, torch.float32)
+    return result
+
+
+def block_scale(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """amax / 448 of every block; those at the edges are smaller."""
+    return torch.stack(
+        [torch.stack([b.abs().amax() / 448 for b in r.split(columns, 1)]) for r in weight.float().split(rows, 0)]
+    )
+
+
+def expanded(scale: torch.Tensor, rows: int, columns: int, shape: torch.Size) -> torch.Tensor:
+    return scale.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)[: shape[0], : shape[1]]
+
+
+def cast(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (weight.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+def per_tensor(name: str, weight: torch.Tensor) -> tuple[State, torch.Tensor]:
+    """vLLM's `PerTensorScaleParameter`s: float32 scalars."""
+    scale = weight.float().abs().amax() / 448
+    data = cast(weight, scale)
+    size = sum(map(ord, name)) % 7 + 1
+    return {".weight": data, ".weight_scale": scale, ".input_scale": torch.tensor(size / 64)}, data.float() * scale
+
+
+def per_channel(name: str, weight: torch.Tensor) -> tuple[State, torch.Tensor]:
+    """ModelOpt's FP8_PER_CHANNEL_PER_TOKEN: float32 [N]."""
+    scale = weight.float().abs().amax(1) / 448
+    data = cast(weight, scale[:, None])
+    return {".weight": data, ".weight_scale": scale}, data.float() * scale[:, None]
+
+
+def ragged_block(name: str, weight: torch.Tensor) -> tuple[State, torch.Tensor]:
+    """Blocks of 48×40, the last of them cut, with scales in bfloat16."""
+    scale = block_scale(weight, 48, 40).bfloat16()
+    wide = expanded(scale, 48, 40, weight.shape)
+    data = cast(weight, wide)
+    return {".weight": data, ".weight_scale_inv": scale}, data.float() * wide
+
+
+def mx(name: str, weight: torch.Tensor) -> tuple[State, torch.Tensor]:
+    """Bytes b for 2^(b-127), rounded up as by ModelOpt's MXFP8QTensor."""
+    amax = weight.float().unflatten(1, (-1, 32)).abs().amax(-1)
+    byte = (torch.ceil(torch.log2(amax / 448)) + 127).to(torch.uint8)
+    wide = torch.exp2(byte.float() - 127).repeat_interleave(32, 1)
+    data = cast(weight, wide)
+    return {".weight": data, ".weight_scale": byte}, data.float() * wide
+
+
+def bare_mx(name: str, weight: torch.Tensor) -> tuple[State, torch.Tensor]:
+    tensors, dequantized = mx(name, weight)
+    return {".weight": tensors[".weight"], ".weight_scale_inv": tensors[".weight_scale"]}, dequantized
+
+
+def by_compressed_tensors(preset: str) -> Callable[[str, torch.Tensor], tuple[State, torch.Tensor]]:
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    compressor = BaseCompressor.get_value_from_registry("mxfp8-quantized" if "MX" in preset else "float-quantized")
+
+    def quantize(name: str, weight: torch.Tensor) -> tuple[State, torch.Tensor]:
+        blocks = weight.float().unflatten(1, (-1, scheme.weights.group_size or weight.shape[1]))
+        scale, _ = calculate_qparams(blocks.amin(-1), blocks.amax(-1), scheme.weights)
+        compressed = compressor.compress({"weight": weight, "weight_scale": scale.float()}, scheme)
+        tensors = {key: compressed[key] for key in ("weight", "weight_scale")}
+        dequantized = compressor.decompress(dict(tensors), scheme)["weight"]
+        return {f".{key}": value for key, value in tensors.items()}, dequantized
+
+    return quantize
+
+
+def by_hand(
+    name: str,
+    config: dict,
+    quantize: Callable[[str, torch.Tensor], tuple[State, torch.Tensor]],
+    quantization: dict,
+    *,
+    field: str = "quantization_config",
+    keep: Callable[[str], bool] = lambda name: False,
+    extra: State | None = None,
+) -> None:
+    """`field` may be a file, as of ModelOpt before 0.31."""
+    state, dequantized = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        source = original(config, Path(folder))
+    for key, tensor in source.items():
+        if not is_linear(key, tensor) or keep(key):
+            state[key] = dequantized[key] = tensor
+            continue
+        prefix = key.removesuffix(".weight")
+        tensors, dequantized[key] = quantize(prefix, tensor)
+        state |= {prefix + suffix: value for suffix, value in tensors.items()}
+    is_file = field.endswith(".json")
+    whole = config if is_file else config | {field: quantization}
+    write(name, whole, state | (extra or {}), dequantized, {field: quantization} if is_file else None)
+
+
+def main() -> None:
+    FineGrainedFP8HfQuantizer.validate_environment = lambda *args, **kwargs: None
+    blocks = {"weight_block_size": (32, 32)}
+    by_transformers("hf_bf16_fused", MIXTRAL, None, fused=True)
+    by_transformers("hf_block", MIXTRAL, FineGrainedFP8Config(**blocks), fused=False)
+    by_transformers("hf_block_fused_ue8m0", QWEN, FineGrainedFP8Config(scale_fmt="ue8m0", **blocks), fused=True)
+    static = {"activation_scheme": "static"}
+    by_transformers("hf_block_static", QWEN, FineGrainedFP8Config(**static, **blocks), fused=False)
+    by_transformers("hf_tensor_fused_static", QWEN, FineGrainedFP8Config(weight_block_size=None, **static), fused=True)
+    by_hand(
+        "fp8_tensor",
+        MIXTRAL,
+        per_tensor,
+        {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]},
+    )
+    by_hand(
+        "fp8_block_ragged",
+        QWEN,
+        ragged_block,
+        {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [48, 40],
+            "modules_to_not_convert": ["lm_head", "model.layers.1.mlp.gate", "model.layers.0.self_attn"],
+        },
+        keep=lambda key: key.startswith("model.layers.0.self_attn"),
+    )
+    by_hand(
+        "mxfp8",
+        QWEN,
+        bare_mx,
+        {
+            "quant_method": "mxfp8",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [1, 32],
+            "scale_fmt": "ue8m0",
+            "modules_to_not_convert": ["lm_head", "model.embed_tokens", "model.layers.1.mlp.gate"],
+        },
+    )
+    producer = {"producer": {"name": "modelopt", "version": "0.29.0"}}
+    legacy = {
+        "quant_algo": "FP8",
+        "kv_cache_quant_algo": "FP8",
+        "exclude_modules": ["lm_head", "*.block_sparse_moe.gate"],
+    }
+    by_hand(
+        "modelopt_fp8",
+        MIXTRAL,
+        per_tensor,
+        producer | {"quantization": legacy},
+        field="hf_quant_config.json",
+        extra={f"model.layers.0.self_attn.{x}_proj.{x}_scale": torch.tensor(0.5) for x in "kv"},
+    )
+    flat = {"config_groups": {}, "quant_method": "modelopt"} | producer
+    by_hand(
+        "modelopt_mxfp8",
+        QWEN,
+        mx,
+        flat | {"quant_algo": "MXFP8", "ignore": ["lm_head", "model.layers.0.self_attn*", "model.layers.1.mlp.gate"]},
+        keep=lambda key: key.startswith("model.layers.0.self_attn"),
+    )
+    layers = {
+        "model.layers.0.self_attn.q_proj": {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
+        "model.layers.0.block_sparse_moe.experts": {"quant_algo": "MXFP8", "group_size": 32},
+    }
+    by_hand(
+        "modelopt_mixed",
+        MIXTRAL,
+        lambda prefix, weight: (per_channel if "q_proj" in prefix else mx)(prefix, weight),
+        flat | {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers, "ignore": ["lm_head"]},
+        keep=lambda key: not key.startswith(tuple(layers)),
+    )
+    for name, preset, field in (
+        ("compressed_tensors_mxfp8", "MXFP8A16", "quantization_config"),
+        ("compressed_tensors_channel", "FP8_DYNAMIC", "compression_config"),
+    ):
+        by_hand(
+            name,
+            MIXTRAL,
+            by_compressed_tensors(preset),
+            {
+                "quant_method": "compressed-tensors",
+                "format": "mxfp8-quantized" if "mxfp8" in name else "float-quantized",
+                "quantization_status": "compressed",
+                "config_groups": {preset: ["Linear"]},
+                "ignore": ["lm_head", "re:.*block_sparse_moe.gate"],
+            },
+            field=field,
+        )
+
+
+if __name__ == "__main__":
+    main()
