@@ -10,9 +10,9 @@ All are slices of contiguous bytes. Weights may be fused and scales not, or the 
 experts one by one with their scales together. Mixtral's matrices keep the names of its published checkpoints
 (`block_sparse_moe`, `w1`, `w3`, `w2`); transformers 5 calls the block `mlp` in memory, and so where it saves that.
 
-A scale grid with one row (R = 1) belongs to gate and up alike. One with an odd number of rows has a block that begins
-in gate and ends in up: transformers writes that where I is no multiple of the block and 2I is. Up is no matrix in
-blocks then, so it is refused.
+A scale grid with one row (R = 1) belongs to gate and up alike; one with an even number holds gate's rows, then up's,
+each rounded up, as transformers joins them. In one with an odd number a block begins in gate and ends in up:
+transformers writes that where I is no multiple of the block and 2I is. Up is no matrix in blocks then, so it is refused.
 """
 
 import dataclasses
