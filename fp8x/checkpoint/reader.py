@@ -1,18 +1,19 @@
 """`Reader`: the tensors of a Hugging Face directory, memory-mapped and checked before anyone computes with them."""
 
-import json
+import contextlib
 import mmap
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from fp8x.checkpoint.fused import unfused
 from fp8x.checkpoint.header import DTYPE_NAMES as DTYPE_NAMES
 from fp8x.checkpoint.header import DTYPES as DTYPES
 from fp8x.checkpoint.header import Stored as Stored
+from fp8x.checkpoint.header import parse_object, read_header
 from fp8x.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -37,23 +38,31 @@ class Reader:
 
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser().absolute()
-        if not self.path.is_dir():
-            found = "is a file" if self.path.exists() else "does not exist"
-            raise CheckpointError(f"{self.path}: {found}; give a directory with {CONFIG} and {SINGLE}")
-        self.config: dict[str, Any] = _read_config(self.path)
         self._tensors: dict[str, Stored] = {}
         self._maps: dict[Path, mmap.mmap] = {}
-        listed = _listed_files(self.path)
+        self._identities: dict[Path, tuple[int, ...]] = {}
+        with _explained(self.path):
+            if not self.path.is_dir():
+                found = "is a file" if self.path.exists() else "does not exist"
+                raise CheckpointError(f"{self.path}: {found}; give a directory with {CONFIG} and {SINGLE}")
+            self.config: dict[str, Any] = _read_config(self.path)
+            listed = _listed_files(self.path)
         for file in dict.fromkeys(listed.values()) if listed else [self.path / SINGLE]:
-            for name, tensor in _read_header(file):
-                if name in self._tensors:
-                    first = self._tensors[name].file.name
-                    raise CheckpointError(f"{name}: is in both {first} and {file.name} of {self.path}")
-                self._tensors[name] = tensor
+            self._open(file)
         for name, file in listed.items():
             if name not in self._tensors or self._tensors[name].file != file:
                 raise CheckpointError(f"{self.path / INDEX}: says that {file.name} holds {name}, but it does not")
         self._tensors = unfused(self._tensors, self.config.get("model_type"))
+
+    def _open(self, file: Path) -> None:
+        with _explained(file), file.open("rb") as f:
+            tensors = read_header(f, file)
+            self._identities[file] = _identity(os.fstat(f.fileno()))
+        for name, tensor in tensors.items():
+            if name in self._tensors:
+                first = self._tensors[name].file.name
+                raise CheckpointError(f"{name}: is in both {first} and {file.name} of {self.path}")
+            self._tensors[name] = tensor
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -72,14 +81,15 @@ class Reader:
         return self._tensors[name]
 
     def read(self, name: str, *, shapes: Iterable[tuple[int, ...]], dtypes: Iterable[str]) -> np.ndarray:
-        """A tensor, as a read-only view of its file.
+        """A tensor, as a read-only view of its file; in rare files one that is not aligned to its type.
 
         Arguments:
             shapes: what fits.
             dtypes: what fits, by safetensors' names ("BF16", "F8_E4M3").
 
         Raises:
-            CheckpointError: no such tensor, or one of another shape or type.
+            CheckpointError: no such tensor, or one of another shape or type; a file that has changed since its header
+                was read. (One that is truncated while a view of it is in use ends the process: SIGBUS.)
         """
         tensor, shapes, dtypes = self.stored(name), list(shapes), list(dtypes)
         where = f"{name} in {tensor.file}"
@@ -110,9 +120,12 @@ class Reader:
             self._maps[tensor.file].madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def _map(self, file: Path) -> mmap.mmap:
-        if file not in self._maps:
-            with file.open("rb") as f:
-                self._maps[file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        with _explained(file):
+            if _identity(file.stat()) != self._identities[file]:
+                raise CheckpointError(f"{file}: has changed since the checkpoint was opened; open it again")
+            if file not in self._maps:
+                with file.open("rb") as f:
+                    self._maps[file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         return self._maps[file]
 
 
@@ -120,17 +133,13 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        CheckpointError: no file, no JSON, or no object in it.
+        CheckpointError: no file, no JSON, no object in it, or one with a key twice.
     """
-    if not file.is_file():
-        raise CheckpointError(f"{file}: missing; a Hugging Face directory has {CONFIG} beside its safetensors files")
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: holds a JSON {type(value).__name__}, expected an object")
-    return value
+    with _explained(file):
+        if not file.is_file():
+            hint = f"a Hugging Face directory has {CONFIG} beside its safetensors files"
+            raise CheckpointError(f"{file}: {_absence(file)}; {hint}")
+        return parse_object(file.read_bytes(), str(file))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -149,6 +158,9 @@ def _listed_files(path: Path) -> dict[str, Path]:
     if (path / SINGLE).is_file():
         return {}
     if not (path / INDEX).is_file():
+        for file in (path / SINGLE, path / INDEX):
+            if os.path.lexists(file):
+                raise CheckpointError(f"{file}: {_absence(file)}")
         there = sorted(f.name for f in path.iterdir() if f.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
         found = f"found {', '.join(there[:4])}" if there else "found no weights"
         raise CheckpointError(f"{path}: has neither {SINGLE} nor {INDEX}; {found}")
@@ -157,23 +169,31 @@ def _listed_files(path: Path) -> dict[str, Path]:
         raise CheckpointError(f"{path / INDEX}: has no weight_map, an object of tensor name -> file name")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{path / INDEX}: {name} lies in {file!r}, which is not a file name")
+            raise CheckpointError(f"{path / INDEX}: {name!a} lies in {file!a:.200}, which is not a file name")
+    for file in dict.fromkeys(weight_map.values()):
         if not (path / file).is_file():
-            raise CheckpointError(f"{path / INDEX}: {name} lies in {file}, which is missing")
+            name = next(name for name, other in weight_map.items() if other == file)
+            raise CheckpointError(f"{path / INDEX}: {name!a} lies in {file!a}, which {_absence(path / file)}")
     return {name: path / file for name, file in weight_map.items()}
 
 
-def _read_header(file: Path) -> Iterator[tuple[str, Stored]]:
+def _absence(file: Path) -> str:
+    """Why there is no file."""
+    if file.is_dir():
+        return "is a directory"
+    if file.is_symlink():
+        return f"is a link to {os.readlink(file)}, which is missing"
+    return "is no regular file" if file.exists() else "is missing"
+
+
+def _identity(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turns what the file system says into a CheckpointError."""
     try:
-        # Checks everything: lengths, JSON, that shapes fit offsets and that offsets cover the file.
-        with safe_open(file, framework="numpy"):
-            pass
-        with file.open("rb") as f:
-            size = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(size))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: is truncated or not a safetensors file: {error}") from None
-    header.pop("__metadata__", None)
-    for name, tensor in header.items():
-        start, stop = (8 + size + offset for offset in tensor["data_offsets"])
-        yield name, Stored(file, tensor["dtype"], tuple(tensor["shape"]), start, stop)
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from error

@@ -1,10 +1,12 @@
 """Reading: what a Reader gives, and what it says of a broken directory."""
 
 import json
+import os
 import re
 import struct
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -103,17 +105,19 @@ def test_no_directory(single):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not JSON"),
-        ("[1]", "holds a JSON list, expected an object"),
-        ("\ud800", "is not JSON"),
-        ("[" * 99999, "is not JSON"),
+        ("{", "config.json is not JSON"),
+        ("[1]", "config.json is a JSON list, expected an object"),
+        ("\ud800", "config.json is not JSON: 'utf-8' codec"),
+        ("[" * 99999, "config.json is not JSON: maximum recursion"),
+        ('{"a": 1, "b": {"c": 1, "c": 1}}', "config.json is not JSON: 'c' comes twice in one object"),
+        ('{"a": ' + "1" * 5000 + "}", "config.json is not JSON: Exceeds the limit"),
     ],
 )
 def test_broken_config(single, text, message):
     (single / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
-    fails(single, "config.json", message)
+    fails(single, message)
     (single / "config.json").unlink()
-    fails(single, "config.json: missing")
+    fails(single, "config.json: is missing; a Hugging Face directory has config.json beside")
 
 
 def test_no_weights(single):
@@ -121,22 +125,131 @@ def test_no_weights(single):
     fails(single, "has neither model.safetensors nor model.safetensors.index.json", "found pytorch_model.bin")
     (single / "pytorch_model.bin").unlink()
     fails(single, "found no weights")
+    (single / SINGLE).mkdir()
+    fails(single, "model.safetensors: is a directory")
 
 
-@pytest.mark.parametrize("keep", [0, 4, 8, 100, -1])
+def test_links(single, tmp_path_factory):
+    """As the cache of huggingface_hub has them: files are links to blobs."""
+    cache = tmp_path_factory.mktemp("cache")
+    for name in ("config.json", SINGLE):
+        (cache / name).symlink_to(single / name)
+    assert Reader(cache).read("F32", shapes=[(2, 3)], dtypes=["F32"]).sum() == 15
+    (single / SINGLE).unlink()
+    fails(cache, f"model.safetensors: is a link to {single / SINGLE}, which is missing")
+
+
+def test_unreadable(single, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)
+    fails(single, "config.json: can't be read: Permission denied")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100])
 def test_truncated(single, keep):
     content = (single / SINGLE).read_bytes()
     (single / SINGLE).write_bytes(content[:keep])
-    fails(single, "model.safetensors: is truncated or not a safetensors file")
+    fails(single, f"model.safetensors: is truncated or not a safetensors file: has {keep} bytes")
 
 
-def test_corrupt(single):
+def test_wrong_length(single):
     content = (single / SINGLE).read_bytes()
+    (single / SINGLE).write_bytes(content[:-1])
+    fails(single, f"model.safetensors: is truncated: it has {len(content) - 1:,} bytes, its header describes")
+    (single / SINGLE).write_bytes(content + b"\0")
+    fails(single, "model.safetensors: has bytes that no tensor holds")
     (single / SINGLE).write_bytes(b"<html>" + content)
-    fails(single, "not a safetensors file")
-    header = b'{"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,4]}}'
-    (single / SINGLE).write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
-    fails(single, "not a safetensors file")
+    fails(single, "not a safetensors file", "begins with a header of")
+
+
+def test_a_header_of_absurd_length_is_not_read(single):
+    with (single / SINGLE).open("wb") as f:
+        f.write(struct.pack("<Q", 10**11))
+        f.truncate(2 * 10**11)  # takes no room on the disk
+    fails(single, "a header of 100,000,000,000 bytes is over 100,000,000")
+
+
+def write(path: Path, header: bytes | dict, size: int = 8) -> None:
+    header = json.dumps(header).encode() if isinstance(header, dict) else header
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b'{"\xff": 1}', "the header is not JSON: 'utf-8' codec"),
+        (b"[]", "the header is a JSON list"),
+        (b'{"a":{"dtype":"F32","dtype":"F32"}}', "the header is not JSON: 'dtype' comes twice"),
+        (b'{"a":[],"a":[]}', "the header is not JSON: 'a' comes twice in one object"),
+        ({"\ud800": entry()}, r"'\ud800' in {file}: the name is no Unicode"),
+        ({"a": 3}, "'a' in {file}: the header has 3, expected dtype, shape and data_offsets"),
+        ({"a": {"dtype": "F32"}}, "expected dtype, shape and data_offsets"),
+        ({"a": entry(dtype="F99")}, "'a' in {file}: dtype 'F99' is unknown; safetensors has F32, F16"),
+        ({"a": entry(dtype=["F32"])}, "dtype ['F32'] is unknown"),
+        ({"a": entry(shape=[-2])}, "'a' in {file}: shape [-2] is no list"),
+        ({"a": entry(shape=[2.0])}, "shape [2.0] is no list"),
+        ({"a": entry(shape=[True, 2])}, "shape [True, 2] is no list"),
+        ({"a": entry(shape=2)}, "shape 2 is no list"),
+        ({"a": entry(shape=[1] * 64 + [2])}, "is no list of at most 64 sizes"),
+        ({"a": entry(shape=[2**62, 4, 2])}, "is larger than an array can be"),
+        ({"a": entry(shape=[2**62, 0], offsets=[0, 0])}, "is larger than an array can be"),
+        ({"a": entry(shape=[3])}, "'a' in {file}: F32 of shape [3] does not fit into bytes 0 to 8"),
+        ({"a": entry(offsets=[8, 0])}, "does not fit into bytes 8 to 0"),
+        ({"a": entry(offsets=[-8, 0])}, "data_offsets [-8, 0] are no list of a begin and an end"),
+        ({"a": entry(offsets=[0, 8, 16])}, "data_offsets [0, 8, 16] are no list"),
+        ({"a": entry(offsets=[0, None])}, "data_offsets [0, None] are no list"),
+        ({"a": entry(offsets=[8, 16])}, "a in {file}: begins 8 bytes late; the file is damaged"),
+        ({"a": entry(), "b": entry()}, "b in {file}: overlaps the one before it"),
+        ({"a": entry(), "b": entry(offsets=[4, 12])}, "b in {file}: overlaps the one before it"),
+        ({"a": entry(), "b": entry(offsets=[8, 16])}, "{file}: is truncated: it has"),
+        ({}, "{file}: has bytes that no tensor holds"),
+    ],
+)
+def test_broken_headers(single, header, message):
+    write(single / SINGLE, header)
+    fails(single, message.replace("{file}", str(single / SINGLE)))
+
+
+def test_unusual_headers(single):
+    """Tensors in any order, of no bytes, at odd addresses, of types that numpy lacks."""
+    header = {
+        "b": entry("BF16", [2], [3, 7]),
+        "a": entry("U8", [3], [0, 3]),
+        "none": entry("F32", [0, 5], [3, 3]),
+        "half": entry("F4", [2], [7, 8]),
+        "__metadata__": {"format": "pt"},
+    }
+    write(single / SINGLE, header | {"odd": entry("U8", [0], [8, 8])})
+    reader = Reader(single)
+    array = reader.read("b", shapes=[(2,)], dtypes=["BF16"])
+    assert array.tolist() == [0, 0] and jnp.asarray(array).tolist() == [0, 0]
+    assert reader.read("none", shapes=[(0, 5)], dtypes=["F32"]).size == 0
+    assert reader.stored("half").nbytes == 1
+
+
+@pytest.mark.parametrize("change", ["truncate", "touch", "replace", "remove"])
+def test_file_that_changes_after_opening(single, change):
+    reader, file = Reader(single), single / SINGLE
+    reader.read("F32", shapes=[(2, 3)], dtypes=["F32"])
+    match change:
+        case "truncate":
+            os.truncate(file, 10)
+        case "touch":
+            os.utime(file, (1, 1))
+        case "replace":
+            save_file({"F32": tensor(shape=(3, 3))}, single / "new")
+            (single / "new").rename(file)
+        case "remove":
+            file.unlink()
+    message = "can't be read: No such file" if change == "remove" else "has changed since the checkpoint was opened"
+    with pytest.raises(CheckpointError, match=rf"model.safetensors: {message}"):
+        reader.read("F16", shapes=[(2, 3)], dtypes=["F16"])
 
 
 def test_broken_index(sharded):
@@ -150,11 +263,32 @@ def test_broken_index(sharded):
     index(b="model-1.safetensors")
     fails(sharded, "says that model-1.safetensors holds b, but it does not")
     index(a="model-9.safetensors")
-    fails(sharded, "a lies in model-9.safetensors, which is missing")
-    index(a="../model-1.safetensors")
-    fails(sharded, "which is not a file name")
+    fails(sharded, "'a' lies in 'model-9.safetensors', which is missing")
+    for name in ("../model-1.safetensors", "/etc/passwd", 3, None, ["model-1.safetensors"]):
+        index(a=name)
+        fails(sharded, f"'a' lies in {name!r}, which is not a file name")
+    for name in ("", ".."):
+        index(a=name)
+        fails(sharded, f"'a' lies in {name!r}, which is a directory")
+    for name in ("a\0b", "\ud800"):
+        index(a=name)
+        fails(sharded, f"'a' lies in {name!a}, which is missing")
+    index(a="x" * 300)
+    fails(sharded, "can't be read: File name too long")
     save_file({"a": tensor(), "b": tensor()}, sharded / "model-2.safetensors")
     index()
     fails(sharded, "a: is in both model-1.safetensors and model-2.safetensors")
     (sharded / INDEX).write_text('{"weights": 1}')
     fails(sharded, "has no weight_map")
+    (sharded / INDEX).write_text('{"weight_map": {"a": "model-1.safetensors", "a": "model-2.safetensors"}}')
+    fails(sharded, "index.json is not JSON: 'a' comes twice in one object")
+
+
+def test_what_an_index_does_not_say(sharded):
+    """Sizes are not looked at, nor files that it does not list; one file beside an index comes first."""
+    index = json.loads((sharded / INDEX).read_text()) | {"metadata": {"total_size": "7"}}
+    (sharded / INDEX).write_text(json.dumps(index))
+    (sharded / "consolidated.safetensors").write_bytes(b"anything")
+    assert sorted(Reader(sharded)) == ["a", "b"]
+    save_file({"c": tensor()}, sharded / SINGLE)
+    assert list(Reader(sharded)) == ["c"]
