@@ -24,11 +24,13 @@ class LayerStatistics:
     """What calibration found in one layer's input.
 
     Attributes:
+        activation: the scheme that the scale is for, as text.
         amax: the largest finite magnitude, per K-group, `[1, groups]`.
         scale: the static activation scale that it gives, float32 `[1, groups]`.
         tokens: rows seen: `[]`, or `[E]` for one matrix per expert.
     """
 
+    activation: str
     amax: Float[np.ndarray, "1 groups"]
     scale: Float[np.ndarray, "1 groups"]
     tokens: Int[np.ndarray, "..."]
@@ -40,11 +42,14 @@ class CalibrationReport:
 
     Attributes:
         layers: the statistics of every static layer, by path.
-        batches: how many batches ran.
+        batches: how many batches ran (in this process).
+        method, percentile: how scales followed; percentile is None for other methods.
     """
 
     layers: dict[str, LayerStatistics]
     batches: int
+    method: Method
+    percentile: float | None
 
     def undersampled(self, min_tokens: int) -> list[str]:
         """The layers and experts that saw fewer than `min_tokens` tokens, by name: their scale rests on little."""
@@ -103,7 +108,7 @@ def calibrate(
         raise
     for path, layer in layers.items():
         layer.finish_calibration(found[path].scale)
-    return CalibrationReport(found, count)
+    return CalibrationReport(found, count, method, percentile if method == "percentile" else None)
 
 
 class _Observer:
@@ -149,4 +154,4 @@ def _statistics(layer: QuantizedLayer, method: Method, percentile: float) -> Lay
     amax = np.asarray(layer.amax[...])
     counts = None if layer.histogram is None else total_counts(np.asarray(layer.histogram[...]))
     scale = find_scale(method, percentile, amax, counts, layer.recipe.activation)
-    return LayerStatistics(amax, scale, np.asarray(layer.tokens[...]))
+    return LayerStatistics(str(layer.recipe.activation), amax, scale, np.asarray(layer.tokens[...]))

@@ -1,9 +1,8 @@
 """`fp8x calibrate`, and the calibration that `quantize` and `eval` do with it."""
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,7 +12,7 @@ from fp8x.cli.loading import load, load_tokenizer
 if TYPE_CHECKING:
     import numpy as np
 
-    from fp8x.calibrate import CalibrationReport
+    from fp8x.calibrate import CalibrationReport, Sidecar
     from fp8x.models import Decoder
 
 
@@ -27,13 +26,20 @@ def calibrate(
     max_length: options.MaxLength = None,
     batch_size: options.BatchSize = options.BATCH_SIZE,
     seed: options.Seed = 0,
+    method: options.MethodName = options.METHOD,
+    percentile: options.Percentile = options.PERCENTILE,
+    mesh: options.MeshText = None,
     min_tokens: options.MinTokens = options.MIN_TOKENS,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show the static activation scales that data gives, layer by layer; the model is not written.
+    """Find the static activation scales that data gives, layer by layer; the model is not written.
 
-    $ fp8x calibrate examples/tiny_mixtral examples/calibration.jsonl --recipe e4m3_e4m3_bf16 -o scales.json
+    $ fp8x calibrate MODEL texts.jsonl --recipe e4m3_e4m3_bf16 --output calibration.json\n
+    $ fp8x calibrate MODEL texts.jsonl --recipe e4m3_e4m3_bf16 --method mse --mesh data=8 --batch-size 64
+
+    `fp8x.load(MODEL, RECIPE, calibration="calibration.json")` takes what --output writes.
     """
+    from fp8x.calibrate.methods import check_method
     from fp8x.errors import CalibrationError
 
     chosen, rules = options.parse_recipe(recipe), options.parse_rules(rule)
@@ -41,22 +47,24 @@ def calibrate(
         raise CalibrationError(f"--recipe {recipe}: has no calibrated scale; take a static one, like e4m3_e4m3_bf16")
     if output is not None:
         terminal.check_file("--output", output)
-    calibration = options.Calibration(data, num_samples, max_length, batch_size, seed)
+    check_method(method, percentile)
+    devices = options.parse_mesh(mesh)
+    calibration = options.Calibration(
+        data, num_samples, max_length, batch_size, seed, method=method, percentile=percentile, mesh=devices
+    )
     rows = read_rows(source, calibration)
     model = load(source, chosen, rules)
     report = run(model, rows, calibration)
     result = sidecar(report, recipe, calibration, rows)
     if output is not None:
-        terminal.write_atomically(output, terminal.to_json(result) + "\n")
+        result.write(output)
     warn_undersampled(report, min_tokens)
     if as_json:
-        return terminal.show_json(result)
+        return terminal.show_json(result.to_json())
     table = terminal.table("layer", "amax", "scale", "tokens")
     for path, layer in report.layers.items():
         table.add_row(path, _span(layer.amax), _span(layer.scale), _span(layer.tokens))
-    terminal.show(
-        f"{recipe} on {data.name}", table, f"{result['samples']} samples, {result['tokens']:,} tokens, seed {seed}"
-    )
+    terminal.show(f"{recipe} on {data.name}", table, f"{len(rows)} samples, {rows.size:,} tokens, seed {seed}")
     if output is not None:
         terminal.show(f"wrote {output}")
 
@@ -95,34 +103,26 @@ def run(model: "Decoder", rows: "np.ndarray", calibration: options.Calibration) 
     import fp8x
     from fp8x.calibrate.data import batches
 
+    mesh = calibration.mesh
+    share = 1 if mesh is None else mesh.shape.get("data", 1)
+    size = min(calibration.batch_size, max(share, len(rows) // share * share))
     with terminal.progress("calibrating") as update:
 
         def watched() -> Iterator["np.ndarray"]:
-            for done, batch in enumerate(batches(rows, min(calibration.batch_size, len(rows)))):
-                update(done * calibration.batch_size, len(rows))
+            for done, batch in enumerate(batches(rows, size)):
+                update(done * size, len(rows))
                 yield batch
 
-        return fp8x.calibrate(model, watched())
+        return fp8x.calibrate(model, watched(), mesh, method=calibration.method, percentile=calibration.percentile)
 
 
 def sidecar(
     report: "CalibrationReport", recipe: str, calibration: options.Calibration, rows: "np.ndarray"
-) -> dict[str, Any]:
-    """What scales were found, and on what: enough to find them again."""
-    with calibration.data.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {
-        "recipe": recipe,
-        "dataset": {"file": calibration.data.name, "sha256": digest},
-        "seed": calibration.seed,
-        "samples": len(rows),
-        "length": rows.shape[1],
-        "tokens": rows.size,
-        "layers": {
-            path: {"amax": layer.amax, "scale": layer.scale, "tokens": layer.tokens}
-            for path, layer in report.layers.items()
-        },
-    }
+) -> "Sidecar":
+    """What scales were found, and on what."""
+    from fp8x.calibrate import Dataset, Sidecar
+
+    return Sidecar(recipe, report, Dataset.of(calibration.data, rows, calibration.seed))
 
 
 def warn_undersampled(report: "CalibrationReport", min_tokens: int) -> None:

@@ -33,6 +33,8 @@ def evaluate(
     calibration_data: Annotated[
         Path | None, typer.Option("--calibrate", "-c", metavar="DATA", help="Texts to calibrate static recipes on.")
     ] = None,
+    method: options.MethodName = options.METHOD,
+    percentile: options.Percentile = options.PERCENTILE,
     context: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Tokens in a window; by default the model's context, 2048 at most."),
@@ -54,6 +56,7 @@ def evaluate(
     from flax import nnx
 
     from fp8x.calibrate.data import read_texts
+    from fp8x.calibrate.methods import check_method
     from fp8x.models import evaluate as rule
 
     recipes = _recipes(recipe or [], calibration_data)
@@ -61,7 +64,10 @@ def evaluate(
     tokenizers = _check_checkpoints(checkpoints, recipes)
     calibration = rows = None
     if any(map(options.needs_calibration, recipes.values())):
-        calibration = options.Calibration(calibration_data, options.NUM_SAMPLES, None, batch_size, seed)
+        check_method(method, percentile)
+        calibration = options.Calibration(
+            calibration_data, options.NUM_SAMPLES, None, batch_size, seed, method=method, percentile=percentile
+        )
         rows = calibrate.read_rows(checkpoints[0], calibration)
 
     def measure(path: Path, code: str | None) -> dict[str, Any]:

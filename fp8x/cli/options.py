@@ -35,9 +35,17 @@ MeshText = Annotated[
     str | None,
     typer.Option("--mesh", metavar="AXIS=N,...", help="Devices by axis: data, tensor, expert, like data=2,tensor=4."),
 ]
+MethodName = Annotated[
+    str,
+    typer.Option("--method", metavar="NAME", help="How scales follow from what layers see: max, percentile or mse."),
+]
+Percentile = Annotated[
+    float, typer.Option(metavar="P", help="For --method percentile: the share of values, in %, that is not clipped.")
+]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Accept weights that hold NaN or Inf.")]
 
 NUM_SAMPLES, BATCH_SIZE, MIN_TOKENS = 256, 8, 64
+METHOD, PERCENTILE = "max", 99.99
 DATA_HELP = "JSONL with `text`, chat `messages`, ShareGPT `conversations` or token `ids`."
 
 
@@ -111,10 +119,13 @@ def needs_calibration(recipe: "Recipe | None") -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What to calibrate on."""
+    """What to calibrate on, and how."""
 
     data: Path
     num_samples: int
     max_length: int | None
     batch_size: int
     seed: int
+    method: str = METHOD
+    percentile: float = PERCENTILE
+    mesh: "Mesh | None" = None

@@ -61,8 +61,8 @@ def quantize(
     if calibration is not None:
         report = calibrate.run(model, rows, calibration)
         calibrate.warn_undersampled(report, min_tokens)
-        result = calibrate.sidecar(report, recipe, calibration, rows)
-    beside = {} if result is None else {SIDECAR: terminal.plain(result)}
+        result = calibrate.sidecar(report, recipe, calibration, rows).to_json()
+    beside = {} if result is None else {SIDECAR: result}
     with terminal.progress(f"writing {destination.name}", unit="bytes") as update:
         fp8x.save(model, destination, format, beside=beside, progress=update)
     with terminal.progress("reading back") as update:

@@ -4,8 +4,6 @@ import contextlib
 import functools
 import json
 import math
-import os
-import secrets
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -132,16 +130,6 @@ def check_file(option: str, path: Path) -> None:
         raise DataError(f"{option} {path}: is a directory; name a file in it")
     if not path.absolute().parent.is_dir():
         raise DataError(f"{option} {path}: its directory does not exist")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is there completely or not at all; replaces one that is there."""
-    temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def size(count: int) -> str:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from fp8x.array import ScaledArray
+from fp8x.calibrate import sidecar
 from fp8x.checkpoint import CONFIG, Format, Reader, Writer, choose_format, format_of
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES
 from fp8x.checkpoint.header import DTYPES
@@ -30,6 +31,7 @@ def load(
     mesh: Mesh | None = None,
     *,
     rules: Mapping[str, Recipe | str | None] | None = None,
+    calibration: str | Path | None = None,
     allow_nonfinite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
@@ -44,10 +46,12 @@ def load(
         recipe: quantizes while loading, as `fp8x.quantize_model` does: a `Recipe` or its code.
         mesh: not supported yet.
         rules: exceptions to `recipe`, as `fp8x.quantize_model` takes them.
+        calibration: a file of static activation scales, as `fp8x calibrate` writes it.
         allow_nonfinite: load weights that hold NaN or Inf instead of raising.
         progress: called after every tensor with the bytes read and the bytes in all.
 
     Raises:
+        CalibrationError: a calibration file that can't be read, or that does not fit the model or recipe.
         CheckpointError: the checkpoint is missing, damaged, quantized in a way that is not supported, or quantized
             already where a recipe is given.
         ConfigError: config.json describes no model that fp8x can build.
@@ -68,11 +72,16 @@ def load(
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     loader = Loader(reader, model, format, allow_nonfinite, progress)
     loader.check_names()
+    recipes = loader.stored
     if format is None:
-        chosen = Rules(None if recipe is None else as_recipe(recipe), rules or {}).resolve(linear_names(config))
-        loader.load(chosen)
-    else:
-        loader.load(loader.stored)
+        recipes = Rules(None if recipe is None else as_recipe(recipe), rules or {}).resolve(linear_names(config))
+    scales = None if calibration is None else sidecar.read(calibration)
+    if scales is not None:
+        static = {path: each.activation for path, each in recipes.items() if each is not None and each.is_static}
+        scales.check({path: (scheme, loader.shapes[path][-1]) for path, scheme in static.items()})
+    loader.load(recipes)
+    if scales is not None:
+        scales.apply(model)
     return model
 
 

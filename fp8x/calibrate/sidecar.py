@@ -1,0 +1,176 @@
+"""The sidecar: a JSON file of static activation scales, with what they were found on; `fp8x.load` applies it."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float32, Int
+
+from fp8x.calibrate.driver import CalibrationReport, LayerStatistics
+from fp8x.calibrate.statistics import static_layers
+from fp8x.errors import CalibrationError, some
+from fp8x.scheme import Scheme
+
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """What scales were found on: enough to find them again.
+
+    Attributes:
+        file: the data file's name; `sha256`: of its bytes.
+        seed: drew the order of its documents.
+        samples, length: rows of tokens, and tokens in each. `tokens`: in all.
+    """
+
+    file: str
+    sha256: str
+    seed: int
+    samples: int
+    length: int
+    tokens: int
+
+    @classmethod
+    def of(cls, path: str | Path, rows: Int[np.ndarray, "samples length"], seed: int) -> "Dataset":
+        """What rows of tokens were drawn from."""
+        with Path(path).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return cls(Path(path).name, digest, seed, *rows.shape, rows.size)
+
+    def to_json(self) -> dict[str, Any]:
+        found = dataclasses.asdict(self)
+        return {"dataset": {key: found.pop(key) for key in ("file", "sha256")}, **found}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "Dataset":
+        return cls(**found["dataset"], **{key: found[key] for key in ("seed", "samples", "length", "tokens")})
+
+
+@dataclasses.dataclass(frozen=True)
+class Sidecar:
+    """Static activation scales by layer, and where they come from.
+
+    Attributes:
+        recipe: the code of the recipe that most layers have.
+        report: methods, scales and counts.
+        dataset: what they were found on; None where the caller did not say.
+    """
+
+    recipe: str
+    report: CalibrationReport
+    dataset: Dataset | None = None
+
+    @property
+    def scales(self) -> dict[str, Float32[np.ndarray, "1 groups"]]:
+        """The static activation scale of every layer, by module path (`layers.0.mlp.w13`)."""
+        return {path: layer.scale for path, layer in self.report.layers.items()}
+
+    def check(self, layers: Mapping[str, tuple[Scheme, int]]) -> None:
+        """Looks whether the scales are those of a model.
+
+        Arguments:
+            layers: activation scheme and input features K of each layer with a static activation scale.
+
+        Raises:
+            CalibrationError: layers without a scale, scales without a layer, or of another scheme or size; named.
+        """
+        if missing := [path for path in layers if path not in self.report.layers]:
+            raise CalibrationError(f"calibration: {some(missing)} without a scale in it; is it another model's?")
+        made_with = f"use the recipe ({self.recipe}) and rules that it was made with"
+        if extra := [path for path in self.report.layers if path not in layers]:
+            raise CalibrationError(f"calibration: {some(extra)} in it, but not calibrated in this model; {made_with}")
+        for path, (scheme, k) in layers.items():
+            found = self.report.layers[path]
+            if found.activation != str(scheme):
+                raise CalibrationError(
+                    f"calibration: {path} was calibrated for {found.activation}, but its activations are in {scheme}; "
+                    f"{made_with}"
+                )
+            if found.scale.shape != (fits := scheme.scale_shape((1, k))):
+                raise CalibrationError(
+                    f"calibration: the scale of {path} is {list(found.scale.shape)}, but its input of {k} features "
+                    f"takes {list(fits)}; is it another model's?"
+                )
+
+    def apply(self, model: nnx.Module) -> None:
+        """Sets the static activation scales of a model.
+
+        Raises:
+            CalibrationError: as `check`, or the model has no layer for any.
+        """
+        layers = static_layers(model)
+        self.check({path: (layer.recipe.activation, layer.weight.shape[-1]) for path, layer in layers.items()})
+        for path, scale in self.scales.items():
+            layers[path].abandon_calibration()
+            layers[path].input_scale[...] = jnp.asarray(scale)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `write` writes."""
+        report = self.report
+        return {
+            "version": VERSION,
+            "recipe": self.recipe,
+            "method": report.method,
+            **({} if report.percentile is None else {"percentile": report.percentile}),
+            "batches": report.batches,
+            **({} if self.dataset is None else self.dataset.to_json()),
+            "layers": {
+                path: {
+                    "activation": layer.activation,
+                    **{name: getattr(layer, name).tolist() for name in ("amax", "scale", "tokens")},
+                }
+                for path, layer in report.layers.items()
+            },
+        }
+
+    def write(self, path: str | Path) -> None:
+        """Writes a file that is there completely or not at all; replaces one that is there."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+        try:
+            temporary.write_text(json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read(path: str | Path) -> Sidecar:
+    """The sidecar in a file.
+
+    Raises:
+        CalibrationError: the file can't be read, or is none, or holds a scale that is not finite and positive (named).
+    """
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise CalibrationError(f"calibration: {path}: {error.strerror or error}; give a file that fp8x wrote") from None
+    except ValueError as error:
+        raise CalibrationError(f"calibration: {path}: is no JSON: {error}") from None
+    version = found.get("version") if isinstance(found, dict) else None
+    if version != VERSION:
+        raise CalibrationError(f"calibration: {path}: is of version {version}, not {VERSION}; make it anew")
+    try:
+        layers = {name: _layer(name, layer) for name, layer in found["layers"].items()}
+        report = CalibrationReport(layers, found["batches"], found["method"], found.get("percentile"))
+        dataset = Dataset.from_json(found) if "dataset" in found else None
+        return Sidecar(found["recipe"], report, dataset)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CalibrationError(f"calibration: {path}: is damaged: {error!r}; make it anew") from None
+    except ValueError as error:
+        raise CalibrationError(f"calibration: {path}: {error}; make it anew") from None
+
+
+def _layer(name: str, found: dict[str, Any]) -> LayerStatistics:
+    amax, scale = (np.asarray(found[key], np.float32) for key in ("amax", "scale"))
+    if not (np.isfinite(scale) & (scale > 0)).all():
+        raise ValueError(f"{name} has a scale that is not finite and positive")
+    return LayerStatistics(found["activation"], amax, scale, np.asarray(found["tokens"], np.int32))
