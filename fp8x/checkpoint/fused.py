@@ -12,7 +12,7 @@ experts one by one with their scales together. Mixtral's matrices keep the names
 
 A scale grid with one row (R = 1) belongs to gate and up alike; one with an even number holds gate's rows, then up's,
 each rounded up, as transformers joins them. In one with an odd number a block begins in gate and ends in up:
-transformers writes that where I is no multiple of the block and 2I is. Up is no matrix in blocks then, so it is refused.
+transformers writes that where I is no multiple of the block and 2I is. Up is no matrix in blocks then: it is refused.
 """
 
 import dataclasses

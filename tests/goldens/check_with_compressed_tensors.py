@@ -1,4 +1,4 @@
-"""Checks by hand that transformers and compressed-tensors load what `fp8x.save` writes, and compute the same.
+"""Checks by hand that others load what `fp8x.save` writes, in every format, and compute the same.
 
 In two steps, since those packages live in an environment of their own (torch, transformers 5, compressed-tensors 0.20,
 accelerate). The first writes checkpoints, dequantized weights and logits; the second compares and prints a table:
@@ -11,11 +11,15 @@ differ from ours only after an activation so close to a rounding boundary that t
 `experts` are held fused by transformers 5, which multiplies them with their scales when it loads (`dequantize=True`)
 and does not quantize their activations: ours are compared weight-only. It can do so for scales per tensor and per
 channel alone, so experts in blocks and MXFP8 are compared by matrix, as compressed-tensors decompresses them.
-`fp8` is the format of that name, whose blocks transformers dequantizes on a CPU: compared weight-only too.
+`fp8` is the format of that name, whose blocks transformers dequantizes on a CPU: compared weight-only too. Per tensor
+(where transformers 5.23 reads no `weight_scale`) and `modelopt` (which it does not know) no library reads on a CPU:
+torch code that follows vLLM's rule (`quantization/fp8.py`, `quantization/modelopt.py`) dequantizes them here.
 """
 
 import dataclasses
+import json
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -74,9 +78,10 @@ def write(folder: Path) -> None:
             weight_only = hub.load(plain, dataclasses.replace(recipe, activation=None, activation_scale=None))
             np.save(path / "logits.npy", (weight_only if name == "experts" else model)(IDS))
             np.savez(path / "weights.npz", **_dequantized(path, recipe))
-            if "block" in code:
-                hub.save(model, folder / f"{name}-fp8-{code}", "fp8")
-                np.save(folder / f"{name}-fp8-{code}" / "logits.npy", weight_only(IDS))
+            for format in ("fp8", "modelopt"):
+                if fp8x.checkpoint.FORMATS[format].objection([recipe]) is None:
+                    hub.save(model, folder / f"{name}-{format}-{code}", format)
+                    np.save(folder / f"{name}-{format}-{code}" / "logits.npy", weight_only(IDS))
 
 
 def _dequantized(path: Path, recipe) -> dict[str, np.ndarray]:
@@ -115,6 +120,10 @@ def _logits(path: Path) -> np.ndarray:
     import torch
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+    config = json.loads((path / "config.json").read_text())
+    quantization = config.pop("quantization_config", {})
+    if quantization.get("quant_method") in ("fp8", "modelopt") and quantization.get("weight_block_size") is None:
+        return _logits_by_vllm_rule(path, config, quantization)
     is_compressed = (path / "weights.npz").exists()
     dequantize = CompressedTensorsConfig(dequantize=True) if is_compressed and path.name.startswith("experts") else None
     options = {} if dequantize is None else {"quantization_config": dequantize}
@@ -127,10 +136,48 @@ def _logits(path: Path) -> np.ndarray:
         return model(torch.from_numpy(IDS)).logits.numpy()
 
 
+def _logits_by_vllm_rule(path: Path, config: dict, quantization: dict) -> np.ndarray:
+    """Of the weights times `weight_scale`, whose shape and type depend on the algorithm; lists are of exact names."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    tensors = load_file(path / "model.safetensors")
+    kept = quantization.get("modules_to_not_convert", quantization.get("ignore"))
+    algorithm = quantization.get("quant_algo", "FP8")
+    if algorithm != "FP8" or quantization["quant_method"] == "modelopt":
+        legacy = json.loads((path / "hf_quant_config.json").read_text())["quantization"]
+        assert (legacy["quant_algo"], legacy["exclude_modules"]) == (algorithm, kept)
+    plain = {}
+    for name, tensor in tensors.items():
+        prefix = name.removesuffix(".weight")
+        if name.endswith("_scale"):
+            continue
+        if prefix in kept or tensor.dtype != torch.float8_e4m3fn:
+            assert tensor.dtype == torch.float32, name
+            plain[name] = tensor
+            continue
+        scale, (n, k) = tensors[f"{prefix}.weight_scale"], tensor.shape
+        expected = {
+            "FP8": ((), torch.float32),
+            "FP8_PER_CHANNEL_PER_TOKEN": ((n,), torch.float32),
+            "MXFP8": ((n, k // 32), torch.uint8),
+        }[algorithm]
+        assert (tuple(scale.shape), scale.dtype) == expected, name
+        if algorithm == "FP8" and quantization.get("activation_scheme") != "dynamic":
+            assert tensors[f"{prefix}.input_scale"].shape == () and tensors[f"{prefix}.input_scale"] > 0, name
+        if algorithm == "MXFP8":
+            scale = torch.exp2(scale.float() - 127).repeat_interleave(32, 1)
+        plain[name] = tensor.float() * (scale[:, None] if scale.ndim == 1 else scale)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        Path(folder, "config.json").write_text(json.dumps(config))
+        save_file(plain, Path(folder, "model.safetensors"), {"format": "pt"})
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return model(torch.from_numpy(IDS)).logits.numpy()
+
+
 def _count_equal(path: Path) -> str:
     """How many matrices compressed-tensors decompresses to our values, bit for bit, of how many."""
-    import json
-
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
     from safetensors.torch import load_file
