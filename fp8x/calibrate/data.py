@@ -17,17 +17,20 @@ Text = str | list[int]
 
 MAX_REPORTS = 10
 _FORMS = "'text', 'messages', 'conversations', 'ids' or 'input_ids'"
+_WHERE = "JSONL, or a JSON array, of lists of token ids or objects with"
 
 
 def read_texts(path: str | Path, *, report: Callable[[str], None] = warnings.warn) -> list[Text]:
     """The documents of a data file, in its order: strings, or lists of token ids.
 
-    A file is JSONL (one object a line) or one JSON array of objects. An object is read by the first of these it has:
+    A file is JSONL (one record a line) or one JSON array of records. A record is a list of token ids, or an object,
+    which is read by the first of these it has:
         `text`: a string.
         `messages`: chat turns; their `content` is a string, or a list of parts of which `text` ones count.
         `conversations`: ShareGPT turns, with their words in `value`.
         `ids`, `input_ids`: token ids.
-    The turns of one conversation become one text, a blank line between them; no chat template is applied.
+    The turns of one conversation become one text, their words alone, a blank line between them. No chat template is
+    applied: where the model is to see its own, give `text` or `ids` to which it has been.
 
     Arguments:
         path: the file.
@@ -51,7 +54,7 @@ def read_texts(path: str | Path, *, report: Callable[[str], None] = warnings.war
         report(f"{path}: {len(malformed) - MAX_REPORTS} more are malformed; skipped")
     if not texts:
         found = f"all {len(malformed)} records are malformed" if malformed else "it is empty"
-        raise DataError(f"{path}: {found}; use JSONL, or a JSON array, of objects with {_FORMS}")
+        raise DataError(f"{path}: {found}; use {_WHERE} {_FORMS}")
     return texts
 
 
@@ -106,7 +109,8 @@ def _records(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     if b"\0" in raw[:8192]:
         raise DataError(f"{path}: it is binary; give a JSONL or JSON file, uncompressed and in UTF-8")
     raw = raw.removeprefix(b"\xef\xbb\xbf")
-    if raw.lstrip()[:1] == b"[":
+    # One array, unless it is the first of several lines: those are lists of token ids.
+    if raw.lstrip()[:1] == b"[" and not _is_ids(raw.lstrip().split(b"\n", 1)[0]):
         try:
             items = _parse(raw)
         except (ValueError, RecursionError) as error:
@@ -117,6 +121,14 @@ def _records(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
         for number, line in enumerate(raw.split(b"\n"), 1):
             if line.strip():
                 yield f"line {number}", lambda line=line: _parse(line)
+
+
+def _is_ids(line: bytes) -> bool:
+    try:
+        items = _parse(line)
+    except (ValueError, RecursionError):
+        return False
+    return bool(items) and all(type(item) is int for item in items)
 
 
 def _parse(raw: bytes) -> Any:
@@ -130,6 +142,8 @@ def _parse(raw: bytes) -> Any:
 
 def _text_of(record: Any) -> Text:
     """The document in one record; ValueError says why there is none."""
+    if isinstance(record, list):
+        return _ids(record, "the record")
     if not isinstance(record, dict):
         raise ValueError(f"it is {_kind(record)}, not an object with {_FORMS}")
     if "text" in record:
@@ -139,7 +153,7 @@ def _text_of(record: Any) -> Text:
             return _checked("\n\n".join(_turns(record[field], field, words)), field)
     for field in ("ids", "input_ids"):
         if field in record:
-            return _ids(record[field], field)
+            return _ids(record[field], repr(field))
     raise ValueError(f"it has none of {_FORMS}")
 
 
@@ -181,11 +195,11 @@ def _checked(text: Any, field: str) -> str:
 
 def _ids(ids: Any, field: str) -> list[int]:
     if not isinstance(ids, list) or not ids:
-        raise ValueError(f"{field!r} is {_kind(ids) if ids else 'empty'}, not a list of token ids")
+        raise ValueError(f"{field} is {_kind(ids) if ids else 'empty'}, not a list of token ids")
     for number, token in enumerate(ids, 1):
         # JSON's true is an int in Python.
         if type(token) is not int or not 0 <= token < 2**31:
-            raise ValueError(f"entry {number} of {field!r} is {token!r:.40}, not a token id")
+            raise ValueError(f"entry {number} of {field} is {token!r:.40}, not a token id")
     return ids
 
 

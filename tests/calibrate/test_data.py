@@ -31,9 +31,10 @@ def test_every_form_of_a_line(tmp_path):
         {"ids": [1, 2, 3]},
         "",
         {"input_ids": [4]},
+        [5, 6],
     )
     texts, reports = read(path)
-    assert texts == ["plain", "hi\n\nhello", "one", "a\nb", [1, 2, 3], [4]]
+    assert texts == ["plain", "hi\n\nhello", "one", "a\nb", [1, 2, 3], [4], [5, 6]]
     assert reports == []
 
 
@@ -45,6 +46,15 @@ def test_an_array_file(tmp_path):
     assert len(reports) == 1 and "item 2: it has none of 'text'" in reports[0]
 
 
+def test_lists_of_token_ids_by_line_and_in_an_array(tmp_path):
+    assert read(write(tmp_path / "d.jsonl", [1, 2], "[true]", [3])) == (
+        [[1, 2], [3]],
+        [f"{tmp_path}/d.jsonl: line 2: entry 1 of the record is True, not a token id; skipped"],
+    )
+    assert read(write(tmp_path / "one.jsonl", [1, 2])) == ([[1, 2]], [])
+    assert read(write(tmp_path / "array.json", [[1, 2], [3]])) == ([[1, 2], [3]], [])
+
+
 def test_byte_order_mark_and_carriage_returns(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n')
@@ -53,7 +63,8 @@ def test_byte_order_mark_and_carriage_returns(tmp_path):
 
 MALFORMED = {
     '{"text": "cut': "not JSON",
-    "[1, 2]": "a list, not an object",
+    '["a"]': "entry 1 of the record is 'a', not a token id",
+    "3": "a number, not an object",
     '{"text": 3}': "'text' is a number",
     '{"text": ""}': "'text' is empty",
     '{"text": "\\ud800"}': "surrogate",
