@@ -1,6 +1,5 @@
 """Mixtral checkpoints of any size, made fast: every matrix is cut from the same random numbers."""
 
-import json
 from pathlib import Path
 
 import ml_dtypes
