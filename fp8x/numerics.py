@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from fp8x.array import ScaledArray
 from fp8x.errors import RecipeError, ShapeError
@@ -99,28 +99,36 @@ def dequantize(q: ScaledArray, dtype=jnp.float32) -> Float[Array, "..."]:
 def block_amax(x: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
     """The largest finite magnitude of every block, float32, in the shape of the scales. 0 for an empty block."""
     bits = _magnitude_bits(x)
-    return _block_max(jnp.where(bits < _EXPONENT, bits, 0), scheme)
+    infinite = np.array(np.inf, x.dtype).view(bits.dtype)
+    return _block_max(jnp.where(bits < infinite, bits, 0), x.dtype, scheme)
 
 
 def block_max(x: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
     """`block_amax`, but Inf or NaN for a block that holds one: cheaper, and shows whether one is there."""
-    return _block_max(_magnitude_bits(x), scheme)
+    return _block_max(_magnitude_bits(x), x.dtype, scheme)
 
 
-def _magnitude_bits(x: Float[Array, "..."]) -> Int32[Array, "..."]:
-    """Magnitudes compare like their bits, and as integers XLA does not flush the subnormal ones."""
-    return jax.lax.bitcast_convert_type(_float32(x), jnp.int32) & ~_SIGN
+def _magnitude_bits(x: Float[Array, "..."]) -> Int[Array, "..."]:
+    """Magnitudes compare like their bits, and as integers XLA neither flushes the subnormal ones nor widens them."""
+    dtype = np.dtype(f"int{8 * x.dtype.itemsize}")
+    return jax.lax.bitcast_convert_type(x, dtype) & np.iinfo(dtype).max
 
 
-def _block_max(bits: Int32[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
+def _block_max(bits: Int[Array, "..."], dtype: np.dtype, scheme: Scheme) -> Float[Array, "..."]:
     blocks = scheme.block_of(bits.shape)
     counts = scheme.scale_shape(bits.shape)
     bits = jnp.pad(bits, [(0, c * b - n) for n, b, c in zip(bits.shape, blocks, counts)])
     bits = bits.reshape([extent for pair in zip(counts, blocks) for extent in pair])
+    # In steps, since XLA's CPU backend uses whole vectors only where what it reduces lies a vector's width or more
+    # apart: over rows, then over strides of a long row, then what is left.
+    bits = jnp.max(bits, axis=tuple(range(1, bits.ndim - 1, 2)), initial=0)
     if blocks[-1] > 2 * _LANES and blocks[-1] % _LANES == 0:
-        # XLA's CPU backend reduces whole rows element by element; in two steps the first has whole vectors.
         bits = jnp.max(bits.reshape(*bits.shape[:-1], -1, _LANES), axis=-2, initial=0)
-    return jax.lax.bitcast_convert_type(jnp.max(bits, axis=tuple(range(1, bits.ndim, 2)), initial=0), jnp.float32)
+    bits = jnp.max(bits, axis=-1, initial=0)
+    if dtype == jnp.bfloat16:
+        # bfloat16 is the upper half of float32; a conversion could flush.
+        return jax.lax.bitcast_convert_type(bits.astype(jnp.int32) << 16, jnp.float32)
+    return jax.lax.bitcast_convert_type(bits, dtype).astype(jnp.float32)
 
 
 def compute_scale(amax: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:

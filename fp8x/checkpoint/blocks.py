@@ -1,0 +1,138 @@
+"""`BlockFile`: a file of known size, written in any order by several threads, past the page cache.
+
+Filling the page cache with what nobody reads soon costs more than the disk itself (5 times more where a virtual machine
+has to be given the pages first), and the dirty pages would have to be waited for at the end anyway.
+"""
+
+import collections
+import concurrent.futures
+import errno
+import fcntl
+import mmap
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+BLOCK = 1 << 21  # a disk's full speed, and little memory; a multiple of any disk's sector
+IN_FLIGHT = 8  # blocks on their way to the disk, before those who fill more have to wait
+O_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+class Disk:
+    """Writes full blocks in a thread of its own, so that those who fill them need not wait."""
+
+    def __init__(self):
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._slots = threading.BoundedSemaphore(IN_FLIGHT)
+        self._free: collections.deque[np.ndarray] = collections.deque()
+        self._error: BaseException | None = None
+
+    def buffer(self) -> np.ndarray:
+        """A block's worth of bytes, aligned as direct writes need it."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return np.frombuffer(mmap.mmap(-1, BLOCK), np.uint8)
+
+    def submit(self, write: Callable[[np.ndarray], None], buffer: np.ndarray) -> None:
+        """Calls `write(buffer)` later, and takes the buffer back.
+
+        Raises:
+            OSError: an earlier write failed.
+        """
+        self._slots.acquire()
+        self._thread.submit(self._run, write, buffer)
+        self.check()
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Waits for what was submitted."""
+        self._thread.shutdown(wait=True)
+
+    def _run(self, write: Callable[[np.ndarray], None], buffer: np.ndarray) -> None:
+        try:
+            if self._error is None:
+                write(buffer)
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._free.append(buffer)
+            self._slots.release()
+
+
+class BlockFile:
+    """A file of `size` bytes; `on_disk` is called once all of them are there.
+
+    Raises:
+        OSError: the disk has no room for it.
+    """
+
+    def __init__(self, path: Path, size: int, disk: Disk, on_disk: Callable[[], None]):
+        self._size, self._missing = size, size
+        self._disk, self._on_disk = disk, on_disk
+        self._blocks: dict[int, _Block] = {}
+        self._lock = threading.Lock()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        try:
+            self._descriptor = os.open(path, flags | O_DIRECT, 0o666)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._descriptor = os.open(path, flags, 0o666)  # a file system that has no direct writes
+        if hasattr(os, "posix_fallocate") and size:
+            os.posix_fallocate(self._descriptor, 0, size)
+
+    def write(self, offset: int, data: np.ndarray) -> None:
+        """Writes bytes at an offset; each byte of the file is to be written once."""
+        while data.size:
+            index, start = divmod(offset, BLOCK)
+            length = min(data.size, BLOCK - start)
+            with self._lock:
+                if (block := self._blocks.get(index)) is None:
+                    size = min(BLOCK, self._size - index * BLOCK)
+                    block = self._blocks[index] = _Block(self._disk.buffer(), size)
+            block.buffer[start : start + length] = data[:length]
+            with self._lock:
+                block.missing -= length
+                is_full = block.missing == 0
+                if is_full:
+                    del self._blocks[index]
+            if is_full:
+                self._disk.submit(lambda buffer, index=index: self._flush(index, buffer), block.buffer)
+            data, offset = data[length:], offset + length
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _flush(self, index: int, buffer: np.ndarray) -> None:
+        view, offset = memoryview(buffer), index * BLOCK
+        while view:
+            try:
+                written = os.pwrite(self._descriptor, view, offset)
+            except OSError as error:
+                flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+                if error.errno != errno.EINVAL or not flags & O_DIRECT:
+                    raise
+                fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~O_DIRECT)  # larger sectors than a page
+                continue
+            view, offset = view[written:], offset + written
+        self._missing -= min(BLOCK, self._size - index * BLOCK)
+        if self._missing == 0:
+            # The last block was written whole, too.
+            os.ftruncate(self._descriptor, self._size)
+            os.fsync(self._descriptor)
+            self.close()
+            self._on_disk()
+
+
+class _Block:
+    def __init__(self, buffer: np.ndarray, missing: int):
+        self.buffer, self.missing = buffer, missing

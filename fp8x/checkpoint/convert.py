@@ -1,0 +1,409 @@
+"""Checkpoint to checkpoint: no model is built, and memory holds some rows of a few matrices, whatever their size.
+
+Each matrix is read through its mapped file, quantized rows by rows in a core's cache, and written to its place at once,
+by one thread a core: nobody waits for a reader or a writer.
+"""
+
+import concurrent.futures
+import dataclasses
+import math
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fp8x.array import ScaledArray
+from fp8x.checkpoint import rows
+from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES
+from fp8x.checkpoint.format import Format, Layout
+from fp8x.checkpoint.reader import CONFIG, DTYPE_NAMES, DTYPES, Reader
+from fp8x.checkpoint.resumable import ResumableWriter
+from fp8x.errors import CalibrationError, CheckpointError, some
+from fp8x.recipe import Recipe
+from fp8x.scheme import Scheme
+
+UNQUANTIZED = ("BF16", "F32", "F16")
+MAX_THREADS = 16
+
+Spec = tuple[str, tuple[int, ...]]  # dtype by safetensors' name, shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What becomes of one matrix `[N, K]`.
+
+    Attributes:
+        stored: its recipe in the source; None where it is in 16 or 32 bits there.
+        recipe: its recipe in the destination; None for 16 or 32 bits.
+        input_scale: the static activation scale, float32 `[1, groups]`, if it was calibrated.
+    """
+
+    stored: Recipe | None
+    recipe: Recipe | None
+    input_scale: np.ndarray | None = None
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the matrix's bytes stay as they are."""
+        if self.stored is None or self.recipe is None:
+            return self.stored is self.recipe
+        return _stores_alike(self.stored.weight, self.recipe.weight)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the destination holds a static activation scale that neither calibration nor the source gives."""
+        if self.input_scale is not None or self.recipe is None or not self.recipe.is_static:
+            return False
+        if self.recipe.activation.scale_rule == "unit":
+            return False
+        stored = self.stored
+        return stored is None or not stored.is_static or not _stores_alike(stored.activation, self.recipe.activation)
+
+
+def _stores_alike(a, b) -> bool:
+    return (a.element, a.block, a.scale_dtype) == (b.element, b.block, b.scale_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What a conversion did.
+
+    Attributes:
+        format: of the destination; None where nothing there is quantized.
+        bytes_read, bytes_written: of tensors.
+        bytes_resumed: of `bytes_written`, what an earlier run, which was killed, had finished.
+        seconds: it took.
+    """
+
+    format: str | None
+    bytes_read: int
+    bytes_written: int
+    bytes_resumed: int
+    seconds: float
+
+
+def convert_tensors(
+    reader: Reader,
+    path: str | Path,
+    targets: Mapping[str, Target],
+    config: Mapping[str, Any],
+    *,
+    source_format: Format | None,
+    format: Format | None,
+    out_dtype: np.dtype,
+    dropped: Iterable[str] = (),
+    allow_nonfinite: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    beside: Mapping[str, Mapping[str, Any]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Conversion:
+    """Writes a checkpoint with every matrix as `targets` says; all other tensors are copied.
+
+    Arguments:
+        reader: the source.
+        path: the directory to make.
+        targets: by prefix, of every matrix that is quantized in the source or will be.
+        config: the destination's config.json.
+        source_format, format: of source and destination; None where nothing is quantized.
+        out_dtype: of matrices that are dequantized.
+        dropped: tensors that are left out.
+        allow_nonfinite: accept matrices that hold NaN or Inf.
+        max_shard_bytes, beside: as `fp8x.save` has them.
+        progress: is called with the bytes read and the bytes in all.
+
+    Raises:
+        CheckpointError: a damaged source, NaN or Inf in a matrix, or a destination that can't be written.
+        CalibrationError: static activation scales that nobody knows.
+        ShapeError: a matrix that its scheme does not fit.
+    """
+    start = time.monotonic()
+    if lacking := [prefix for prefix, target in targets.items() if target.needs_calibration]:
+        raise CalibrationError(
+            f"{some(lacking)} have static activation scales, which are found by calibration: give those that "
+            "fp8x.calibrate found, or take a recipe with dynamic activation scales"
+        )
+    jobs = list(_jobs(reader, targets, set(dropped), source_format, format, out_dtype, allow_nonfinite))
+    specs = {name: spec for job in jobs for name, spec in job.specs.items()}
+    files = {reader.stored(name).file for name in reader}
+    identity = [
+        sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files),
+        [config, beside, str(out_dtype)],
+        [(prefix, *map(repr, (t.stored, t.recipe)), _hex(t.input_scale)) for prefix, t in targets.items()],
+    ]
+    with ResumableWriter(path, specs, identity, max_shard_bytes=max_shard_bytes) as writer:
+        todo = [job for job in jobs if not all(map(writer.has, job.specs))]
+        total = sum(job.bytes for job in jobs)
+        work = _Work(writer, progress, total - sum(job.bytes for job in todo), total)
+        resumed = sum(_size(spec) for name, spec in specs.items() if writer.has(name))
+        work.run(_by_program(todo))
+        writer.add_json(CONFIG, config)
+        for name, value in (beside or {}).items():
+            writer.add_json(name, value)
+        writer.copy_companions(reader.path)
+    name = None if format is None else format.name
+    return Conversion(name, total, writer.bytes, resumed, time.monotonic() - start)
+
+
+def _jobs(
+    reader: Reader,
+    targets: Mapping[str, Target],
+    dropped: set[str],
+    source_format: Format | None,
+    format: Format | None,
+    out_dtype: np.dtype,
+    allow_nonfinite: bool,
+) -> Iterator["_Copy | _Matrix"]:
+    """In the order in which the source's bytes lie."""
+    matrices = {f"{prefix}.weight": prefix for prefix in targets}
+    for prefix, target in targets.items():
+        shape = _matrix_shape(reader, f"{prefix}.weight")
+        if target.stored is not None:
+            dropped.update(source_format.names(prefix, target.stored, shape, reader))
+        if target.recipe is not None:
+            target.recipe.weight.check_shape(shape, f"{prefix}.weight")
+    for name in sorted(reader, key=lambda name: (str(reader.stored(name).file), reader.stored(name).start)):
+        target = targets.get(matrices.get(name))
+        if target is not None and not (target.stored is target.recipe is None):
+            recipe = target.recipe
+            layout = None if recipe is None else format.layout(recipe, reader.stored(name).shape)
+            yield _Matrix(reader, matrices[name], target, source_format, layout, out_dtype, allow_nonfinite)
+        elif name not in dropped:
+            yield _Copy(reader, name)
+
+
+def _by_program(jobs: Iterable["_Copy | _Matrix"]) -> list["_Copy | _Matrix"]:
+    """One of each shape first: so programs are compiled at the same time, and none of them twice."""
+    first: dict[Any, _Copy | _Matrix] = {}
+    rest = []
+    for job in jobs:
+        if job.program in first:
+            rest.append(job)
+        else:
+            first[job.program] = job
+    return [*first.values(), *rest]
+
+
+def _matrix_shape(reader: Reader, name: str) -> tuple[int, int]:
+    tensor = reader.stored(name)
+    if len(tensor.shape) != 2:
+        raise CheckpointError(f"{name} in {tensor.file}: shape is {list(tensor.shape)}, expected a matrix [N, K]")
+    return tensor.shape
+
+
+@dataclasses.dataclass(frozen=True)
+class _Copy:
+    """A tensor that stays as it is."""
+
+    reader: Reader
+    name: str
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        tensor = self.reader.stored(self.name)
+        return {self.name: (tensor.dtype, tensor.shape)}
+
+    @property
+    def bytes(self) -> int:
+        tensor = self.reader.stored(self.name)
+        return tensor.stop - tensor.start
+
+    program = None
+
+    def run(self, work: "_Work") -> None:
+        for start in range(0, self.bytes, rows.CHUNK_BYTES):
+            buffer = work.buffer(min(rows.CHUNK_BYTES, self.bytes - start))
+            self.reader.read_into(self.name, start, buffer)
+            work.writer.write(self.name, start, buffer)
+            work.advance(buffer.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Matrix:
+    """A matrix that is quantized in the source, in the destination, or in both."""
+
+    reader: Reader
+    prefix: str
+    target: Target
+    source_format: Format | None
+    layout: Layout | None  # in the destination; None where it is in 16 or 32 bits there
+    out_dtype: np.dtype
+    allow_nonfinite: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.prefix}.weight"
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        if self.layout is None:
+            return {self.name: (DTYPE_NAMES[self.out_dtype], self.reader.stored(self.name).shape)}
+        parts = (self.layout.weight, self.layout.weight_scale, self.layout.input_scale)
+        return {self.prefix + part.suffixes[0]: (part.dtypes[0], part.shapes[0]) for part in parts if part is not None}
+
+    @property
+    def bytes(self) -> int:
+        tensor = self.reader.stored(self.name)
+        return tensor.stop - tensor.start
+
+    @property
+    def program(self) -> tuple:
+        """What tells compiled programs apart."""
+        (n, k), target = self.reader.stored(self.name).shape, self.target
+        schemes = [recipe and recipe.weight for recipe in (target.stored, target.recipe)]
+        part = next(rows.chunks(n, k, *schemes), slice(0, 0))
+        return self.reader.stored(self.name).dtype, *schemes, part.stop - part.start, k
+
+    def run(self, work: "_Work") -> None:
+        """Reads rows, and writes what becomes of them."""
+        stored, scheme = self._read(), self.target.recipe and self.target.recipe.weight
+        if self.layout is not None and self.layout.input_scale is not None:
+            for name, array in self.layout.input_scale.write(self.prefix, self._input_scale(stored)).items():
+                work.writer.write(name, 0, array)
+        if scheme is None:
+            for part, values in self._parts(work, stored):
+                self._write(work, part, rows.unquantized(values, self.out_dtype))
+        elif self.target.is_kept:
+            self._write_scale(work, 0, stored.scale)
+            for part, values in self._parts(work, stored):
+                self._write(work, part, values.data)
+        elif scheme.block[0] is None and scheme.scale_rule != "unit":
+            scale = rows.compute_scale(self._amax(work, stored, scheme), scheme)
+            self._write_scale(work, 0, scale)
+            for part, values in self._parts(work, stored, scheme):
+                self._write(work, part, rows.with_scale(values, scale, scheme))
+        else:
+            for part, values in self._parts(work, stored, scheme):
+                data, scale, top = rows.quantized(values, scheme)
+                if not np.isfinite(top):
+                    self._check_nonfinite(work, stored)
+                    data, scale = rows.quantized_finite(values, scheme)
+                self._write(work, part, data)
+                if scheme.block[0] is not None or part.start == 0:
+                    self._write_scale(work, part.start // (scheme.block[0] or 1), scale)
+
+    def _read(self) -> "_Stored":
+        tensor, recipe = self.reader.stored(self.name), self.target.stored
+        if recipe is None:
+            self.reader.read(self.name, shapes=[tensor.shape], dtypes=UNQUANTIZED)
+            return _Stored()
+        weight, input_scale = self.source_format.decode(self.prefix, recipe, tensor.shape, self.reader)
+        return _Stored(np.array(weight.scale), weight.scheme, input_scale)
+
+    def _parts(
+        self, work: "_Work", stored: "_Stored", scheme: Scheme | None = None
+    ) -> Iterator[tuple[slice, np.ndarray | ScaledArray]]:
+        """Some rows at a time, in whole blocks: zeros beyond the end, which change no amax. Valid until the next."""
+        tensor = self.reader.stored(self.name)
+        (n, k), dtype = tensor.shape, DTYPES[tensor.dtype]
+        for part in rows.chunks(n, k, stored.scheme, scheme):
+            buffer = work.buffer((part.stop - part.start) * k * dtype.itemsize)
+            filled = (min(part.stop, n) - part.start) * k * dtype.itemsize
+            self.reader.read_into(self.name, part.start * k * dtype.itemsize, buffer[:filled])
+            buffer[filled:] = 0
+            data = buffer.view(dtype).reshape(-1, k)
+            if stored.scheme is None:
+                yield part, data
+            else:
+                yield part, ScaledArray(data, rows.scale_rows(stored.scale, stored.scheme, part), stored.scheme)
+
+    def _amax(self, work: "_Work", stored: "_Stored", scheme: Scheme) -> np.ndarray:
+        """Of blocks that hold every row."""
+        found = np.zeros(scheme.scale_shape(self.reader.stored(self.name).shape), np.float32)
+        for _, values in self._parts(work, stored, scheme):
+            amax = np.asarray(rows.block_max(values, scheme))
+            if not np.isfinite(amax).all():
+                self._check_nonfinite(work, stored)
+                amax = rows.block_amax(values, scheme)
+            found = np.maximum(found, amax)
+        return found
+
+    def _check_nonfinite(self, work: "_Work", stored: "_Stored") -> None:
+        if self.allow_nonfinite:
+            return
+        tensor = self.reader.stored(self.name)
+        count = sum(int(rows.count_nonfinite(values)) for _, values in self._parts(work, stored))
+        raise CheckpointError(
+            f"{self.name} in {tensor.file}: holds {count} NaN or Inf of {math.prod(tensor.shape)} values; "
+            "mend the checkpoint, or pass allow_nonfinite=True"
+        )
+
+    def _input_scale(self, stored: "_Stored") -> np.ndarray:
+        activation = self.target.recipe.activation
+        if self.target.input_scale is not None:
+            return self.target.input_scale
+        if activation.scale_rule == "unit":
+            return np.ones(activation.scale_shape((1, self.reader.stored(self.name).shape[1])), np.float32)
+        return stored.input_scale
+
+    def _write(self, work: "_Work", part: slice, data) -> None:
+        n, k = self.reader.stored(self.name).shape
+        data = np.asarray(data)[: n - part.start]
+        work.writer.write(self.name, part.start * k * data.itemsize, data)
+        work.advance(len(data) * self.bytes // max(n, 1))
+
+    def _write_scale(self, work: "_Work", first: int, scale) -> None:
+        """Some rows of the scales, from `first` on."""
+        count, columns = self.target.recipe.weight.scale_shape(self.reader.stored(self.name).shape)
+        scale = np.asarray(scale)[: count - first]
+        name = self.prefix + self.layout.weight_scale.suffixes[0]
+        work.writer.write(name, first * columns * scale.itemsize, scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """What the source holds beside a matrix's values; nothing where it is in 16 or 32 bits there."""
+
+    scale: np.ndarray | None = None
+    scheme: Scheme | None = None
+    input_scale: np.ndarray | None = None
+
+
+class _Work:
+    """Runs jobs on all cores, and counts their bytes."""
+
+    def __init__(self, writer: ResumableWriter, progress: Callable[[int, int], None] | None, done: int, total: int):
+        self.writer, self._progress, self._done, self._total = writer, progress, done, total
+        self._lock, self._is_stopped = threading.Lock(), False
+        self._local = threading.local()
+
+    def run(self, jobs: Iterable[_Copy | _Matrix]) -> None:
+        """Until all are done or one fails; then the others stop at their next rows."""
+        cores = len(os.sched_getaffinity(0))
+        with concurrent.futures.ThreadPoolExecutor(min(cores, MAX_THREADS)) as pool:
+            futures = [pool.submit(job.run, self) for job in jobs]
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    future.result()
+            except BaseException:
+                self._is_stopped = True
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def buffer(self, size: int) -> np.ndarray:
+        """This thread's buffer of bytes. Aligned to pages: what is aligned JAX computes from without a copy."""
+        if getattr(self._local, "buffer", np.empty(0, np.uint8)).size < size:
+            self._local.buffer = np.frombuffer(mmap.mmap(-1, size), np.uint8)
+        return self._local.buffer[:size] if size else np.empty(0, np.uint8)
+
+    def advance(self, count: int) -> None:
+        """`count` more bytes of the source are done."""
+        if self._is_stopped:
+            raise concurrent.futures.CancelledError
+        if self._progress is not None:
+            with self._lock:
+                self._done += count
+                self._progress(self._done, self._total)
+
+
+def _size(spec: Spec) -> int:
+    dtype, shape = spec
+    return DTYPES[dtype].itemsize * math.prod(shape)
+
+
+def _hex(array: np.ndarray | None) -> str | None:
+    return None if array is None else np.asarray(array).tobytes().hex()

@@ -1,0 +1,226 @@
+"""`ResumableWriter`: a checkpoint directory whose every byte has its place before the first is written.
+
+So tensors come in any order, in pieces, from several threads, and what a killed run has finished is known to the next.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fp8x.checkpoint.blocks import BlockFile, Disk
+from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_free, copy_companions, explained, fsync
+from fp8x.checkpoint.reader import DTYPES, INDEX, SINGLE
+from fp8x.errors import CheckpointError
+
+Specs = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor name -> dtype by safetensors' name, shape
+
+
+class ResumableWriter:
+    """Writes a checkpoint directory that is there completely or not at all, and goes on where a killed run stopped.
+
+        with ResumableWriter(path, specs, identity) as writer:
+            for name in specs:
+                if not writer.has(name):
+                    writer.write(name, 0, values)
+            writer.add_json("config.json", config)
+
+    Files lie in `.NAME.partial` beside the destination. Each gets its final name when its last byte is on disk; the
+    directory gets its own at the end. An exception inside the block removes everything; being killed, or a
+    KeyboardInterrupt, leaves the finished files to the next run with the same `identity`.
+
+    Arguments:
+        path: the directory to make; it may exist if it is empty.
+        specs: every tensor, in the order in which they will come: so they are dealt out to files.
+        identity: what the bytes follow from. Files of a run with another are not used.
+        max_shard_bytes: tensors go to several files, with an index, where one would be larger.
+
+    Raises:
+        CheckpointError: `path` exists and is not an empty directory (it stays untouched), can't be written, is being
+            written by another process, or is larger than what is free on its disk.
+    """
+
+    def __init__(self, path: str | Path, specs: Specs, identity: Any, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES):
+        self.path = Path(os.path.realpath(Path(path).expanduser()))
+        check_free(self.path)
+        self._work = self.path.with_name(f".{self.path.name}.partial")
+        self._out = self._work / "out"
+        self._shards = _deal(specs, max_shard_bytes)
+        self._shard_of = {name: shard for shard in self._shards for name in shard.offsets}
+        self._plan = hashlib.sha256(
+            json.dumps([identity, list(specs.items()), max_shard_bytes], default=str).encode()
+        ).hexdigest()
+        self._lock = threading.Lock()
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+        return sum(shard.size - shard.start for shard in self._shards)
+
+    def __enter__(self) -> "ResumableWriter":
+        with explained(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._work.mkdir(exist_ok=True)
+            self._descriptor = os.open(self._work, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(f"{self.path}: another process is writing it ({self._work})") from None
+            with explained(self.path):
+                self._continue()
+            self._check_space()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        self._disk = Disk()
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            self._disk.close()
+            for shard in self._shards:
+                shard.close()
+            if kind is None:
+                with explained(self.path):
+                    self._disk.check()
+                    self._finish()
+            elif not issubclass(kind, KeyboardInterrupt):
+                shutil.rmtree(self._work, ignore_errors=True)
+        finally:
+            os.close(self._descriptor)
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor lies in a file that an earlier run finished."""
+        return self._shard_of[name].is_finished
+
+    def write(self, name: str, start: int, values: np.ndarray) -> None:
+        """Writes a part of a tensor, `start` bytes from its beginning. Each byte is to be written once."""
+        shard, data = self._shard_of[name], np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        with explained(self.path):
+            with self._lock:
+                file = shard.open(self._out, self._disk)
+            file.write(shard.offsets[name] + start, data)
+
+    def add_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Adds a JSON file."""
+        with explained(self.path):
+            (self._out / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+    def copy_companions(self, source: Path) -> None:
+        """Copies tokenizer, generation settings and licence from another checkpoint's directory."""
+        with explained(self.path):
+            copy_companions(source, self._out)
+
+    def _continue(self) -> None:
+        """Takes over what a run with the same plan has finished, and removes anything else."""
+        plan = self._work / "plan"
+        is_same = plan.is_file() and plan.read_text() == self._plan
+        finals = {shard.file for shard in self._shards}
+        if not is_same:
+            shutil.rmtree(self._out, ignore_errors=True)
+            plan.write_text(self._plan)
+        self._out.mkdir(exist_ok=True)
+        for file in self._out.iterdir():
+            if file.name not in finals:
+                file.unlink()
+        for shard in self._shards:
+            shard.is_finished = (self._out / shard.file).is_file()
+
+    def _check_space(self) -> None:
+        needed = sum(shard.size for shard in self._shards if not shard.is_finished)
+        free = shutil.disk_usage(self._out).free
+        if needed > free:
+            shutil.rmtree(self._work, ignore_errors=True)
+            raise CheckpointError(
+                f"{self.path}: needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on its disk"
+            )
+
+    def _finish(self) -> None:
+        if missing := [shard.file for shard in self._shards if not shard.is_finished]:
+            raise CheckpointError(f"{self.path}: {', '.join(missing[:3])} got less than was planned")
+        if len(self._shards) > 1:
+            weight_map = {name: shard.file for shard in self._shards for name in shard.offsets}
+            self.add_json(INDEX, {"metadata": {"total_size": self.bytes}, "weight_map": weight_map})
+        for file in self._out.iterdir():
+            if file.suffix != ".safetensors":
+                fsync(file)
+        fsync(self._out)
+        check_free(self.path)
+        os.rename(self._out, self.path)
+        fsync(self.path.parent)
+        shutil.rmtree(self._work, ignore_errors=True)
+
+
+class _Shard:
+    """One safetensors file.
+
+    Attributes:
+        file: its name when it is finished.
+        offsets: where each tensor begins in the file.
+        start: where the first does: after the header.
+        size: of the file.
+    """
+
+    def __init__(self, file: str, specs: Specs):
+        # The types with the widest elements first, so that every tensor is aligned; each in the order in which they
+        # come, so that blocks are filled one after the other.
+        ordered = sorted(specs, key=lambda name: -DTYPES[specs[name][0]].itemsize)
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        for name in ordered:
+            dtype, shape = specs[name]
+            begin, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self.file = file
+        self._header = len(text).to_bytes(8, "little") + text
+        self.start = len(self._header)
+        self.offsets = {name: self.start + header[name]["data_offsets"][0] for name in ordered}
+        self.size = self.start + end
+        self.is_finished = False
+        self._open: BlockFile | None = None
+
+    def open(self, directory: Path, disk: Disk) -> BlockFile:
+        """The unfinished file, which is made when it is first asked for."""
+        if self._open is None:
+            unfinished = directory / f"{self.file}.tmp"
+
+            def finish() -> None:
+                os.rename(unfinished, directory / self.file)
+                fsync(directory)
+                self.is_finished = True
+
+            self._open = BlockFile(unfinished, self.size, disk, finish)
+            self._open.write(0, np.frombuffer(self._header, np.uint8))
+        return self._open
+
+    def close(self) -> None:
+        if self._open is not None:
+            self._open.close()
+
+
+def _deal(specs: Specs, max_bytes: int) -> list[_Shard]:
+    """Tensors to files, in their order."""
+    if max_bytes < 1:
+        raise CheckpointError(f"max_shard_bytes: {max_bytes} does not fit; use a positive number of bytes")
+    parts: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
+    size = 0
+    for name, (dtype, shape) in specs.items():
+        needed = math.prod(shape) * DTYPES[dtype].itemsize
+        if parts[-1] and size + needed > max_bytes:
+            parts.append({})
+            size = 0
+        parts[-1][name] = (dtype, shape)
+        size += needed
+    if len(parts) == 1:
+        return [_Shard(SINGLE, parts[0])]
+    return [_Shard(f"model-{i:05}-of-{len(parts):05}.safetensors", part) for i, part in enumerate(parts, 1)]

@@ -1,0 +1,155 @@
+"""`convert`: from one checkpoint to another, of any model."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from fp8x.checkpoint import Format, Reader, choose_format, format_of
+from fp8x.checkpoint.convert import UNQUANTIZED, Conversion, Target, convert_tensors
+from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES
+from fp8x.errors import CheckpointError, ConfigError, RuleError, some
+from fp8x.models.config import DecoderConfig
+from fp8x.models.hf_names import linear_names, param_names
+from fp8x.models.loading import HARMLESS, flat
+from fp8x.recipe import OUT_DTYPES, Recipe, Rules, as_recipe
+
+FLOAT8 = ("F8_E4M3", "F8_E5M2")
+
+# Matrices of other models that are no linear layers, by the last part of their name.
+LOOKUPS = re.compile(r"(.*\.)?([^.]*embed[^.]*|wte|wpe|shared|relative_attention_bias|[^.]*norm)", re.IGNORECASE)
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    recipe: Recipe | str | None = None,
+    format: str | None = None,
+    *,
+    rules: Mapping[str, Recipe | str | None] | None = None,
+    calibration: Mapping[str, np.ndarray] | None = None,
+    allow_nonfinite: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    beside: Mapping[str, Mapping[str, Any]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Conversion:
+    """Writes a Hugging Face checkpoint anew: quantized, in another scheme or format, or dequantized.
+
+    No model is built, so any architecture will do, and memory does not grow with the model. Quantized matrices become
+    what `fp8x.load(src, recipe)` makes of them, byte by byte. From 8 bits to other 8 bits it goes through float32.
+
+    A conversion that is killed goes on where it was when the same call is made again, and ends with the same bytes.
+
+    Arguments:
+        src: a directory with config.json and safetensors files, quantized or not.
+        dst: the directory to make; it must not exist, or be empty.
+        recipe: a `Recipe` or its code; or "bf16", "f16", "f32", which dequantize to that type. None keeps every matrix
+            as it is stored: for another format alone.
+        format: "compressed-tensors", "fp8" …; by default the first that can hold the result.
+        rules: exceptions to `recipe`, by module, as `fp8x.quantize_model` takes them. Modules have the paths that
+            `fp8x.load` gives them where it knows the model, else their names in the checkpoint.
+        calibration: static activation scales, float32 `[1, groups]`, by module; for recipes that have them.
+        allow_nonfinite: accept matrices that hold NaN or Inf instead of raising.
+        max_shard_bytes: several files with an index, where one would be larger.
+        beside: further JSON files, by name.
+        progress: is called with the bytes read and the bytes in all.
+
+    Raises:
+        CheckpointError: `src` is missing or damaged, holds NaN or Inf, no format can hold the result, or `dst` can't be
+            written; the message says which file and tensor, and `dst` is as it was.
+        CalibrationError: static activation scales that neither `calibration` nor `src` gives.
+        RecipeError, RuleError, ShapeError: an unknown recipe, a rule that matches nothing, a matrix it does not fit.
+    """
+    reader = Reader(src)
+    source_format = format_of(reader.config)
+    modules = _modules(reader)
+    prefixes = [prefix for prefixes in modules.values() for prefix in prefixes]
+    out_dtype = _dtype(reader.config)
+    stored = dict.fromkeys(prefixes)
+    if source_format is not None:
+        stored = dict(source_format.from_config(reader.config["quantization_config"], prefixes, out_dtype))
+        stored |= {prefix: None for prefix in prefixes if reader.stored(f"{prefix}.weight").dtype in UNQUANTIZED}
+    if recipe is None:
+        if rules:
+            raise RuleError("rules: are exceptions to a recipe, but none was given; give a recipe too")
+        chosen = stored
+    else:
+        if isinstance(recipe, str) and recipe in OUT_DTYPES:
+            default, out_dtype = None, OUT_DTYPES[recipe]
+        else:
+            default = as_recipe(recipe)
+        by_module = Rules(default, rules or {}).resolve(modules)
+        chosen = {prefix: by_module[path] for path, names in modules.items() for prefix in names}
+    scales = _scales(calibration or {}, modules)
+    targets = {prefix: Target(stored[prefix], chosen[prefix], scales.get(prefix)) for prefix in prefixes}
+    used = [choice for choice in chosen.values() if choice is not None]
+    if format is not None and not used:
+        raise CheckpointError(f"format: {format!r} does not fit: nothing is quantized; leave the format out")
+    format = choose_format(used, format) if used else None
+    return convert_tensors(
+        reader,
+        dst,
+        targets,
+        _config(reader.config, format, chosen, out_dtype),
+        source_format=source_format,
+        format=format,
+        out_dtype=out_dtype,
+        # Scales of an fp8 KV cache, which the new config does not declare.
+        dropped=[name for name in reader if source_format is not None and HARMLESS.fullmatch(name)],
+        allow_nonfinite=allow_nonfinite,
+        max_shard_bytes=max_shard_bytes,
+        beside=beside,
+        progress=progress,
+    )
+
+
+def _modules(reader: Reader) -> dict[str, list[str]]:
+    """The prefixes of every module that holds matrices."""
+    try:
+        config = DecoderConfig.from_hf(reader.config)
+    except ConfigError:
+        return {prefix: [prefix] for prefix in _matrices(reader)}
+    modules = {path: [prefix for _, prefix in flat(names)] for path, names in linear_names(config).items()}
+    needed = [*param_names(config).values(), *(f"{prefix}.weight" for names in modules.values() for prefix in names)]
+    if missing := [name for name in needed if name not in reader]:
+        raise CheckpointError(f"{reader.path}: {some(missing)} missing, which config.json calls for")
+    return modules
+
+
+def _matrices(reader: Reader) -> list[str]:
+    """The prefixes of what is a linear layer's matrix, to all appearance."""
+    names = [name.removesuffix(".weight") for name in reader if name.endswith(".weight")]
+    return [
+        name
+        for name, tensor in ((name, reader.stored(f"{name}.weight")) for name in names)
+        if len(tensor.shape) == 2 and tensor.dtype in UNQUANTIZED + FLOAT8 and not LOOKUPS.fullmatch(name)
+    ]
+
+
+def _dtype(config: Mapping[str, Any]) -> np.dtype:
+    """The type in which a model computes, as its config says; bfloat16 without a word."""
+    named = config.get("dtype") or config.get("torch_dtype")
+    return {str(dtype): dtype for dtype in OUT_DTYPES.values()}.get(str(named), np.dtype(jnp.bfloat16))
+
+
+def _scales(calibration: Mapping[str, np.ndarray], modules: Mapping[str, list[str]]) -> dict[str, np.ndarray]:
+    """By prefix."""
+    if unknown := [path for path in calibration if path not in modules]:
+        raise CheckpointError(f"calibration: {some(unknown)} not in the checkpoint; was it made with another model?")
+    return {prefix: scale for path, scale in calibration.items() for prefix in modules[path]}
+
+
+def _config(
+    source: Mapping[str, Any], format: Format | None, recipes: Mapping[str, Recipe | None], out_dtype: np.dtype
+) -> dict[str, Any]:
+    config = {key: value for key, value in source.items() if key != "quantization_config"}
+    named = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    if named in config and _dtype(config) != out_dtype:
+        config[named] = str(out_dtype)
+    if format is not None:
+        # An `lm_head` that is tied is still a matrix to others, which must not look for its scales.
+        config["quantization_config"] = format.to_config({"lm_head": None, **recipes}, out_dtype)
+    return config
