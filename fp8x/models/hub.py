@@ -100,8 +100,8 @@ def save(
 
     Arguments:
         path: the directory to make; it must not exist, or be empty.
-        format: "compressed-tensors" or "fp8"; by default the first that can hold the model. None for a model that is
-            not quantized.
+        format: "compressed-tensors", "fp8" or "modelopt"; by default the first that can hold the model. None for a
+            model that is not quantized.
         max_shard_bytes: several files with an index, where one would be larger.
         beside: further JSON files, by name: they come with the weights or not at all.
         progress: called after every tensor with the bytes written and the bytes in all.
