@@ -27,12 +27,19 @@ def format_of(config: Mapping[str, Any]) -> Format | None:
     quantization = config.get("quantization_config")
     if quantization is None:
         return None
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    method = _quant_method(quantization) if isinstance(quantization, Mapping) else quantization
     for format in FORMATS.values():
         if format.quant_method == method:
             return format
     known = ", ".join(repr(format.quant_method) for format in FORMATS.values())
     raise CheckpointError(f"config.json: quantization_config.quant_method is {method!r}; fp8x reads {known}")
+
+
+def _quant_method(quantization: Mapping[str, Any]) -> Any:
+    method = quantization.get("quant_method")
+    if method is None and isinstance(producer := quantization.get("producer"), Mapping):
+        return producer.get("name")  # ModelOpt before it wrote a quant_method
+    return "compressed-tensors" if method == "compressed_tensors" else method
 
 
 def choose_format(recipes: Iterable[Recipe], name: str | None = None) -> Format:

@@ -119,6 +119,8 @@ def test_choice_of_format():
     assert format_of({}) is None
     with pytest.raises(CheckpointError, match="quant_method is 'gptq'; fp8x reads 'compressed-tensors', 'fp8'"):
         format_of({"quantization_config": {"quant_method": "gptq"}})
+    assert format_of({"quantization_config": {"quant_method": "compressed_tensors"}}) is COMPRESSED
+    assert format_of({"quantization_config": {"producer": {"name": "modelopt"}, "quantization": {}}}) is MODELOPT
     with pytest.raises(CheckpointError, match="quant_method is None"):
         format_of({"quantization_config": {}})
 
