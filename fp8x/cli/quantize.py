@@ -26,7 +26,7 @@ def quantize(
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option("--format", "-f", metavar="NAME", help="compressed-tensors (the default where it fits), fp8, modelopt."),
+        typer.Option("--format", "-f", metavar="NAME", help="compressed-tensors (the default), fp8 or modelopt."),
     ] = None,
     rule: options.Rule = None,
     num_samples: options.NumSamples = options.NUM_SAMPLES,
