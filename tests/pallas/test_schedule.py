@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from fp8x.pallas.schedule import tile_table
 
-_tile_table = jax.jit(tile_table, static_argnums=(1, 2))
+_tile_table = jax.jit(tile_table, static_argnums=(1, 2, 3))
 
 
 def check(sizes: list[int], m: int, block_m: int):
-    table = jax.device_get(_tile_table(np.int32(sizes), m, block_m))
+    table = jax.device_get(_tile_table(np.int32(sizes), m, block_m, 1))
+    assert not table.skip.any()
     e = len(sizes)
     starts = np.concatenate([[0], np.cumsum(sizes)])
     # By walking the groups: their tiles, in order.
@@ -52,6 +53,23 @@ def test_every_row_is_in_one_tile(shape, data):
 def test_groups_that_fill_the_rows(cuts):
     ends = [0, *sorted(cuts), 300]
     check(np.diff(ends).tolist(), 300, 64)
+
+
+@settings(deadline=None, max_examples=50)
+@given(sizes=st.lists(st.integers(0, 40), min_size=8, max_size=8))
+@example(sizes=[7, 58, 7, 58, 7, 58, 7, 58])  # each begins in the last row before an aligned one: the most tiles
+@example(sizes=[8, 0, 16, 0, 0, 40, 0, 24])
+def test_aligned_tiles_of_each_group_cover_its_rows_once(sizes):
+    m, block_m, align = 320, 16, 8
+    table = jax.device_get(_tile_table(np.int32(sizes), m, block_m, align))
+    assert (table.start % align == 0).all() and (table.skip < align).all()
+    assert (table.skip + table.rows <= block_m).all()
+    begin = table.start + table.skip
+    covered = [(g, row) for g, r, n in zip(table.group, begin, table.rows) for row in range(r, r + n)]
+    starts = np.cumsum([0, *sizes])
+    assert covered == [(g, row) for g in range(8) for row in range(starts[g], starts[g + 1])]
+    used = int((table.rows > 0).sum())
+    assert (table.rows[:used] > 0).all() and not table.rows[used:].any()
 
 
 @pytest.mark.parametrize("m", [1, 63, 64, 65, 128])
