@@ -27,6 +27,9 @@ _SIZES = (
     "num_experts",
     "num_experts_per_tok",
 )
+_MAX_LAYERS = 10_000
+_MAX_INT = 2**31 - 1
+_MAX_FLOAT = 3.4e38  # of float32, in which it is computed with
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,15 +136,15 @@ class _Fields:
         """A needed positive integer, under the first of `names` that is there."""
         for name in names:
             if self.hf.get(name) is not None:
-                return self._check_positive(name, self.hf[name], int, "integer")
+                return self._check_positive(name, self.hf[name], int, "integer", _MAX_INT)
         raise ConfigError(f"config.json of a {self.model_type} model has no {' or '.join(names)} (a positive integer)")
 
     def optional_positive_int(self, name: str) -> int | None:
         value = self.get(name)
-        return None if value is None else self._check_positive(name, value, int, "integer")
+        return None if value is None else self._check_positive(name, value, int, "integer", _MAX_INT)
 
     def positive_float(self, name: str, value: Any) -> float:
-        return float(self._check_positive(name, value, (int, float), "number"))
+        return float(self._check_positive(name, value, (int, float), "number", _MAX_FLOAT))
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.hf.get(name, default)
@@ -153,18 +156,21 @@ class _Fields:
         """A list of non-negative integers, or one alone; empty where missing or null."""
         value = self.get(name)
         items = value if isinstance(value, list | tuple) else () if value is None else (value,)
-        if any(not isinstance(item, int) or isinstance(item, bool) or item < 0 for item in items):
+        if any(type(item) is not int or not 0 <= item <= _MAX_INT for item in items):
             raise self.error(name, value, "a non-negative integer or a list of them")
         return tuple(items)
 
     def error(self, name: str, value: Any, expected: str) -> ConfigError:
-        return ConfigError(
-            f"config.json of a {self.model_type} model: {name} must be {expected}, got {type(value).__name__} {value!r}"
-        )
+        got = f"{type(value).__name__} {value!r:.200}"
+        return ConfigError(f"config.json of a {self.model_type} model: {name} must be {expected}, got {got}")
 
-    def _check_positive(self, name: str, value: Any, types: type | tuple[type, ...], kind: str) -> Any:
+    def _check_positive(
+        self, name: str, value: Any, types: type | tuple[type, ...], kind: str, limit: int | float
+    ) -> Any:
         if not isinstance(value, types) or isinstance(value, bool) or not value > 0:
             raise self.error(name, value, f"a positive {kind}")
+        if value > limit:
+            raise self.error(name, value, f"at most {limit}")
         return value
 
 
@@ -182,7 +188,7 @@ def _read_common(fields: _Fields) -> dict[str, Any]:
         "model_type": fields.model_type,
         "vocab_size": fields.positive_int("vocab_size"),
         "hidden_size": hidden,
-        "num_hidden_layers": fields.positive_int("num_hidden_layers"),
+        "num_hidden_layers": _read_layers(fields),
         "num_attention_heads": heads,
         "num_key_value_heads": _read_kv_heads(fields, heads),
         "head_dim": head_dim,
@@ -205,10 +211,9 @@ def _read_mixtral(fields: _Fields) -> dict[str, Any]:
 
 
 def _read_qwen3_moe(fields: _Fields) -> dict[str, Any]:
-    mlp_only = fields.ints("mlp_only_layers")
+    mlp_only = set(fields.ints("mlp_only_layers"))
     sparse_step = fields.optional_positive_int("decoder_sparse_step") or 1
-    layers = range(fields.positive_int("num_hidden_layers"))
-    dense = tuple(i for i in layers if i in mlp_only or (i + 1) % sparse_step)
+    dense = tuple(i for i in range(_read_layers(fields)) if i in mlp_only or (i + 1) % sparse_step)
     window = None
     if fields.flag("use_sliding_window", default=False):
         # An explicit null turns the window off; only a missing field takes transformers' default.
@@ -222,6 +227,13 @@ def _read_qwen3_moe(fields: _Fields) -> dict[str, Any]:
         "attention_bias": fields.flag("attention_bias", default=False),
         "sliding_window": window,
     }
+
+
+def _read_layers(fields: _Fields) -> int:
+    count = fields.positive_int("num_hidden_layers")
+    if count > _MAX_LAYERS:
+        raise fields.error("num_hidden_layers", count, f"at most {_MAX_LAYERS}")
+    return count
 
 
 def _read_kv_heads(fields: _Fields, heads: int) -> int:

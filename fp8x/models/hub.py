@@ -19,7 +19,7 @@ from fp8x.errors import CheckpointError
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import Names, linear_names, param_names
-from fp8x.models.loading import Loader, flat, get
+from fp8x.models.loading import Loader, check_counts, flat, get
 from fp8x.nn.convert import check_calibrated
 from fp8x.nn.quantized import QuantizedLayer
 from fp8x.recipe import Recipe, Rules, as_recipe
@@ -69,6 +69,7 @@ def load(
             f"recipe: {reader.path} is quantized already ({format.name}); load it without a recipe, "
             "or give the unquantized checkpoint"
         )
+    check_counts(reader, config)
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     loader = Loader(reader, model, format, allow_nonfinite, progress)
     loader.check_names()

@@ -14,6 +14,7 @@ from fp8x import numerics
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import Format, Reader
 from fp8x.errors import CheckpointError, some
+from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import Names, linear_names, param_names
 from fp8x.nn.convert import set_module
@@ -170,6 +171,21 @@ class Loader:
                 f"{name} in {self.reader.stored(name).file}: holds {count} NaN or Inf of {array.size} values; "
                 "mend the checkpoint, or pass allow_nonfinite=True"
             )
+
+
+def check_counts(reader: Reader, config: DecoderConfig) -> None:
+    """Refuses more layers and experts than a checkpoint has tensors: to describe them would take forever.
+
+    Raises:
+        CheckpointError: with both counts.
+    """
+    count = sum(1 for _ in reader)
+    matrices = config.num_experts * (config.num_hidden_layers - len(config.dense_layers))
+    if config.num_hidden_layers + matrices > count:
+        raise CheckpointError(
+            f"{reader.path}: config.json has {config.num_hidden_layers} layers and {config.num_experts} experts, which "
+            f"{count} tensors can't be"
+        )
 
 
 @jax.jit

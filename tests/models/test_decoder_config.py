@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 
@@ -114,6 +115,12 @@ def test_a_missing_size_is_named(hf):
         (MIXTRAL | {"hidden_size": 32.0}, r"hidden_size must be a positive integer, got float 32.0"),
         (MIXTRAL | {"vocab_size": True}, r"vocab_size must be a positive integer, got bool True"),
         (MIXTRAL | {"num_hidden_layers": 0}, r"num_hidden_layers must be a positive integer, got int 0"),
+        (MIXTRAL | {"num_hidden_layers": 10**9}, r"num_hidden_layers must be at most 10000, got int 1000000000"),
+        (QWEN | {"num_hidden_layers": 10**9}, r"num_hidden_layers must be at most 10000, got int 1000000000"),
+        (MIXTRAL | {"vocab_size": 2**31}, r"vocab_size must be at most 2147483647, got int 2147483648"),
+        (MIXTRAL | {"rope_theta": math.inf}, r"rope_theta must be at most 3.4e\+38, got float inf"),
+        (MIXTRAL | {"rope_theta": 10**400}, r"rope_theta must be at most 3.4e\+38, got int 1000"),
+        (MIXTRAL | {"rms_norm_eps": math.nan}, r"rms_norm_eps must be a positive number, got float nan"),
         (MIXTRAL | {"rms_norm_eps": "small"}, r"rms_norm_eps must be a positive number, got str 'small'"),
         (MIXTRAL | {"tie_word_embeddings": "no"}, r"tie_word_embeddings must be true or false, got str 'no'"),
         (MIXTRAL | {"sliding_window": 0}, r"sliding_window must be a positive integer, got int 0"),
