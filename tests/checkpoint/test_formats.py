@@ -498,3 +498,24 @@ def test_bytes_survive(tmp_path, case):
     assert read.scheme == recipe.weight
     assert read.data.tobytes() == weight.data.tobytes() and read.scale.tobytes() == weight.scale.tobytes()
     assert (inputs is None) == (read_inputs is None) and (inputs is None or inputs.tobytes() == read_inputs.tobytes())
+
+
+def test_older_places_of_the_config(tmp_path):
+    legacy = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": []}}
+    older = compressed()
+
+    def config_of(name, config, **files):
+        with Writer(tmp_path / name) as writer:
+            writer.add("a", np.zeros(1, np.float32))
+            for file, value in ({"config": config} | files).items():
+                writer.add_json(f"{file}.json", value)
+        return Reader(tmp_path / name).config
+
+    assert format_of(config_of("modelopt", {}, hf_quant_config=legacy)) is MODELOPT
+    assert config_of("compressed", {"compression_config": older}) == {"quantization_config": older}
+    # What everyone reads today wins.
+    both = {"compression_config": older, "quantization_config": {"quant_method": "fp8"}}
+    assert config_of("both", both, hf_quant_config=legacy) == {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "modelopt" / "hf_quant_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"hf_quant_config.json: is not JSON"):
+        Reader(tmp_path / "modelopt")
