@@ -7,24 +7,24 @@ import numpy as np
 
 from fp8x.checkpoint import Writer
 
-HEADS = 8
 
-
-def write_mixtral(path: Path, hidden: int, intermediate: int, *, layers: int = 2, experts: int = 8) -> int:
+def write_mixtral(
+    path: Path, hidden: int, intermediate: int, *, layers: int = 2, experts: int = 8, heads: int = 8, vocab: int = 512
+) -> int:
     """Writes a bf16 checkpoint and gives its size in bytes."""
     config = {
         "model_type": "mixtral",
-        "vocab_size": 512,
+        "vocab_size": vocab,
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_hidden_layers": layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
         "num_local_experts": experts,
         "num_experts_per_tok": 2,
         "dtype": "bfloat16",
     }
-    shapes = {"model.embed_tokens": (512, hidden), "lm_head": (512, hidden), "model.norm": (hidden,)}
+    shapes = {"model.embed_tokens": (vocab, hidden), "lm_head": (vocab, hidden), "model.norm": (hidden,)}
     for layer in (f"model.layers.{index}" for index in range(layers)):
         shapes |= {f"{layer}.self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
         shapes |= {f"{layer}.{name}_layernorm": (hidden,) for name in ("input", "post_attention")}

@@ -1,0 +1,94 @@
+"""Broken checkpoints, by the hundred: nothing but the documented errors, at once, and in little memory."""
+
+import random
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+from mutations import Files, mutate
+from synthetic import write_mixtral
+
+import fp8x
+from fp8x.checkpoint import Reader
+from fp8x.checkpoint.inspect import inspect
+from fp8x.checkpoint.reader import CONFIG, INDEX
+from fp8x.errors import Fp8xError
+
+SECONDS = 5  # of processor time for one case, which compiles at most a few programs
+ROOM = 2 * 2**30  # of address space: an array made by a lying header is larger
+GOLDENS = Path(__file__).parents[1] / "goldens"
+BASES = {
+    "bf16": (None, None),
+    "compressed-tensors": ("e4m3_e4m3_bf16_dynamic", "compressed-tensors"),
+    "fp8": ("fp8_e4m3fn_bf16_block_scale", "fp8"),
+    "modelopt": ("mxfp8_mxfp8_bf16", "modelopt"),
+}
+
+
+@pytest.fixture(scope="module", params=BASES)
+def files(request, tmp_path_factory) -> Files:
+    """A checkpoint of one layer and two experts, in several files with an index."""
+    path, (recipe, format) = tmp_path_factory.mktemp("fuzz"), BASES[request.param]
+    write_mixtral(path / "bf16", 32, 32, layers=1, experts=2, heads=2, vocab=32)
+    fp8x.save(fp8x.load(path / "bf16", recipe), path / "base", format, max_shard_bytes=10_000)
+    assert (path / "base" / INDEX).is_file() and check(path / "base") == 0
+    return {file.name: file.read_bytes() for file in (path / "base").iterdir()}
+
+
+def check(path: Path) -> int:
+    """Reads, inspects and loads; the number of these that refused."""
+    refused = 0
+    for read in (Reader, inspect, fp8x.load):
+        try:
+            read(path)
+        except Fp8xError as error:
+            str(error).encode()  # can be printed
+            refused += 1
+    return refused
+
+
+def run(files: Files, seeds: range, path: Path) -> None:
+    def too_long(*_):
+        raise TimeoutError(f"over {SECONDS} s")
+
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    handler = signal.signal(signal.SIGVTALRM, too_long)
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, hard))
+    refused = 0
+    try:
+        for seed in seeds:
+            case = mutate(files, random.Random(seed))
+            for file in path.iterdir():
+                file.unlink()
+            for name, content in case.items():
+                (path / name).write_bytes(content)
+            signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+            try:
+                refused += check(path) > 0
+            except Exception as error:
+                error.add_note(f"seed {seed}, files in {path}")
+                raise
+            finally:
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        signal.signal(signal.SIGVTALRM, handler)
+    assert refused > len(seeds) / 2
+
+
+def test_broken_checkpoints_raise_documented_errors(files, tmp_path):
+    run(files, range(150), tmp_path)
+
+
+@pytest.mark.slow
+def test_many_broken_checkpoints_raise_documented_errors(files, tmp_path):
+    run(files, range(10_000, 15_000), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("directory", sorted(str(file.parent.relative_to(GOLDENS)) for file in GOLDENS.rglob(CONFIG)))
+def test_broken_checkpoints_of_other_tools_raise_documented_errors(directory, tmp_path):
+    names = [file for file in (GOLDENS / directory).iterdir() if file.name != "golden.safetensors"]
+    run({file.name: file.read_bytes() for file in names}, range(2_000), tmp_path)
