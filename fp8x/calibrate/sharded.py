@@ -43,6 +43,8 @@ class ShardedObserver:
         zeros = jax.tree.map(lambda s: np.zeros((self.local.size, *s.shape), s.dtype), statistics)
         self.rest = jax.device_put(rest, NamedSharding(self.local, P()))
         self.statistics = jax.device_put(zeros, NamedSharding(self.local, _each(self.local)))
+        if jax.process_count() > 1:
+            self.result()  # A process that is missing is found now; one that dies later breaks a connection.
 
     def add(self, batch: tuple[Any, ...]) -> None:
         """Observes a batch, or more than one step's worth of it, or less.
