@@ -110,6 +110,13 @@ class Attention(nnx.Module):
         out = jax.nn.dot_product_attention(rotary.rotate(query), seen.keys, seen.values, mask=mask[None, None])
         return self.o_proj(out.reshape(*x.shape[:-1], -1)).astype(x.dtype), seen
 
+    @property
+    def kv_heads(self) -> int:
+        """How many key and value heads are here: on a mesh, on one device."""
+        linear = self.k_proj
+        outputs = linear.kernel.shape[1] if isinstance(linear, nnx.Linear) else linear.weight.shape[0]
+        return outputs // self.head_dim
+
     def _heads(self, x: Float[Array, "b t n"], dtype: DTypeLike) -> Float[Array, "b t heads head_dim"]:
         # A quantized projection answers in its recipe's type; everything between is in the residual's.
         return x.astype(dtype).reshape(*x.shape[:-1], -1, self.head_dim)

@@ -2,15 +2,20 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Float32, Int
 
 from fp8x.models.attention import Attention, KeyValues, RMSNorm, Rotary, causal_mask
 from fp8x.models.config import DecoderConfig
 from fp8x.nn import GatedMLP, MoE
+from fp8x.sharding.plan import Placement
+from fp8x.sharding.run import batch_spec, call, check_batch
 
 
 class Cache(NamedTuple):
@@ -72,7 +77,15 @@ class Decoder(nnx.Module):
         config: what to build; `DecoderConfig.from_hf` reads it from a checkpoint's config.json.
         rngs: keys of the initial weights.
         param_dtype: type of the parameters; by default `config.dtype`.
+
+    Attributes:
+        placement: the mesh that the decoder lies on, by `fp8x.sharding.shard` or `fp8x.load`; None on one device. Its
+            methods take and return whole arrays on the mesh then.
+        vocab_axes: mesh axes over which the vocabulary is split, where the decoder is one device's part of another.
     """
+
+    placement: Placement | None = None
+    vocab_axes: tuple[str, ...] = ()
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike | None = None):
         param_dtype = jnp.dtype(config.dtype if param_dtype is None else param_dtype)
@@ -91,35 +104,71 @@ class Decoder(nnx.Module):
         )
 
     def __call__(self, ids: Int[Array, "b t"]) -> Float32[Array, "b t vocab"]:
-        """Logits after each token of `ids`; a token id outside the vocabulary gives NaN."""
+        """Logits after each token of `ids`; a token id outside the vocabulary gives NaN.
+
+        Raises:
+            MeshError: a batch that the devices along the axis `data` can't share evenly.
+        """
+        if self.placement is not None:
+            check_batch(self.placement, ids.shape[0], "ids")
+            rows = batch_spec(self.placement)
+            return call(Decoder.__call__, self, ids, in_specs=(rows,), out_specs=rows)
         hidden, _ = self._run(ids, None, 0)
         return self.logits(hidden)
 
     def init_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` texts of up to `capacity` tokens."""
         config = self.config
-        shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
-        empty = jnp.zeros(shape, self.embed_tokens.embedding.dtype)
+        shape = (batch, capacity, self.layers[0].self_attn.kv_heads, config.head_dim)
+        sharding = None
+        if self.placement is not None:
+            check_batch(self.placement, batch, "batch")
+            sharding = NamedSharding(self.placement.mesh, self._cache_specs().layers)
+        empty = jnp.zeros(shape, self.embed_tokens.embedding.dtype, device=sharding)
         return Cache((KeyValues(empty, empty),) * config.num_hidden_layers, jnp.int32(0))
+
+    def _cache_specs(self) -> Cache:
+        """How a cache lies on the mesh: rows of the batch, and heads."""
+        batch, heads = self.placement.batch, self.placement.heads
+        return Cache(P(*(batch or (None,)), None, heads[0] if len(heads) == 1 else heads or None), P())
 
     def extend(self, ids: Int[Array, "b t"], cache: Cache) -> tuple[Float[Array, "b t hidden"], Cache]:
         """Reads `ids` after what `cache` holds. The caller sees to the capacity: writes beyond it are misplaced.
 
         Returns the final hidden states, of which `logits` makes logits, and the longer cache.
         """
+        if self.placement is not None:
+            rows, cached = batch_spec(self.placement), self._cache_specs()
+            return call(Decoder.extend, self, ids, cache, in_specs=(rows, cached), out_specs=(rows, cached))
         hidden, layers = self._run(ids, cache.layers, cache.length)
         return hidden, Cache(layers, cache.length + ids.shape[1])
 
     def logits(self, hidden: Float[Array, "... hidden"]) -> Float32[Array, "... vocab"]:
         """The logits of final hidden states."""
+        if self.placement is not None:
+            rows = batch_spec(self.placement)
+            return call(Decoder.logits, self, hidden, in_specs=(rows,), out_specs=rows)
         project = self.embed_tokens.attend if self.lm_head is None else self.lm_head
-        return project(hidden).astype(jnp.float32)
+        logits = project(hidden).astype(jnp.float32)
+        if self.vocab_axes:
+            logits = jax.lax.all_gather(logits, self.vocab_axes, axis=logits.ndim - 1, tiled=True)
+        return logits[..., : self.config.vocab_size]
+
+    def _embed(self, ids: Int[Array, "b t"]) -> Float[Array, "b t hidden"]:
+        if not self.vocab_axes:
+            return self.embed_tokens(ids)
+        # Every device has some rows of the table; the sum finds the one row that is not zero, exactly.
+        here = self.embed_tokens.embedding.shape[0]
+        row = ids - here * jax.lax.axis_index(self.vocab_axes)
+        is_here = ((row >= 0) & (row < here))[..., None]
+        x = jax.lax.psum(jnp.where(is_here, self.embed_tokens(jnp.clip(row, 0, here - 1)), 0), self.vocab_axes)
+        return jnp.where(((ids >= 0) & (ids < self.config.vocab_size))[..., None], x, jnp.nan)
 
     def _run(
         self, ids: Int[Array, "b t"], caches: tuple[KeyValues, ...] | None, start: Int[Array, ""] | int
     ) -> tuple[Float[Array, "b t hidden"], tuple[KeyValues, ...]]:
         config = self.config
-        x = self.embed_tokens(ids)
+        x = self._embed(ids)
         positions = start + jnp.arange(ids.shape[1])
         seen_positions = positions if caches is None else jnp.arange(caches[0].keys.shape[1])
         rotary = Rotary.at(positions, config.head_dim, config.rope_theta, x.dtype)

@@ -10,7 +10,7 @@ from fp8x import numerics, ops
 from fp8x.array import ScaledArray
 from fp8x.errors import ShapeError
 from fp8x.nn.quantized import QuantizedLayer, initial_weight, weight_scheme
-from fp8x.nn.unquantized import UnquantizedGroupedLinear, features
+from fp8x.nn.unquantized import UnquantizedGroupedLinear, features, once
 from fp8x.ops.groups import check_group_sizes
 from fp8x.recipe import Recipe, as_recipe
 
@@ -88,6 +88,9 @@ class GroupedLinear(QuantizedLayer):
     def __call__(self, x: Float[Array, "m k"], group_sizes: Int[Array, " e"]) -> Float[Array, "m ..."]:
         """One product, of the recipe's output type; rows sorted by expert, rows past `sum(group_sizes)` come out zero.
 
+        Where K is split over `k_axes`, float32 of which the sum over these axes is the product: `MoE` weighs and adds
+        up its experts' rows before it sums.
+
         Raises:
             ShapeError: `x` is not `[M, K]`, or group sizes that do not fit.
             CalibrationError: a static activation scale is not calibrated; inside jit the result is NaN instead.
@@ -98,6 +101,8 @@ class GroupedLinear(QuantizedLayer):
         group_sizes = check_group_sizes(group_sizes, shape[0], x.shape[0])
         weight, bias = self.quantized_weight, None if self.bias is None else self.bias[...]
         options = self._activation(x, group_sizes) | {"out_dtype": self.recipe.out_dtype}
+        if self.k_axes:
+            bias, options["out_dtype"] = once(bias, self.k_axes), jnp.float32
         if weight.ndim == 3:
             return ops.grouped_matmul(x, weight, group_sizes, bias=bias, **options)
         if (merged := merge_rows(weight)) is not None:

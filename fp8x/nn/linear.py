@@ -1,5 +1,6 @@
 """`Linear`: `nnx.Linear` in 8 bits."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -85,12 +86,16 @@ class Linear(QuantizedLayer):
         k = self.weight.shape[-1]
         if x.shape[-1:] != (k,):
             raise ShapeError(f"x: shape is {x.shape}, but the layer takes [..., {k}]")
-        rows = x.reshape(-1, k)
+        rows, bias = x.reshape(-1, k), None if self.bias is None else self.bias[...]
         y = ops.matmul(
             rows,
             self.quantized_weight,
-            bias=None if self.bias is None else self.bias[...],
-            out_dtype=self.recipe.out_dtype,
+            bias=None if self.k_axes else bias,
+            out_dtype=jnp.float32 if self.k_axes else self.recipe.out_dtype,
             **self._activation(rows),
         )
+        if self.k_axes:
+            # In float32, as the op accumulates: then bias, then one cast.
+            y = jax.lax.psum(y, self.k_axes)
+            y = (y if bias is None else y + bias.astype(jnp.float32)).astype(self.recipe.out_dtype)
         return y.reshape(*x.shape[:-1], y.shape[-1])

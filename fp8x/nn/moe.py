@@ -35,10 +35,16 @@ class MoE(nnx.Module):
         w13: weights `[E, 2, intermediate, hidden]`: gate (w1), then up (w3).
         w2: weights `[E, hidden, intermediate]`.
         shared: a `GatedMLP`, or None.
+        expert_axes: mesh axes over which the experts are split, where the layer is one device's part of another: w13
+            and w2 hold the experts of this device alone. Every device routes all tokens.
+        sum_axes: those over which its outputs are summed: `expert_axes`, and those over which w2's K is split.
 
     Raises:
         ShapeError: `top_k` over `num_experts`, or sizes that the recipe's blocks do not fit (MX: multiples of 32).
     """
+
+    expert_axes: tuple[str, ...] = ()
+    sum_axes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -102,11 +108,19 @@ class MoE(nnx.Module):
     def combine(
         self, tokens: Float[Array, "t h"], weights: Float[Array, "t k"], experts: Int[Array, "t k"]
     ) -> Float[Array, "t h"]:
-        """Sends each token to its experts and sums what they return, in float32."""
-        order = jnp.argsort(experts.reshape(-1), stable=True)
-        group_sizes = jnp.bincount(experts.reshape(-1), length=self.num_experts).astype(jnp.int32)
-        gate_up = self.w13(tokens[order // self.top_k], group_sizes)
+        """Sends each token to its experts and sums what they return, in float32; over devices last."""
+        here, expert = self.w2.weight.shape[0], experts.reshape(-1)
+        if self.expert_axes:
+            # Counted from the first one here; what is elsewhere comes last, and bincount drops it.
+            expert = expert - here * jax.lax.axis_index(self.expert_axes)
+            expert = jnp.where((expert >= 0) & (expert < here), expert, here)
+        order = jnp.argsort(expert, stable=True)
+        group_sizes = jnp.bincount(expert, length=here).astype(jnp.int32)
+        rows = tokens.shape[0] * min(self.top_k, here)  # a token visits an expert once
+        gate_up = self.w13(tokens[order[:rows] // self.top_k], group_sizes)
         y = self.w2(gate_activation(self.activation)(gate_up[:, 0]) * gate_up[:, 1], group_sizes)
         # Back to token order: the inverse permutation gathers, where a scatter-add would sum in no fixed order.
-        y = y[jnp.argsort(order)].reshape(*experts.shape, y.shape[-1])
-        return jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=1)
+        row = jnp.argsort(order)
+        y = y[row] if rows == row.size else jnp.take(y, row, axis=0, mode="fill", fill_value=0)
+        y = jnp.sum(y.reshape(*experts.shape, y.shape[-1]).astype(jnp.float32) * weights[..., None], axis=1)
+        return jax.lax.psum(y, self.sum_axes) if self.sum_axes else y

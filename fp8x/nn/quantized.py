@@ -41,7 +41,12 @@ class QuantizedLayer(nnx.Module):
         input_scale: `InputScale`, or None unless the recipe's activation scale is static.
         amax, tokens, nonfinite: statistics while the layer is in calibration, else None.
         histogram: one too, where calibration was started with it.
+        k_axes: mesh axes over which K is split, where the layer is one device's part of another.
+        amax_axes: those over which a block of dynamically quantized activations reaches.
     """
+
+    k_axes: tuple[str, ...] = ()
+    amax_axes: tuple[str, ...] = ()
 
     def hold(self, weight: ScaledArray, recipe: Recipe, bias: Array | None, input_scale: Array | None = None) -> None:
         """Sets every variable: what constructors end with, and how another weight gets into a layer.
@@ -131,6 +136,11 @@ class QuantizedLayer(nnx.Module):
                     f"input_scale: the layer [{x.shape[-1]} -> {self.weight.shape[-2]}] is not calibrated; "
                     "run fp8x.calibrate(model, batches), or use a recipe with dynamic activation scales"
                 )
+        elif self.amax_axes:
+            if group_sizes is not None:
+                x = jnp.where(row_mask(group_sizes, x.shape[0])[:, None], x, 0)
+            amax = jax.lax.pmax(numerics.block_amax(x, scheme), self.amax_axes)
+            scale = numerics.compute_scale(amax, scheme)
         return {"activation": scheme, "activation_scale": scale}
 
     def _observe(self, x: Float[Array, "m k"], group_sizes: Int[Array, " e"] | None) -> None:

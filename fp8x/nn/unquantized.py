@@ -32,7 +32,11 @@ class UnquantizedGroupedLinear(nnx.Module):
     Attributes:
         weight: `nnx.Param`, `[E, *n, K]`, K-major as Hugging Face stores matrices.
         bias: `nnx.Param`, `[E, *n]`, or None.
+        k_axes: mesh axes over which K is split, where the layer is one device's part of another. It returns float32
+            then, of which the sum over these axes is the product.
     """
+
+    k_axes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -59,11 +63,17 @@ class UnquantizedGroupedLinear(nnx.Module):
             raise ShapeError(f"x: shape is {x.shape}, but the layer takes [M, {weight.shape[-1]}]")
         check_group_sizes(group_sizes, weight.shape[0], x.shape[0])
         flat = weight.reshape(weight.shape[0], -1, weight.shape[-1])
-        y = ragged_dot(x.astype(dtype), flat.astype(dtype), group_sizes).reshape(-1, *weight.shape[1:-1])
+        out_dtype = jnp.dtype(jnp.float32 if self.k_axes else dtype)
+        y = ragged_dot(x.astype(dtype), flat.astype(dtype), group_sizes, out_dtype).reshape(-1, *weight.shape[1:-1])
         if self.bias is not None:
-            group = row_groups(group_sizes, x.shape[0])
-            y += jnp.take(self.bias[...].astype(dtype), group, axis=0, mode="fill", fill_value=0)
+            group, bias = row_groups(group_sizes, x.shape[0]), once(self.bias[...].astype(out_dtype), self.k_axes)
+            y += jnp.take(bias, group, axis=0, mode="fill", fill_value=0)
         return y
+
+
+def once(bias: Float[Array, "..."] | None, axes: tuple[str, ...]) -> Float[Array, "..."] | None:
+    """The bias on the first device along `axes` and zero on the others, so that their sum has it once."""
+    return bias if bias is None or not axes else jnp.where(jax.lax.axis_index(axes) == 0, bias, 0)
 
 
 class GatedMLP(nnx.Module):

@@ -1,10 +1,12 @@
 """The XLA path: runs everywhere, and is the one that CPU and TPU take."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fp8x.array import ScaledArray
@@ -74,30 +76,33 @@ def _take(x: Float[Array, "e ..."], e: Int[Array, ""]) -> Float[Array, "..."]:
     return jax.lax.dynamic_index_in_dim(x, e, axis=0, keepdims=False)
 
 
-@jax.jit
-def ragged_dot(x: Float[Array, "m k"], w: Float[Array, "e n k"], group_sizes: Int[Array, " e"]) -> Float[Array, "m n"]:
+@functools.partial(jax.jit, static_argnums=3)
+def ragged_dot(
+    x: Float[Array, "m k"], w: Float[Array, "e n k"], group_sizes: Int[Array, " e"], out_dtype: np.dtype
+) -> Float[Array, "m n"]:
     """`jax.lax.ragged_dot` with K-major weights, for layers that are not quantized. Differentiable.
 
     On CPU, where XLA multiplies every row by every expert, tiles of rows meet a gathered matrix each instead.
     """
-    return jax.lax.platform_dependent(x, w, group_sizes, cpu=_ragged_dot_tiles, default=_ragged_dot_native)
+    tiles, native = (functools.partial(f, out_dtype=out_dtype) for f in (_ragged_dot_tiles, _ragged_dot_native))
+    return jax.lax.platform_dependent(x, w, group_sizes, cpu=tiles, default=native)
 
 
-def _ragged_dot_native(x, w, group_sizes):
+def _ragged_dot_native(x, w, group_sizes, out_dtype):
     y = jax.lax.ragged_dot(x, w.swapaxes(1, 2), group_sizes, preferred_element_type=jnp.float32)
-    return jnp.where((row_groups(group_sizes, x.shape[0]) < w.shape[0])[:, None], y, 0).astype(x.dtype)
+    return jnp.where((row_groups(group_sizes, x.shape[0]) < w.shape[0])[:, None], y, 0).astype(out_dtype)
 
 
-def _ragged_dot_tiles(x, w, group_sizes):
+def _ragged_dot_tiles(x, w, group_sizes, out_dtype):
     m, e = x.shape[0], w.shape[0]
     if m == 0:
-        return jnp.zeros((0, w.shape[1]), x.dtype)
+        return jnp.zeros((0, w.shape[1]), out_dtype)
     block_m = max(32, -(-m // e))  # at most two tiles a group on average: gathers at most twice the weights
     tiles = tile_table(group_sizes, m, block_m)
     rows = min(block_m, m)
     x_tiles = x[_tile_rows(tiles.start[:, None], rows, m)]
     y = jnp.einsum("tmk,tnk->tmn", x_tiles, w[tiles.group], preferred_element_type=jnp.float32)
-    return _untile(y.astype(x.dtype), tiles, group_sizes, m, block_m)
+    return _untile(y.astype(out_dtype), tiles, group_sizes, m, block_m)
 
 
 def _tile_rows(start, rows: int, m: int):

@@ -1,0 +1,142 @@
+"""`Plan`: which dims of which parameters of a decoder are split, over which mesh axes."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from jax.sharding import Mesh
+
+from fp8x.errors import MeshError
+from fp8x.recipe import Recipe
+from fp8x.scheme import Scheme
+from fp8x.sharding.split import Split, even, key_value_heads
+
+if TYPE_CHECKING:
+    from fp8x.models.config import DecoderConfig
+
+DATA, TENSOR, EXPERT = AXES = ("data", "tensor", "expert")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSplit:
+    """The dims of a weight `[E, P, N, K]`, `[E, N, K]` or `[N, K]` that are split; None: every device has all of it.
+
+    Where K is split, devices hold partial sums of each other's outputs.
+    """
+
+    experts: Split | None = None
+    n: Split | None = None
+    k: Split | None = None
+
+    def dims(self, ndim: int) -> tuple[Split | None, ...]:
+        """Of a weight of so many dims."""
+        experts = (self.experts,) if ndim > 2 else ()
+        return (*experts, *(None,) * (ndim - 2 - len(experts)), self.n, self.k)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where a decoder lies, for those who run it. A part of the model that jit compiles for.
+
+    Attributes:
+        mesh: the devices.
+        batch: mesh axes over which rows of a batch are split.
+        heads: those over which attention heads are.
+        vocab: those over which the rows of the embedding and of `lm_head` are: the devices that hold one model.
+    """
+
+    mesh: Mesh
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
+    vocab: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a decoder lies on a mesh.
+
+    Attributes:
+        placement: the mesh and what its axes are for.
+        layers: the splits of every linear layer, by path; `lm_head` too.
+        embedding: the split of the embedding's rows.
+    """
+
+    placement: Placement
+    layers: dict[str, LayerSplit]
+    embedding: Split | None
+
+
+def check_mesh(mesh: Mesh) -> None:
+    """Raises MeshError for an axis that has no meaning here."""
+    if not isinstance(mesh, Mesh):
+        raise MeshError(f"mesh: {mesh!r:.40} is no Mesh; make one with jax.make_mesh((2,), ('tensor',))")
+    if unknown := [axis for axis in mesh.axis_names if axis not in AXES]:
+        raise MeshError(f"mesh: axis {unknown[0]!r} is unknown; use {', '.join(AXES)}")
+
+
+def plan(config: "DecoderConfig", mesh: Mesh, recipes: Mapping[str, Recipe | None]) -> Plan:
+    """How a decoder with these recipes, by path of every linear layer, lies on a mesh.
+
+    Raises:
+        MeshError: an unknown axis, or attention heads or experts that their axis does not divide.
+    """
+    check_mesh(mesh)
+    # An axis of one device splits nothing.
+    axes = {axis: (axis,) if mesh.shape.get(axis, 1) > 1 else () for axis in AXES}
+    model = tuple(axis for axis in mesh.axis_names if axis != DATA and axes[axis])
+    size = {group: math.prod(mesh.shape[axis] for axis in group) for group in {*axes.values(), model}}
+    tensor, expert = axes[TENSOR], axes[EXPERT]
+    for count, axis, what in (
+        (config.num_attention_heads, tensor, "attention heads"),
+        (config.num_experts, expert, "experts"),
+    ):
+        if count % size[axis]:
+            fits = [n for n in range(1, count + 1) if count % n == 0]
+            raise MeshError(
+                f"mesh: axis {axis[0]!r} has {size[axis]} devices, which do not divide the model's {count} {what}; "
+                f"use {', '.join(map(str, fits))}"
+            )
+    # The devices that share the experts share all else too, where the number of heads admits it.
+    heads = model if config.num_attention_heads % size[model] == 0 else tensor
+    layers: dict[str, LayerSplit] = {}
+    for index in range(config.num_hidden_layers):
+        layer = f"layers.{index}"
+        layers |= _attention(config, f"{layer}.self_attn", recipes, heads, size[heads])
+        if index in config.dense_layers:
+            paths = [f"{layer}.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
+            inner = _features(config.intermediate_size, model, size[model], [recipes[path] for path in paths])
+            layers |= dict.fromkeys(paths[:2], LayerSplit(n=inner)) | {paths[2]: LayerSplit(k=inner)}
+        else:
+            w13, w2 = f"{layer}.mlp.w13", f"{layer}.mlp.w2"
+            experts = even(config.num_experts, expert, size[expert]) if expert else None
+            inner = _features(config.moe_intermediate_size, tensor, size[tensor], [recipes[w13], recipes[w2]])
+            layers |= {w13: LayerSplit(experts, n=inner), w2: LayerSplit(experts, k=inner)}
+            layers[f"{layer}.mlp.router"] = LayerSplit()
+    vocab = _features(config.vocab_size, model, size[model], [recipes.get("lm_head")])
+    if not config.tie_word_embeddings:
+        layers["lm_head"] = LayerSplit(n=vocab)
+    return Plan(Placement(mesh, axes[DATA], heads, model), layers, vocab)
+
+
+def _attention(
+    config: "DecoderConfig", path: str, recipes: Mapping[str, Recipe | None], axes: tuple[str, ...], parts: int
+) -> dict[str, LayerSplit]:
+    paths = {name: f"{path}.{name}_proj" for name in "qkvo"}
+    if not axes:
+        return dict.fromkeys(paths.values(), LayerSplit())
+    granule = math.lcm(config.head_dim, _granule([recipes[paths["q"]], recipes[paths["o"]]]))
+    queries = even(config.num_attention_heads * config.head_dim, axes, parts, granule)
+    keys = key_value_heads(queries, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    splits = {"q": LayerSplit(n=queries), "k": LayerSplit(n=keys), "v": LayerSplit(n=keys), "o": LayerSplit(k=queries)}
+    return {paths[name]: split for name, split in splits.items()}
+
+
+def _features(size: int, axes: tuple[str, ...], parts: int, recipes: list[Recipe | None]) -> Split | None:
+    return even(size, axes, parts, _granule(recipes)) if axes else None
+
+
+def _granule(recipes: list[Recipe | None]) -> int:
+    """Features of which a device holds a multiple, so that it holds whole blocks of weights and activations."""
+    schemes: list[Scheme] = [s for r in recipes if r is not None for s in (r.weight, r.activation) if s is not None]
+    return math.lcm(*(block for scheme in schemes for block in scheme.block[-2:] if block is not None))
