@@ -81,6 +81,17 @@ class Reader:
             raise CheckpointError(f"{name}: missing from {self.path} ({len(self._tensors)} tensors)")
         return self._tensors[name]
 
+    def check(self, name: str, *, shapes: Iterable[tuple[int, ...]], dtypes: Iterable[str]) -> Stored:
+        """Where a tensor lies, if it is as expected; arguments and errors are those of `read`."""
+        tensor, shapes, dtypes = self.stored(name), list(shapes), list(dtypes)
+        where = f"{name} in {tensor.file}"
+        if tensor.dtype not in dtypes:
+            raise CheckpointError(f"{where}: dtype is {tensor.dtype}, expected {' or '.join(dtypes)}")
+        if tensor.shape not in shapes:
+            expected = " or ".join(str(list(shape)) for shape in shapes)
+            raise CheckpointError(f"{where}: shape is {list(tensor.shape)}, expected {expected}")
+        return tensor
+
     def read(self, name: str, *, shapes: Iterable[tuple[int, ...]], dtypes: Iterable[str]) -> np.ndarray:
         """A tensor, as a read-only view of its file; in rare files one that is not aligned to its type.
 
@@ -92,13 +103,7 @@ class Reader:
             CheckpointError: no such tensor, or one of another shape or type; a file that has changed since its header
                 was read. (One that is truncated while a view of it is in use ends the process: SIGBUS.)
         """
-        tensor, shapes, dtypes = self.stored(name), list(shapes), list(dtypes)
-        where = f"{name} in {tensor.file}"
-        if tensor.dtype not in dtypes:
-            raise CheckpointError(f"{where}: dtype is {tensor.dtype}, expected {' or '.join(dtypes)}")
-        if tensor.shape not in shapes:
-            expected = " or ".join(str(list(shape)) for shape in shapes)
-            raise CheckpointError(f"{where}: shape is {list(tensor.shape)}, expected {expected}")
+        tensor = self.check(name, shapes=shapes, dtypes=dtypes)
         if tensor.start == tensor.stop:
             return np.empty(tensor.shape, DTYPES[tensor.dtype])
         data = np.frombuffer(self._map(tensor.file), np.uint8)[tensor.start : tensor.stop]

@@ -72,7 +72,7 @@ def load(
     check_counts(reader, config)
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     loader = Loader(reader, model, format, allow_nonfinite, progress)
-    loader.check_names()
+    loader.check()
     recipes = loader.stored
     if format is None:
         recipes = Rules(None if recipe is None else as_recipe(recipe), rules or {}).resolve(linear_names(config))

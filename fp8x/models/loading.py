@@ -13,6 +13,7 @@ from jaxtyping import Array
 from fp8x import numerics
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import Format, Reader
+from fp8x.checkpoint.header import DTYPE_NAMES
 from fp8x.errors import CheckpointError, some
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
@@ -68,8 +69,8 @@ class Loader:
                     )
         return recipes
 
-    def check_names(self) -> None:
-        """Every tensor that is needed is there, and no other.
+    def check(self) -> None:
+        """Every tensor that is needed is there, and no other; and room is made for none that is of another shape.
 
         Raises:
             CheckpointError: with some of the names.
@@ -86,6 +87,13 @@ class Loader:
             is_lost = self.format is None and any("scale" in name for name in unknown)
             hint = "; is the quantization_config lost?" if is_lost else ""
             raise CheckpointError(f"{self.reader.path}: {some(unknown)} not part of what config.json describes{hint}")
+        for path, name in param_names(self.model.config).items():
+            self.reader.check(name, shapes=[get(self.model, path).shape], dtypes=UNQUANTIZED)
+        for path, names in self.names.items():
+            recipe = self.stored[path]
+            dtypes = UNQUANTIZED if recipe is None else [DTYPE_NAMES[recipe.weight.dtype]]
+            for _, prefix in flat(names):
+                self.reader.check(f"{prefix}.weight", shapes=[self.shapes[path][-2:]], dtypes=dtypes)
         self._total_bytes = sum(self.reader.stored(name).nbytes for name in needed)
 
     def load(self, recipes: Mapping[str, Recipe | None]) -> None:

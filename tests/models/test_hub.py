@@ -220,6 +220,7 @@ def test_parameters_in_another_type_than_config(tmp_path):
         ({f"{EXPERT}.weight": np.ones((32, 64), np.float32)}, [], {}, rf"{EXPERT}.weight in .*: shape is \[32, 64\]"),
         ({"lm_head.weight": np.ones((64, 32), np.int32)}, [], {}, "dtype is I32, expected BF16 or F32 or F16"),
         ({}, [], {"num_hidden_layers": 1}, "model.layers.1.*not part of what config.json describes"),
+        ({}, [], {"intermediate_size": 2**31 - 1}, r"shape is \[\d+, 32\], expected \[2147483647, 32\]"),
         ({}, [], {"num_hidden_layers": 9999}, r"has 9999 layers and 4 experts, which \d+ tensors can't be"),
         ({}, [], {"num_local_experts": 2**31 - 1}, r"has 2 layers and 2147483647 experts, which \d+ tensors can't be"),
         ({}, [], {"num_hidden_layers": 3}, r"model.layers.2.*and \d+ more are missing"),
