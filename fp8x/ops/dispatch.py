@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from fp8x.errors import BackendError
-from fp8x.ops import xla
+from fp8x.ops import mosaic, xla
 from fp8x.scheme import Scheme
 
 BACKENDS = ("xla", "mosaic_gpu")
@@ -45,6 +45,7 @@ class Kernel:
         backend: one of `BACKENDS`.
         unsupported: the reason why the kernel can't do a call, or None if it can.
         run: takes what the op's reference takes.
+        measured: whether it ever ran on the hardware it is for; one that did not has to be asked for by its backend.
     """
 
     op: str
@@ -52,10 +53,19 @@ class Kernel:
     backend: str
     unsupported: Callable[[Call], str | None]
     run: Callable
+    measured: bool = True
 
+
+_SM90_FACTORS = (mosaic.unsupported_by_factors, mosaic.grouped_matmul_by_factors)
+_SM90_BLOCKS = (mosaic.unsupported_by_blocks, mosaic.grouped_matmul_by_blocks)
 
 # In order of preference; XLA, last, supports every call.
 KERNELS: tuple[Kernel, ...] = (
+    *(
+        Kernel(op, name, "mosaic_gpu", unsupported, mosaic.dense(run) if op == "matmul" else run, measured=False)
+        for name, (unsupported, run) in (("sm90_fp8", _SM90_FACTORS), ("sm90_fp8_block", _SM90_BLOCKS))
+        for op in ("matmul", "grouped_matmul")
+    ),
     Kernel("matmul", "xla_matmul", "xla", lambda call: None, xla.matmul),
     Kernel("grouped_matmul", "xla_grouped_matmul", "xla", lambda call: None, xla.grouped_matmul),
 )
@@ -117,6 +127,8 @@ def choose(call: Call) -> Kernel:
     rejected = []
     for kernel in (kernel for kernel in KERNELS if kernel.op == call.op):
         reason = kernel.unsupported(call) if wanted in (None, kernel.backend) else f"backend {wanted!r} was asked for"
+        if reason is None and wanted is None and not kernel.measured:
+            reason = f"never measured on a GPU; taken where backend {kernel.backend!r} is asked for"
         if reason is None:
             if _record.value is not None:
                 _record.value.choices.append(Choice(call, kernel.name, tuple(rejected)))

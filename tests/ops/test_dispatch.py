@@ -10,7 +10,7 @@ import fp8x
 from fp8x import ops
 from fp8x.errors import BackendError
 from fp8x.ops import dispatch, xla
-from fp8x.scheme import mx, per_row, per_tensor
+from fp8x.scheme import Scheme, mx, per_row, per_tensor
 
 X = jnp.ones((4, 64), jnp.bfloat16)
 TOKEN = per_row()
@@ -62,14 +62,68 @@ def test_compiled_functions_follow_the_context(doubling):
 def test_a_backend_that_cannot_run_the_call_says_why(doubling):
     with (
         fp8x.backend("mosaic_gpu"),
-        pytest.raises(BackendError, match="sm90_doubling: takes per-token activations, not bfloat16; xla_matmul"),
+        pytest.raises(BackendError, match="sm90_doubling: takes per-token activations, not bfloat16; sm90_fp8"),
     ):
         call(activation=None)
 
 
-def test_a_backend_without_kernels():
-    with fp8x.backend("mosaic_gpu"), pytest.raises(BackendError, match="no kernel of backend 'mosaic_gpu' runs matmul"):
+@pytest.mark.parametrize(
+    ("weight", "activation", "reasons"),
+    [
+        (per_row(), None, "sm90_fp8: multiplies 8-bit activations, not bfloat16; .*sm90_fp8_block: multiplies 8-bit"),
+        (mx(), mx(), "sm90_fp8: reads float32 scales; those of x are e8m0"),
+        (mx(), per_row(), "sm90_fp8: reads float32 scales; those of w are e8m0"),
+        (
+            Scheme("e4m3", block=(1, 128)),
+            per_row(),
+            "sm90_fp8: reads one scale for all of K; w is e4m3 1×128 f32; "
+            "sm90_fp8_block: reads blocks of 128, or multiples, along K and w's rows; w is e4m3 1×128 f32",
+        ),
+        (per_row(), Scheme("e4m3", block=(1, 64)), "sm90_fp8_block: reads blocks of 128.*; x is e4m3 1×64 f32"),
+    ],
+    ids=str,
+)
+def test_hopper_kernels_say_what_they_do_not_support(weight, activation, reasons):
+    w = fp8x.quantize(jnp.ones((8, 64)), weight)
+    with fp8x.backend("mosaic_gpu"), pytest.raises(BackendError, match=f"no kernel of backend 'mosaic_gpu'.*{reasons}"):
+        ops.matmul(X, w, activation=activation)
+
+
+def test_a_gpu_that_is_no_hopper(monkeypatch):
+    class Blackwell:
+        platform, compute_capability, device_kind = "gpu", "10.0", "NVIDIA B200"
+
+    monkeypatch.setattr(jax, "devices", lambda: [Blackwell()])
+    reason = r"sm90_fp8: needs compute capability 9.0 \(Hopper\); NVIDIA B200 has 10.0"
+    with fp8x.backend("mosaic_gpu"), pytest.raises(BackendError, match=reason):
         call()
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation", "kernel"),
+    [
+        (per_row(), per_row("e5m2"), "sm90_fp8"),
+        (per_tensor("e5m2"), per_tensor(), "sm90_fp8"),
+        (Scheme("e4m3", block=(128, 128)), Scheme("e4m3", block=(1, 128)), "sm90_fp8_block"),
+        (Scheme("e4m3", block=(128, 128)), Scheme("e4m3", block=(None, 128)), "sm90_fp8_block"),
+        (per_tensor(), Scheme("e4m3", block=(1, 128)), "sm90_fp8_block"),
+        (Scheme("e4m3", block=(128, 128)), per_row(), "sm90_fp8_block"),
+    ],
+    ids=str,
+)
+def test_hopper_kernels_where_they_are_asked_for(weight, activation, kernel):
+    w = jax.eval_shape(lambda: fp8x.quantize(jnp.ones((256, 256)), weight))
+    x = jax.ShapeDtypeStruct((4, 256), jnp.bfloat16)
+
+    def product(x, w):
+        return ops.matmul(x, w, activation=activation)
+
+    with fp8x.backend("mosaic_gpu"):
+        (choice,) = ops.explain(product, x, w)
+    assert choice.kernel == kernel
+    (choice,) = ops.explain(product, x, w)
+    assert choice.kernel == "xla_matmul"
+    assert (kernel, "never measured on a GPU; taken where backend 'mosaic_gpu' is asked for") in choice.rejected
 
 
 def test_unknown_names(monkeypatch):
@@ -103,8 +157,8 @@ class TestExplain:
         first, second = ops.explain(two, X)
         assert (first.kernel, first.rejected) == ("sm90_doubling", ())
         assert second.kernel == "xla_matmul"
-        assert second.rejected == (("sm90_doubling", "takes per-token activations, not bfloat16"),)
-        assert str(second).splitlines() == [
+        assert second.rejected[0] == ("sm90_doubling", "takes per-token activations, not bfloat16")
+        assert str(second).splitlines()[:2] == [
             "matmul [4, 64] x [8, 64]: bfloat16 by e4m3 1×· f32 -> bfloat16: xla_matmul",
             "  not sm90_doubling: takes per-token activations, not bfloat16",
         ]
@@ -112,7 +166,9 @@ class TestExplain:
     def test_respects_a_backend(self, doubling):
         with fp8x.backend("xla"):
             (choice,) = ops.explain(call, X)
-        assert choice.rejected == (("sm90_doubling", "backend 'xla' was asked for"),)
+        assert set(choice.rejected) == {
+            (name, "backend 'xla' was asked for") for name in ("sm90_doubling", "sm90_fp8", "sm90_fp8_block")
+        }
 
     def test_sees_through_functions_that_are_compiled_already(self):
         compiled = jax.jit(call)
