@@ -1,0 +1,78 @@
+"""The kernels' code for sm_90a: the instructions it is for, no register spilled, shared memory within bounds."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fp8x.pallas import aot
+from fp8x.pallas.sm90_grouped_fp8 import Tiling, grouped_fp8
+
+E4M3, E5M2, BF16, F16, F32 = jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.bfloat16, jnp.float16, jnp.float32
+needs_compiler = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+TILINGS = [Tiling(128, 256), Tiling(128, 128), Tiling(64, 256), Tiling(64, 128)]
+
+
+def compile_fp8(
+    tiling, *, blocks, groups=8, out=BF16, types=(E4M3, E4M3), bias=False, m=4096, n=4096, k=7168
+) -> aot.Report:
+    of = jax.ShapeDtypeStruct
+    x_scale, w_scale = ((k // 128, m), (groups, n // 128, k // 128)) if blocks else ((m,), (groups, n))
+    (report,) = aot.compile_sm90(
+        functools.partial(grouped_fp8, out_dtype=out, tiling=tiling),
+        of((m, k), types[0]),
+        of((groups, n, k), types[1]),
+        of(x_scale, F32),
+        of(w_scale, F32),
+        of((groups, n), F32) if bias else None,
+        of((groups,), jnp.int32) if groups > 1 else None,
+    )
+    return report
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        pytest.param(dict(out=F32, bias=True), marks=pytest.mark.slow),
+        pytest.param(dict(groups=1, bias=True, out=F16), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("blocks", [False, True], ids=["factors", "blocks"])
+@pytest.mark.parametrize("tiling", TILINGS, ids=lambda t: f"{t.block_m}x{t.block_n}")
+def test_fp8(tiling, blocks, options):
+    report = compile_fp8(tiling, blocks=blocks, **options)
+    assert report.spill_bytes == 0 and not report.instructions["LDL"] and not report.instructions["STL"]
+    assert report.shared_memory <= aot.SHARED_MEMORY
+    waves = tiling.block_m // 64
+    assert report.instructions["QGMMA"] == 4 * waves  # 32 of K each: one step of 128 in the loop, and no other copy
+    assert f"QGMMA.64x{tiling.block_n // 2}x32.F32.E4M3.E4M3" in report.sass
+    assert report.instructions["UTMALDG"] and report.instructions["UTMASTG"]
+    # Promotion, one instruction for each of a thread's elements of `total`.
+    elements = waves * 64 * (tiling.block_n // 2) // 128
+    assert report.instructions["FFMA" if blocks else "FADD"] >= elements
+
+
+@needs_compiler
+@pytest.mark.parametrize("types", [(E4M3, E5M2), (E5M2, E4M3), (E5M2, E5M2)], ids=str)
+def test_fp8_types(types):
+    report = compile_fp8(TILINGS[0], blocks=False, types=types, m=512, n=512, k=512)
+    names = {E4M3: "E4M3", E5M2: "E5M2"}
+    assert f"QGMMA.64x128x32.F32.{names[types[0]]}.{names[types[1]]}" in report.sass
+    assert report.spill_bytes == 0
+
+
+@needs_compiler
+def test_what_the_compiler_refuses_is_an_error():
+    with pytest.raises(aot.CompileError, match="no Mosaic GPU kernel"):
+        aot.compile_sm90(lambda x: x + 1, jax.ShapeDtypeStruct((8,), F32))
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(aot, "_is_installed", lambda name, version=None: "nvidia" in name)
+    assert aot.missing() == "not installed: jax-cuda13-plugin, jax-cuda13-pjrt"
+    with pytest.raises(aot.CompileError, match="not installed: jax-cuda13-plugin"):
+        aot.compile_sm90(lambda x: x, 1.0)
