@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from fp8x.array import ScaledArray
 from fp8x.errors import RecipeError, ShapeError
@@ -98,37 +98,35 @@ def dequantize(q: ScaledArray, dtype=jnp.float32) -> Float[Array, "..."]:
 
 def block_amax(x: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
     """The largest finite magnitude of every block, float32, in the shape of the scales. 0 for an empty block."""
-    bits = _magnitude_bits(x)
-    infinite = np.array(np.inf, x.dtype).view(bits.dtype)
-    return _block_max(jnp.where(bits < infinite, bits, 0), x.dtype, scheme)
+    return _block_max(x, scheme, finite=True)
 
 
 def block_max(x: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
     """`block_amax`, but Inf or NaN for a block that holds one: cheaper, and shows whether one is there."""
-    return _block_max(_magnitude_bits(x), x.dtype, scheme)
+    return _block_max(x, scheme, finite=False)
 
 
-def _magnitude_bits(x: Float[Array, "..."]) -> Int[Array, "..."]:
-    """Magnitudes compare like their bits, and as integers XLA neither flushes the subnormal ones nor widens them."""
-    dtype = np.dtype(f"int{8 * x.dtype.itemsize}")
-    return jax.lax.bitcast_convert_type(x, dtype) & np.iinfo(dtype).max
-
-
-def _block_max(bits: Int[Array, "..."], dtype: np.dtype, scheme: Scheme) -> Float[Array, "..."]:
-    blocks = scheme.block_of(bits.shape)
-    counts = scheme.scale_shape(bits.shape)
+def _block_max(x: Float[Array, "..."], scheme: Scheme, finite: bool) -> Float[Array, "..."]:
+    blocks, counts = scheme.block_of(x.shape), scheme.scale_shape(x.shape)
+    has_rows, is_long = any(block > 1 for block in blocks[:-1]), blocks[-1] > 2 * _LANES and blocks[-1] % _LANES == 0
+    # XLA's CPU backend reduces in whole vectors what lies at least a vector's width apart, best in 16 bits; neighbours
+    # only in 32. So in steps: over rows, then over strides of a long row, then what is left.
+    x = x if has_rows or is_long else _float32(x)
+    # Magnitudes compare like their bits, and as integers XLA does not flush the subnormal ones.
+    integer = np.dtype(f"int{8 * x.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(x, integer) & np.iinfo(integer).max
+    if finite:
+        bits = jnp.where(bits < np.array(np.inf, x.dtype).view(integer), bits, 0)
     bits = jnp.pad(bits, [(0, c * b - n) for n, b, c in zip(bits.shape, blocks, counts)])
     bits = bits.reshape([extent for pair in zip(counts, blocks) for extent in pair])
-    # In steps, since XLA's CPU backend uses whole vectors only where what it reduces lies a vector's width or more
-    # apart: over rows, then over strides of a long row, then what is left.
     bits = jnp.max(bits, axis=tuple(range(1, bits.ndim - 1, 2)), initial=0)
-    if blocks[-1] > 2 * _LANES and blocks[-1] % _LANES == 0:
-        bits = jnp.max(bits.reshape(*bits.shape[:-1], -1, _LANES), axis=-2, initial=0)
+    if is_long:
+        bits = jnp.max(bits.reshape(*counts, -1, _LANES), axis=-2, initial=0)
     bits = jnp.max(bits, axis=-1, initial=0)
-    if dtype == jnp.bfloat16:
-        # bfloat16 is the upper half of float32; a conversion could flush.
+    if x.dtype == jnp.bfloat16:
+        # The upper half of a float32; a conversion may flush.
         return jax.lax.bitcast_convert_type(bits.astype(jnp.int32) << 16, jnp.float32)
-    return jax.lax.bitcast_convert_type(bits, dtype).astype(jnp.float32)
+    return jax.lax.bitcast_convert_type(bits, x.dtype).astype(jnp.float32)
 
 
 def compute_scale(amax: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:

@@ -6,6 +6,7 @@ by one thread a core: nobody waits for a reader or a writer.
 
 import concurrent.futures
 import dataclasses
+import itertools
 import math
 import mmap
 import os
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from fp8x.array import ScaledArray
@@ -140,7 +142,7 @@ def convert_tensors(
         total = sum(job.bytes for job in jobs)
         work = _Work(writer, progress, total - sum(job.bytes for job in todo), total)
         resumed = sum(_size(spec) for name, spec in specs.items() if writer.has(name))
-        work.run(_by_program(todo))
+        work.run(_ordered(todo))
         writer.add_json(CONFIG, config)
         for name, value in (beside or {}).items():
             writer.add_json(name, value)
@@ -176,16 +178,21 @@ def _jobs(
             yield _Copy(reader, name)
 
 
-def _by_program(jobs: Iterable["_Copy | _Matrix"]) -> list["_Copy | _Matrix"]:
-    """One of each shape first: so programs are compiled at the same time, and none of them twice."""
-    first: dict[Any, _Copy | _Matrix] = {}
-    rest = []
+def _ordered(jobs: Iterable["_Copy | _Matrix"]) -> list["_Copy | _Matrix"]:
+    """One matrix of each shape first: so programs are compiled at the same time, and none of them twice. Then copies
+    between matrices: so there is work for the processors and for the disk.
+    """
+    first: dict[Any, _Matrix] = {}
+    matrices, copies = [], []
     for job in jobs:
-        if job.program in first:
-            rest.append(job)
+        if isinstance(job, _Copy):
+            copies.append(job)
+        elif job.program in first:
+            matrices.append(job)
         else:
             first[job.program] = job
-    return [*first.values(), *rest]
+    between = itertools.chain.from_iterable(itertools.zip_longest(matrices, copies))
+    return [*first.values(), *(job for job in between if job is not None)]
 
 
 def _matrix_shape(reader: Reader, name: str) -> tuple[int, int]:
@@ -211,8 +218,6 @@ class _Copy:
     def bytes(self) -> int:
         tensor = self.reader.stored(self.name)
         return tensor.stop - tensor.start
-
-    program = None
 
     def run(self, work: "_Work") -> None:
         for start in range(0, self.bytes, rows.CHUNK_BYTES):
@@ -266,7 +271,8 @@ class _Matrix:
                 work.writer.write(name, 0, array)
         if scheme is None:
             for part, values in self._parts(work, stored):
-                self._write(work, part, rows.unquantized(values, self.out_dtype))
+                scratch = work.scratch(values.shape, f"uint{8 * self.out_dtype.itemsize}")
+                self._write_result(work, part, rows.dequantized(values, scratch, dtype=self.out_dtype))
         elif self.target.is_kept:
             self._write_scale(work, 0, stored.scale)
             for part, values in self._parts(work, stored):
@@ -275,14 +281,15 @@ class _Matrix:
             scale = rows.compute_scale(self._amax(work, stored, scheme), scheme)
             self._write_scale(work, 0, scale)
             for part, values in self._parts(work, stored, scheme):
-                self._write(work, part, rows.with_scale(values, scale, scheme))
+                data = rows.quantized_with_scale(values, scale, work.scratch(values.shape), scheme=scheme)
+                self._write_result(work, part, data)
         else:
             for part, values in self._parts(work, stored, scheme):
-                data, scale, top = rows.quantized(values, scheme)
+                data, scale, top = rows.quantized(values, work.scratch(values.shape), scheme=scheme)
                 if not np.isfinite(top):
                     self._check_nonfinite(work, stored)
-                    data, scale = rows.quantized_finite(values, scheme)
-                self._write(work, part, data)
+                    data, scale = rows.quantized_finite(values, data, scheme=scheme)
+                self._write_result(work, part, data)
                 if scheme.block[0] is not None or part.start == 0:
                     self._write_scale(work, part.start // (scheme.block[0] or 1), scale)
 
@@ -340,9 +347,13 @@ class _Matrix:
             return np.ones(activation.scale_shape((1, self.reader.stored(self.name).shape[1])), np.float32)
         return stored.input_scale
 
-    def _write(self, work: "_Work", part: slice, data) -> None:
+    def _write_result(self, work: "_Work", part: slice, data: jax.Array) -> None:
+        self._write(work, part, np.from_dlpack(data))
+        work.keep_scratch(data)
+
+    def _write(self, work: "_Work", part: slice, data: np.ndarray) -> None:
         n, k = self.reader.stored(self.name).shape
-        data = np.asarray(data)[: n - part.start]
+        data = data[: n - part.start]
         work.writer.write(self.name, part.start * k * data.itemsize, data)
         work.advance(len(data) * self.bytes // max(n, 1))
 
@@ -373,8 +384,7 @@ class _Work:
 
     def run(self, jobs: Iterable[_Copy | _Matrix]) -> None:
         """Until all are done or one fails; then the others stop at their next rows."""
-        cores = len(os.sched_getaffinity(0))
-        with concurrent.futures.ThreadPoolExecutor(min(cores, MAX_THREADS)) as pool:
+        with concurrent.futures.ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MAX_THREADS)) as pool:
             futures = [pool.submit(job.run, self) for job in jobs]
             try:
                 for future in concurrent.futures.as_completed(futures):
@@ -386,9 +396,18 @@ class _Work:
 
     def buffer(self, size: int) -> np.ndarray:
         """This thread's buffer of bytes. Aligned to pages: what is aligned JAX computes from without a copy."""
-        if getattr(self._local, "buffer", np.empty(0, np.uint8)).size < size:
-            self._local.buffer = np.frombuffer(mmap.mmap(-1, size), np.uint8)
-        return self._local.buffer[:size] if size else np.empty(0, np.uint8)
+        found = getattr(self._local, "buffer", None)
+        if found is None or found.size < size:
+            found = self._local.buffer = np.frombuffer(mmap.mmap(-1, max(size, mmap.PAGESIZE)), np.uint8)
+        return found[:size]
+
+    def scratch(self, shape: tuple[int, ...], dtype: str = "uint8") -> jax.Array:
+        """An array of this thread's whose memory may be overwritten."""
+        kept = self._local.__dict__.setdefault("scratch", {}).pop((shape, np.dtype(dtype)), None)
+        return jax.device_put(np.empty(shape, dtype)) if kept is None else kept
+
+    def keep_scratch(self, array: jax.Array) -> None:
+        self._local.scratch[array.shape, array.dtype] = array
 
     def advance(self, count: int) -> None:
         """`count` more bytes of the source are done."""

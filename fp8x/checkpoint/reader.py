@@ -3,6 +3,7 @@
 import contextlib
 import mmap
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class Reader:
         self._tensors: dict[str, Stored] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         self._files: dict[Path, io.FileIO] = {}
+        self._lock = threading.Lock()
         self._identities: dict[Path, tuple[int, ...]] = {}
         with _explained(self.path):
             if not self.path.is_dir():
@@ -135,10 +137,11 @@ class Reader:
         """
         tensor = self.stored(name)
         with _explained(tensor.file):
-            if tensor.file not in self._files:
-                file = tensor.file.open("rb", buffering=0)
-                self._check_unchanged(tensor.file, os.fstat(file.fileno()))
-                self._files[tensor.file] = file
+            with self._lock:
+                if tensor.file not in self._files:
+                    file = tensor.file.open("rb", buffering=0)
+                    self._check_unchanged(tensor.file, os.fstat(file.fileno()))
+                    self._files[tensor.file] = file
             descriptor, offset, view = self._files[tensor.file].fileno(), tensor.start + start, memoryview(buffer)
             while view:
                 if not (count := os.preadv(descriptor, [view], offset)):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt, UInt8
 
 from fp8x import numerics
 from fp8x.array import ScaledArray
@@ -35,23 +35,47 @@ def scale_rows(scale: np.ndarray, scheme: Scheme, rows: slice) -> np.ndarray:
     return found if not missing else np.concatenate([found, np.ones((missing, found.shape[1]), found.dtype)])
 
 
-@functools.partial(jax.jit, static_argnames="scheme")
-def quantized(x: Array | ScaledArray, scheme: Scheme) -> tuple[Array, Array, Float[Array, ""]]:
-    """Data and scales of `x` in a scheme whose blocks are whole in it, and its largest magnitude.
+# `scratch` is an earlier result, whose memory takes the new one: pages that the system has to hand out for every result
+# cost as much as computing it. It may not be in use any more; what views results has to leave no reference behind, as
+# `np.from_dlpack` does, which knows the integers that results come in.
+_compiled = functools.partial(jax.jit, donate_argnames="scratch", keep_unused=True)
+
+
+@functools.partial(_compiled, static_argnames="scheme")
+def quantized(
+    x: Array | ScaledArray, scratch: UInt8[Array, "n k"], scheme: Scheme
+) -> tuple[UInt8[Array, "n k"], Array, Float[Array, ""]]:
+    """Data (as bytes) and scales of `x` in a scheme whose blocks are whole in it, and its largest magnitude.
 
     Right if that is finite.
     """
     values = _values(x)
     top = numerics.block_max(values, scheme)
     q = numerics.quantize_with_scale(values, numerics.compute_scale(top, scheme), scheme)
-    return q.data, q.scale, jnp.max(top, initial=0)
+    return _bits(q.data), q.scale, jnp.max(top, initial=0)
 
 
-@functools.partial(jax.jit, static_argnames="scheme")
-def quantized_finite(x: Array | ScaledArray, scheme: Scheme) -> tuple[Array, Array]:
+@functools.partial(_compiled, static_argnames="scheme")
+def quantized_finite(
+    x: Array | ScaledArray, scratch: UInt8[Array, "n k"], scheme: Scheme
+) -> tuple[UInt8[Array, "n k"], Array]:
     """`quantized` by the finite values alone, where NaN and Inf are allowed."""
     q = numerics.quantize(_values(x), scheme)
-    return q.data, q.scale
+    return _bits(q.data), q.scale
+
+
+@functools.partial(_compiled, static_argnames="scheme")
+def quantized_with_scale(
+    x: Array | ScaledArray, scale: Float[Array, "1 c"], scratch: UInt8[Array, "n k"], scheme: Scheme
+) -> UInt8[Array, "n k"]:
+    """The data of `x` (as bytes) with the scales of the whole matrix."""
+    return _bits(numerics.quantize_with_scale(_values(x), scale, scheme).data)
+
+
+@functools.partial(_compiled, static_argnames="dtype")
+def dequantized(x: ScaledArray, scratch: UInt[Array, "n k"], dtype: np.dtype) -> UInt[Array, "n k"]:
+    """The bits of `x` in 16 or 32 bits."""
+    return _bits(x.dequantize(dtype))
 
 
 @functools.partial(jax.jit, static_argnames="scheme")
@@ -70,17 +94,6 @@ def compute_scale(amax: Float[Array, "1 c"], scheme: Scheme) -> Float[Array, "1 
     return numerics.compute_scale(amax, scheme)
 
 
-@functools.partial(jax.jit, static_argnames="scheme")
-def with_scale(x: Array | ScaledArray, scale: Float[Array, "1 c"], scheme: Scheme) -> Float[Array, "n k"]:
-    """The data of `x` with the scales of the whole matrix."""
-    return numerics.quantize_with_scale(_values(x), scale, scheme).data
-
-
-@functools.partial(jax.jit, static_argnames="dtype")
-def unquantized(x: ScaledArray, dtype: np.dtype) -> Float[Array, "n k"]:
-    return x.dequantize(dtype)
-
-
 @jax.jit
 def count_nonfinite(x: Array | ScaledArray) -> Array:
     return jnp.sum(~jnp.isfinite(_values(x)))
@@ -88,3 +101,7 @@ def count_nonfinite(x: Array | ScaledArray) -> Array:
 
 def _values(x: Array | ScaledArray) -> Float[Array, "n k"]:
     return x.dequantize() if isinstance(x, ScaledArray) else x
+
+
+def _bits(x: Array) -> UInt[Array, "..."]:
+    return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
