@@ -1,6 +1,7 @@
 """`Reader`: the tensors of a Hugging Face directory, memory-mapped and checked before anyone computes with them."""
 
 import contextlib
+import io
 import mmap
 import os
 import threading
