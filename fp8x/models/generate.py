@@ -1,17 +1,21 @@
 """`generate`: continue prompts, greedily or by sampling, in one compiled function."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int, Int32, Key
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, UInt32
 
 from fp8x.errors import DataError
 from fp8x.models.decoder import Decoder
 from fp8x.nn.convert import check_calibrated
+from fp8x.sharding.run import batch_spec, call, check_batch
 
 
 def generate(
@@ -42,6 +46,7 @@ def generate(
     Raises:
         DataError: an empty prompt, token ids outside the vocabulary, or an option out of range.
         CalibrationError: a layer's static activation scale is missing, or the layer is in calibration.
+        MeshError: a number of prompts that the devices along the axis `data` can't share evenly.
     """
     vocab_size = model.config.vocab_size
     prompt = _check_ids("ids", ids, vocab_size)
@@ -55,69 +60,94 @@ def generate(
         raise DataError(f"top_k: {top_k} does not fit; use 1 or more, or None for all tokens")
     ends = _check_ids("eos_id", () if eos_id is None else eos_id, vocab_size).reshape(-1)
     check_calibrated(model)
-    graphdef, state = nnx.split(model)
-    return _generate(
-        graphdef,
-        state,
-        prompt,
-        temperature=temperature or None,
-        ends=ends,
-        key=jax.random.key(seed),
-        max_new_tokens=max_new_tokens,
-        top_k=None if top_k is None else min(top_k, vocab_size),
-    )
+    # None for no ends: XLA (jax 0.11.2, CPU) crashes on an empty array in a step over several devices.
+    args = (prompt, temperature or None, ends if ends.size else None, np.uint32(seed))
+    top_k = None if top_k is None else min(top_k, vocab_size)
+    if model.placement is None:
+        graphdef, state = nnx.split(model)
+        return _generate(Continuation(max_new_tokens, top_k), graphdef, state, args)
+    check_batch(model.placement, len(prompt), "ids")
+    step = Continuation(max_new_tokens, top_k, model.placement.batch)
+    in_specs = (batch_spec(model.placement), P(), P(), P())
+    return call(step, model, *args, in_specs=in_specs, out_specs=P())
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "top_k"))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(
-    graphdef: nnx.GraphDef,
-    state: nnx.State,
-    prompt: Int32[Array, "b t"],
-    *,
-    temperature: Float[Array, ""] | None,
-    ends: Int32[Array, " n"],
-    key: Key[Array, ""],
-    max_new_tokens: int,
-    top_k: int | None,
+    step: "Continuation", graphdef: nnx.GraphDef, state: nnx.State, args: tuple[Any, ...]
 ) -> Int32[Array, "b t_and_new"]:
-    model = nnx.merge(graphdef, state)
-    batch, length = prompt.shape
-    capacity = length + max_new_tokens
-
-    def choose(hidden: Float[Array, "b hidden"], step: Int[Array, ""]) -> Int32[Array, " b"]:
-        return _choose(model.logits(hidden), temperature, top_k, jax.random.fold_in(key, step))
-
-    def is_unfinished(carry) -> Array:
-        step, _, _, done, _ = carry
-        return (step < max_new_tokens) & ~jnp.all(done)
-
-    def decode(carry):
-        step, texts, last, done, cache = carry
-        hidden, cache = model.extend(last[:, None], cache)
-        new = choose(hidden[:, 0], step)
-        new = jnp.where(done, filler, new)
-        texts = jax.lax.dynamic_update_slice_in_dim(texts, new[:, None], length + step, axis=1)
-        return step + 1, texts, new, done | jnp.isin(new, ends), cache
-
-    hidden, cache = model.extend(prompt, model.init_cache(batch, capacity))
-    first = choose(hidden[:, -1], jnp.int32(0))
-    filler = ends[0] if ends.size else jnp.int32(0)
-    texts = jnp.full((batch, capacity), filler, jnp.int32)
-    texts = texts.at[:, :length].set(prompt).at[:, length].set(first)
-    carry = (jnp.int32(1), texts, first, jnp.isin(first, ends), cache)
-    return jax.lax.while_loop(is_unfinished, decode, carry)[1]
+    return step(nnx.merge(graphdef, state), *args)
 
 
-def _choose(
-    logits: Float32[Array, "b vocab"], temperature: Float[Array, ""] | None, top_k: int | None, key: Key[Array, ""]
-) -> Int32[Array, " b"]:
-    """The next token of each text: the most likely without a temperature, else drawn from the `top_k` most likely."""
-    if temperature is None:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if top_k is not None:
-        least = jax.lax.top_k(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """Prefill and decoding. Its fields are compiled in.
+
+    Attributes:
+        batch_axes: mesh axes over which the prompts are split; every device returns the texts of all.
+    """
+
+    max_new_tokens: int
+    top_k: int | None
+    batch_axes: tuple[str, ...] = ()
+
+    def __call__(
+        self,
+        model: Decoder,
+        prompt: Int32[Array, "b t"],
+        temperature: Float[Array, ""] | None,
+        ends: Int32[Array, " n"] | None,
+        seed: UInt32[Array, ""],
+    ) -> Int32[Array, "b t_and_new"]:
+        batch, length = prompt.shape
+        capacity, key = length + self.max_new_tokens, jax.random.key(seed)
+
+        def choose(hidden: Float[Array, "b hidden"], step: Int[Array, ""]) -> Int32[Array, " b"]:
+            return self._choose(model.logits(hidden), temperature, jax.random.fold_in(key, step))
+
+        def is_end(token: Int32[Array, " b"]) -> Bool[Array, " b"]:
+            return jnp.zeros(token.shape, bool) if ends is None else jnp.isin(token, ends)
+
+        def is_unfinished(carry) -> Array:
+            # On a mesh, devices with other prompts may take more steps: no collective in a step reaches them.
+            step, _, _, done, _ = carry
+            return (step < self.max_new_tokens) & ~jnp.all(done)
+
+        def decode(carry):
+            step, texts, last, done, cache = carry
+            hidden, cache = model.extend(last[:, None], cache)
+            new = choose(hidden[:, 0], step)
+            new = jnp.where(done, filler, new)
+            texts = jax.lax.dynamic_update_slice_in_dim(texts, new[:, None], length + step, axis=1)
+            return step + 1, texts, new, done | is_end(new), cache
+
+        hidden, cache = model.extend(prompt, model.init_cache(batch, capacity))
+        first = choose(hidden[:, -1], jnp.int32(0))
+        filler = jnp.int32(0) if ends is None else ends[0]
+        texts = jnp.full((batch, capacity), filler, jnp.int32)
+        texts = texts.at[:, :length].set(prompt).at[:, length].set(first)
+        carry = (jnp.int32(1), texts, first, is_end(first), cache)
+        texts = jax.lax.while_loop(is_unfinished, decode, carry)[1]
+        return jax.lax.all_gather(texts, self.batch_axes, tiled=True) if self.batch_axes else texts
+
+    def _choose(
+        self, logits: Float32[Array, "b vocab"], temperature: Float[Array, ""] | None, key: Key[Array, ""]
+    ) -> Int32[Array, " b"]:
+        """The next token of each text: the likeliest without a temperature, else drawn from the `top_k` likeliest."""
+        if temperature is None:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        if self.top_k is not None:
+            least = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        logits /= temperature
+        if not self.batch_axes:
+            return jax.random.categorical(key, logits).astype(jnp.int32)
+        # The draws of the whole batch, of which these rows are some.
+        rows, batch = logits.shape[0], logits.shape[0] * jax.lax.axis_size(self.batch_axes)
+        first = jax.lax.axis_index(self.batch_axes) * rows
+        every = jax.lax.dynamic_update_slice_in_dim(jnp.zeros((batch, logits.shape[1])), logits, first, axis=0)
+        drawn = jax.random.categorical(key, every).astype(jnp.int32)
+        return jax.lax.dynamic_slice_in_dim(drawn, first, rows)
 
 
 def _check_ids(name: str, ids, vocab_size: int) -> Int32[np.ndarray, "..."]:
