@@ -6,6 +6,7 @@ from typing import Any
 from fp8x.errors import CheckpointError
 
 _MISSING = object()
+_MAX_BLOCK = 2**20  # activations are filled up to whole blocks: a larger one takes all memory
 
 
 class Fields:
@@ -46,18 +47,22 @@ class Fields:
         return value
 
     def size(self, name: str) -> int:
-        """A field that is a positive integer."""
+        """A field that is a block's size: a positive integer."""
         value = self.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.error(name, "a positive integer")
+        if not _is_block(value):
+            raise self.error(name, f"a positive integer up to {_MAX_BLOCK}")
         return value
 
     def block(self, name: str) -> tuple[int, int]:
-        """A field that is a list of two positive integers."""
+        """A field that is a list of two such sizes."""
         value = self.get(name)
-        if not isinstance(value, list) or len(value) != 2 or not all(type(item) is int and item > 0 for item in value):
-            raise self.error(name, "a list of two positive integers, like [128, 128]")
+        if not isinstance(value, list) or len(value) != 2 or not all(map(_is_block, value)):
+            raise self.error(name, f"a list of two positive integers up to {_MAX_BLOCK}, like [128, 128]")
         return value[0], value[1]
 
     def error(self, name: str, expected: str) -> CheckpointError:
         return CheckpointError(f"config.json: {self.where}.{name} is {self.value.get(name)!r}, expected {expected}")
+
+
+def _is_block(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= _MAX_BLOCK

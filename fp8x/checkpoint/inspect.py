@@ -1,15 +1,16 @@
 """`inspect`: what a Hugging Face directory holds, tensor by tensor, and how far quantization took it."""
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from fp8x import numerics
 from fp8x.array import ScaledArray
@@ -21,6 +22,7 @@ from fp8x.scheme import Scheme
 
 FLOATS = ("F32", "F16", "BF16")
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
+CHUNK = 2**21  # values at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +96,13 @@ def inspect(
     recipe: Recipe | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
-    """Every tensor of a checkpoint, read one at a time; any model, since only the files and their format count.
+    """Every tensor of a checkpoint, some rows at a time; any model, since only the files and their format count.
 
     Arguments:
         path: the directory.
         reference: the unquantized checkpoint that `path` was made from: gives quantized tensors their SNR.
         recipe: for an unquantized checkpoint: shows what this recipe would make of it.
-        progress: called with the tensors done and the tensors in all.
+        progress: called after every tensor with the bytes read and the bytes in all.
 
     Raises:
         CheckpointError: a damaged checkpoint; a reference that is quantized itself or holds other tensors; a recipe for
@@ -117,17 +119,18 @@ def inspect(
         for prefix, chosen in recipes.items():
             scales.update(format.names(prefix, chosen, reader.stored(f"{prefix}.weight").shape, reader)[1:])
     names = sorted((name for name in reader if name not in scales), key=_natural)
-    rows = []
-    for done, name in enumerate(names):
-        if progress is not None:
-            progress(done, len(names))
+    rows, done, total = [], 0, sum(reader.stored(name).nbytes for name in names)
+    for name in names:
         chosen = recipes.get(name.removesuffix(".weight"))
         if chosen is None:
             rows.append(_plain_row(name, reader))
         elif format is None:
-            rows.append(_row_of_recipe(name, chosen, reader))
+            rows.append(_row_of_recipe(name, chosen.weight, reader))
         else:
             rows.append(_quantized_row(name, chosen, reader, format, original))
+        done += reader.stored(name).nbytes
+        if progress is not None:
+            progress(done, total)
     return Inspection(None if format is None else format.name, rows)
 
 
@@ -176,31 +179,95 @@ def _recipes(reader: Reader, format: Format | None, recipe: Recipe | str | None)
 def _quantized_row(name: str, recipe: Recipe, reader: Reader, format: Format, original: Reader | None) -> TensorRow:
     prefix, shape = name.removesuffix(".weight"), reader.stored(name).shape
     weight, _ = format.decode(prefix, recipe, shape, reader)
-    tensors = [reader.stored(tensor) for tensor in format.names(prefix, recipe, shape, reader)]
-    truth = None if original is None else original.read(name, shapes=[shape], dtypes=FLOATS)
-    size = sum(tensor.stop - tensor.start for tensor in tensors)
-    return TensorRow(name, weight.scheme, shape, size, **_measure(weight, truth))
+    size = sum(reader.stored(tensor).nbytes for tensor in format.names(prefix, recipe, shape, reader))
+    row = TensorRow(name, weight.scheme, shape, size)
+    block = _block_rows(shape, weight.scheme)
+
+    def part(rows: slice) -> ScaledArray:
+        scale_rows = slice(None) if block is None else slice(rows.start // block, math.ceil(rows.stop / block))
+        return ScaledArray(weight.data[rows], weight.scale[scale_rows], weight.scheme)
+
+    if original is None:
+        return _measured(row, part, shape, block, None, [reader])
+    return _measured(row, part, shape, block, _values(original, name, shape), [reader, original])
 
 
 def _plain_row(name: str, reader: Reader) -> TensorRow:
     tensor = reader.stored(name)
-    row = TensorRow(name, tensor.dtype.lower(), tensor.shape, tensor.stop - tensor.start)
+    row = TensorRow(name, tensor.dtype.lower(), tensor.shape, tensor.nbytes)
     if tensor.dtype not in FLOATS:
         return row
-    values = reader.read(name, shapes=[tensor.shape], dtypes=FLOATS)
-    return dataclasses.replace(row, **_measure(jnp.asarray(values), None))
+    values = _values(reader, name, tensor.shape).reshape(-1)
+    return _measured(row, values.__getitem__, (values.size, 1), None, None, [reader])
 
 
-def _row_of_recipe(name: str, recipe: Recipe, reader: Reader) -> TensorRow:
-    stored = reader.read(name, shapes=[reader.stored(name).shape], dtypes=FLOATS)
-    weight = numerics.quantize_weight(jnp.asarray(stored), recipe.weight, name=name, allow_nonfinite=True)
-    return TensorRow(name, recipe.weight, weight.shape, weight.nbytes, **_measure(weight, stored))
+def _row_of_recipe(name: str, scheme: Scheme, reader: Reader) -> TensorRow:
+    shape = reader.stored(name).shape
+    scheme.check_shape(shape, name)
+    values, block, scale = _values(reader, name, shape), _block_rows(shape, scheme), None
+    if block is None:
+        amax = np.zeros(scheme.scale_shape(shape), np.float32)
+        for rows in _chunks(shape, block):
+            amax = np.maximum(amax, _block_amax(values[rows], scheme))
+            _release(reader, name, rows, shape[1])
+        scale = numerics.compute_scale(jnp.asarray(amax), scheme)
+    size = math.prod(shape) + math.prod(scheme.scale_shape(shape)) * scheme.scale_dtype.itemsize
+    row = TensorRow(name, scheme, shape, size)
+    return _measured(row, lambda rows: _quantize(values[rows], scale, scheme), shape, block, values, [reader])
 
 
-def _measure(values: Float[Array, "..."] | ScaledArray, truth: np.ndarray | None) -> dict[str, float | int | None]:
-    """`TensorRow`'s numbers."""
-    names = ("amax", "nonfinite", "signal", "noise")
-    return {name: found.item() for name, found in zip(names, _reduce(values, truth))}
+def _values(reader: Reader, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    return reader.read(name, shapes=[shape], dtypes=FLOATS)
+
+
+def _block_rows(shape: tuple[int, int], scheme: Scheme) -> int | None:
+    """The rows of a block; None where all rows are in one."""
+    return None if scheme.scale_shape(shape)[0] == 1 else scheme.block_of(shape)[0]
+
+
+def _chunks(shape: tuple[int, int], block: int | None) -> Iterator[slice]:
+    """Rows at a time, in whole blocks."""
+    (n, k), whole = shape, block or 1
+    step = whole * max(1, CHUNK // (max(k, 1) * whole))
+    return (slice(start, min(start + step, n)) for start in range(0, n, step))
+
+
+def _measured(
+    row: TensorRow,
+    part: Callable[[slice], np.ndarray | ScaledArray],
+    shape: tuple[int, int],
+    block: int | None,
+    truth: np.ndarray | None,
+    readers: list[Reader],
+) -> TensorRow:
+    """`row` with its numbers. `part` gives some rows of its values `[N, K]`; `readers` hold them, and `truth`."""
+    amax, sums = 0.0, np.zeros(1 if truth is None else 3)
+    for rows in _chunks(shape, block):
+        top, *more = _reduce(part(rows), None if truth is None else truth[rows])
+        amax, sums = max(amax, float(top)), sums + np.array(more, np.float64)
+        for reader in readers:
+            _release(reader, row.name, rows, shape[1])
+    nonfinite, *energies = sums.tolist()
+    signal, noise = energies or (None, None)
+    return dataclasses.replace(row, amax=amax, nonfinite=int(nonfinite), signal=signal, noise=noise)
+
+
+def _release(reader: Reader, name: str, rows: slice, k: int) -> None:
+    """Lets go of some rows of `k` values."""
+    width = k * DTYPES[reader.stored(name).dtype].itemsize
+    reader.release(name, rows.start * width, rows.stop * width)
+
+
+@functools.partial(jax.jit, static_argnames="scheme")
+def _block_amax(values: Array, scheme: Scheme) -> Array:
+    return numerics.block_amax(values, scheme)
+
+
+@functools.partial(jax.jit, static_argnames="scheme")
+def _quantize(values: Array, scale: Array | None, scheme: Scheme) -> ScaledArray:
+    if scale is None:
+        return numerics.quantize(values, scheme)
+    return numerics.quantize_with_scale(values, scale, scheme)
 
 
 @jax.jit

@@ -179,6 +179,10 @@ def compressed(weights: dict = WEIGHTS, inputs: dict | None = None, **fields) ->
         ({"quant_method": "fp8", "activation_scheme": "local"}, "activation_scheme is 'local'; fp8x reads 'static'"),
         ({"quant_method": "fp8", "activation_scheme": "static", "fmt": "e3m4"}, "fmt is 'e3m4'; fp8x reads 'e4m3'"),
         ({"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": [128]}, "two positive integers"),
+        (
+            {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": [128, 2**21]},
+            r"weight_block_size is \[128, 2097152\], expected a list of two positive integers up to 1048576",
+        ),
         ({"quant_method": "fp8", "activation_scheme": "static", "modules_to_not_convert": "a"}, "a list of strings"),
     ],
 )
@@ -443,6 +447,7 @@ def test_shapes_that_others_give_scales(tmp_path):
         (MODELOPT, per_tensor(), ".weight_scale", [(), (1,), (1, 1)]),
         (MODELOPT, per_row(), ".weight_scale", [(256,), (256, 1)]),
         (MODELOPT, BLOCK, ".weight_scale", [(2, 1, 1, 1), (2, 1)]),
+        (MODELOPT, Scheme("e4m3", block=(256, 128)), ".weight_scale", [(1, 1, 1, 1), ()]),
     ]
     for index, (format, scheme, suffix, shapes) in enumerate(cases):
         for shape in shapes:
