@@ -91,7 +91,8 @@ class ModelOpt(Format):
             case (1, 32):
                 shapes = (scale_shape,)
             case _:
-                shapes = ((scale_shape[0], 1, scale_shape[1], 1), scale_shape)
+                # A single block comes out as a scalar.
+                shapes = ((scale_shape[0], 1, scale_shape[1], 1), scale_shape, *([()] if scale_shape == (1, 1) else []))
         dtypes = ("U8", "F8_E8M0") if recipe.weight.is_mx else SCALES
         return Layout(
             weight_spec(recipe, shape),

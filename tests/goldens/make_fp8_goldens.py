@@ -1,7 +1,8 @@
 """Writes tiny FP8 checkpoints in the dialects of others, with the logits of their dequantized weights in float32.
 
-The environment (Python 3.11, CPU): `pip install torch transformers accelerate compressed-tensors`; the committed files
-were made with torch 2.13.0, transformers 5.23.0, accelerate 1.15.0 and compressed-tensors 0.20.0. Run
+The environment (Python 3.11, CPU): `pip install torch transformers accelerate compressed-tensors nvidia-modelopt`; the
+committed files were made with torch 2.13.0, transformers 5.23.0, accelerate 1.15.0, compressed-tensors 0.20.0 and
+nvidia-modelopt 0.47.0. Run
 `python tests/goldens/make_fp8_goldens.py`; it replaces the folders of its cases in `fp8/` beside this file. Each holds
 a checkpoint and `golden.safetensors`: ids int32 [2, 12], and what transformers computes in float32 from the dequantized
 weights (activations are not quantized), logits float32 [2, 12, vocab].
@@ -11,10 +12,12 @@ Who writes what:
 - `hf_…`: transformers' own `FineGrainedFP8Config` quantizes and `save_pretrained` writes; its check for a GPU is left
   out. `Fp8Dequantize` gives the float32 weights.
 - `compressed_tensors_…`: the library's compressors, matrix by matrix (experts are no Linear to transformers 5).
+- `modelopt_…`: ModelOpt quantizes and `export_hf_checkpoint` writes.
 - the others, which no library writes on a CPU: torch code that follows vLLM's loaders (`quantization/fp8.py`,
-  `quantization/modelopt.py`, `utils/mxfp8_utils.py`), with the names and configs of published checkpoints.
+  `utils/mxfp8_utils.py`), with the names and configs of published checkpoints.
 """
 
+import copy
 import json
 import shutil
 import tempfile
@@ -26,6 +29,8 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from make_hf_goldens import randomize
+from modelopt.torch import quantization as modelopt
+from modelopt.torch.export import export_hf_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
@@ -70,7 +75,7 @@ def is_linear(name: str, tensor: torch.Tensor) -> bool:
 
 
 def original(config: dict, folder: Path) -> State:
-    """A random bf16 checkpoint with the tensor names of the published models."""
+    """A random bf16 checkpoint with the tensor names of the published models; the same for every case of a model."""
     (folder / "config.json").write_text(json.dumps(config))
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
     randomize(model, seed=5)
@@ -100,6 +105,11 @@ def write(name: str, config: dict, state: State, dequantized: State, files: dict
     save_file({k: t.contiguous() for k, t in state.items()}, folder / "model.safetensors", {"format": "pt"})
     ids = torch.randint(0, COMMON["vocab_size"], (2, 12), generator=torch.Generator().manual_seed(1))
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
+    with tempfile.TemporaryDirectory() as source:
+        for key, tensor in original(plain, Path(source)).items():
+            if key in dequantized:
+                error = (dequantized[key].float() - tensor.float()).norm() / tensor.float().norm()
+                assert error < 0.04, f"{name}: {key} is off by {error:.3f}"
     save_file({"ids": ids.int(), "logits": logits(plain, dequantized, ids)}, folder / "golden.safetensors")
     print(f"{name:32} {sum(file.stat().st_size for file in folder.iterdir()) / 1024:4.0f} KiB")
 
@@ -167,13 +177,6 @@ def per_tensor(name: str, weight: torch.Tensor) -> tuple[State, torch.Tensor]:
     return {".weight": data, ".weight_scale": scale, ".input_scale": torch.tensor(size / 64)}, data.float() * scale
 
 
-def per_channel(name: str, weight: torch.Tensor) -> tuple[State, torch.Tensor]:
-    """ModelOpt's FP8_PER_CHANNEL_PER_TOKEN: float32 [N]."""
-    scale = weight.float().abs().amax(1) / 448
-    data = cast(weight, scale[:, None])
-    return {".weight": data, ".weight_scale": scale}, data.float() * scale[:, None]
-
-
 def ragged_block(name: str, weight: torch.Tensor) -> tuple[State, torch.Tensor]:
     """Blocks of 48×40, the last of them cut, with scales in bfloat16."""
     scale = block_scale(weight, 48, 40).bfloat16()
@@ -211,6 +214,51 @@ def by_compressed_tensors(preset: str) -> Callable[[str, torch.Tensor], tuple[St
     return quantize
 
 
+def modelopt_config(algorithm: str) -> dict:
+    return copy.deepcopy(getattr(modelopt, f"{algorithm}_DEFAULT_CFG", None) or getattr(modelopt, f"{algorithm}_CFG"))
+
+
+def modelopt_fp8_kv() -> dict:
+    """With a KV cache in FP8, whose scales come along."""
+    return modelopt.utils.update_quant_cfg_with_kv_cache_quant(modelopt_config("FP8"), modelopt.FP8_KV_CFG["quant_cfg"])
+
+
+def part(config: dict, modules: str) -> list[dict]:
+    """What a config switches on, for some modules alone."""
+    return [
+        entry | {"quantizer_name": modules + entry["quantizer_name"].lstrip("*")}
+        for entry in config["quant_cfg"]
+        if "cfg" in entry
+    ]
+
+
+def off_by_default(config: dict) -> list[dict]:
+    return [entry for entry in config["quant_cfg"] if "cfg" not in entry]
+
+
+def by_modelopt(name: str, config: dict, quantization: dict, is_old: bool = False) -> None:
+    """`is_old`: without the quantization_config in config.json, as before 0.31."""
+    with tempfile.TemporaryDirectory() as source, tempfile.TemporaryDirectory() as target:
+        original(config, Path(source))
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+        ids = torch.randint(0, COMMON["vocab_size"], (8, 16), generator=torch.Generator().manual_seed(2))
+        modelopt.quantize(model, quantization, forward_loop=lambda model: model(ids))
+        export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=target)
+        state = load_file(Path(target, "model.safetensors"))
+        files = ("config.json", "hf_quant_config.json")
+        whole, legacy = (json.loads(Path(target, file).read_text()) for file in files)
+    if is_old:
+        del whole["quantization_config"]
+    dequantized = {key: tensor for key, tensor in state.items() if not key.endswith("_scale")}
+    for key, tensor in dequantized.items():
+        if tensor.dtype == torch.float8_e4m3fn:
+            scale = state[f"{key}_scale"]
+            if scale.dtype == torch.uint8:
+                scale = torch.exp2(scale.float() - 127).repeat_interleave(32, 1)
+            dequantized[key] = tensor.float() * (scale[:, None] if scale.ndim == 1 else scale)
+    write(name, whole, state, dequantized, {"hf_quant_config.json": legacy})
+
+
 def by_hand(
     name: str,
     config: dict,
@@ -219,9 +267,7 @@ def by_hand(
     *,
     field: str = "quantization_config",
     keep: Callable[[str], bool] = lambda name: False,
-    extra: State | None = None,
 ) -> None:
-    """`field` may be a file, as of ModelOpt before 0.31."""
     state, dequantized = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         source = original(config, Path(folder))
@@ -232,9 +278,7 @@ def by_hand(
         prefix = key.removesuffix(".weight")
         tensors, dequantized[key] = quantize(prefix, tensor)
         state |= {prefix + suffix: value for suffix, value in tensors.items()}
-    is_file = field.endswith(".json")
-    whole = config if is_file else config | {field: quantization}
-    write(name, whole, state | (extra or {}), dequantized, {field: quantization} if is_file else None)
+    write(name, config | {field: quantization}, state, dequantized)
 
 
 def main() -> None:
@@ -277,39 +321,13 @@ def main() -> None:
             "modules_to_not_convert": ["lm_head", "model.embed_tokens", "model.layers.1.mlp.gate"],
         },
     )
-    producer = {"producer": {"name": "modelopt", "version": "0.29.0"}}
-    legacy = {
-        "quant_algo": "FP8",
-        "kv_cache_quant_algo": "FP8",
-        "exclude_modules": ["lm_head", "*.block_sparse_moe.gate"],
-    }
-    by_hand(
-        "modelopt_fp8",
-        MIXTRAL,
-        per_tensor,
-        producer | {"quantization": legacy},
-        field="hf_quant_config.json",
-        extra={f"model.layers.0.self_attn.{x}_proj.{x}_scale": torch.tensor(0.5) for x in "kv"},
-    )
-    flat = {"config_groups": {}, "quant_method": "modelopt"} | producer
-    by_hand(
-        "modelopt_mxfp8",
-        QWEN,
-        mx,
-        flat | {"quant_algo": "MXFP8", "ignore": ["lm_head", "model.layers.0.self_attn*", "model.layers.1.mlp.gate"]},
-        keep=lambda key: key.startswith("model.layers.0.self_attn"),
-    )
-    layers = {
-        "model.layers.0.self_attn.q_proj": {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
-        "model.layers.0.block_sparse_moe.experts": {"quant_algo": "MXFP8", "group_size": 32},
-    }
-    by_hand(
-        "modelopt_mixed",
-        MIXTRAL,
-        lambda prefix, weight: (per_channel if "q_proj" in prefix else mx)(prefix, weight),
-        flat | {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers, "ignore": ["lm_head"]},
-        keep=lambda key: not key.startswith(tuple(layers)),
-    )
+    by_modelopt("modelopt_fp8", MIXTRAL, modelopt_fp8_kv(), is_old=True)
+    # Each part of a model has its own algorithm; what is switched off, a wildcard in `exclude_modules`.
+    mxfp8, channel = modelopt_config("MXFP8"), modelopt_config("FP8_PER_CHANNEL_PER_TOKEN")
+    off = {"quantizer_name": "*layers.0.self_attn*", "enable": False}
+    by_modelopt("modelopt_mxfp8", QWEN, mxfp8 | {"quant_cfg": [*mxfp8["quant_cfg"], off]})
+    mixed = [*off_by_default(channel), *part(mxfp8, "*experts*"), *part(channel, "*self_attn*")]
+    by_modelopt("modelopt_mixed", MIXTRAL, channel | {"quant_cfg": mixed})
     for name, preset, field in (
         ("compressed_tensors_mxfp8", "MXFP8A16", "quantization_config"),
         ("compressed_tensors_channel", "FP8_DYNAMIC", "compression_config"),
