@@ -20,9 +20,11 @@ from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import Names, linear_names, param_names
 from fp8x.models.loading import Loader, check_counts, flat, get
+from fp8x.models.mesh_loading import MeshLoader
 from fp8x.nn.convert import check_calibrated
 from fp8x.nn.quantized import QuantizedLayer
 from fp8x.recipe import Recipe, Rules, as_recipe
+from fp8x.sharding.plan import check_mesh
 
 
 def load(
@@ -44,7 +46,7 @@ def load(
     Arguments:
         path: a directory with config.json and safetensors files.
         recipe: quantizes while loading, as `fp8x.quantize_model` does: a `Recipe` or its code.
-        mesh: not supported yet.
+        mesh: lays the model out on it as `fp8x.sharding.shard` does; each process reads only what its devices hold.
         rules: exceptions to `recipe`, as `fp8x.quantize_model` takes them.
         calibration: a file of static activation scales, as `fp8x calibrate` writes it.
         allow_nonfinite: load weights that hold NaN or Inf instead of raising.
@@ -55,11 +57,12 @@ def load(
         CheckpointError: the checkpoint is missing, damaged, quantized in a way that is not supported, or quantized
             already where a recipe is given.
         ConfigError: config.json describes no model that fp8x can build.
+        MeshError: a mesh with an unknown axis, or one that does not divide the model's heads or experts.
         RuleError: a rule that matches no module.
         ShapeError: a weight that its recipe does not fit.
     """
     if mesh is not None:
-        raise CheckpointError("mesh: sharded loading is not there yet; load without a mesh, then place the model")
+        check_mesh(mesh)
     reader = Reader(path)
     # As transformers does, in memory only: `save` finds the tokenizer there.
     config = DecoderConfig.from_hf(reader.config | {"_name_or_path": str(reader.path)})
@@ -71,7 +74,8 @@ def load(
         )
     check_counts(reader, config)
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    loader = Loader(reader, model, format, allow_nonfinite, progress)
+    options = (reader, model, format, allow_nonfinite, progress)
+    loader = Loader(*options) if mesh is None else MeshLoader(*options, mesh)
     loader.check()
     recipes = loader.stored
     if format is None:
@@ -80,6 +84,9 @@ def load(
     if scales is not None:
         static = {path: each.activation for path, each in recipes.items() if each is not None and each.is_static}
         scales.check({path: (scheme, loader.shapes[path][-1]) for path, scheme in static.items()})
+    if mesh is not None:
+        loader.load(recipes, {} if scales is None else scales.scales)
+        return model
     loader.load(recipes)
     if scales is not None:
         scales.apply(model)

@@ -139,8 +139,13 @@ class Loader:
             array = self._array(f"{prefix}.weight", shape)
             # Non-finite values are settled: `_array` has looked.
             return numerics.quantize_weight(array, recipe.weight, name=f"{prefix}.weight", allow_nonfinite=True), None
-        weight, input_scale = self.format.decode(prefix, recipe, shape, self.reader)
+        weight, input_scale = self._views(prefix, recipe, shape)
         self._check_finite(f"{prefix}.weight", weight.data)
+        return weight, input_scale
+
+    def _views(self, prefix: str, recipe: Recipe, shape: tuple[int, ...]) -> tuple[ScaledArray, np.ndarray | None]:
+        """One matrix as stored in 8 bits, and its static activation scale."""
+        weight, input_scale = self.format.decode(prefix, recipe, shape, self.reader)
         if input_scale is not None and not (input_scale > 0).all():
             raise CheckpointError(
                 f"{prefix}: its static activation scale in {self.reader.path} is 0, which quantizes nothing"

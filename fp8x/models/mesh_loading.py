@@ -1,0 +1,146 @@
+"""`MeshLoader`: fills an abstract decoder on a mesh; each process reads what its devices hold."""
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from fp8x.array import ScaledArray
+from fp8x.checkpoint import Format, Reader
+from fp8x.models.decoder import Decoder
+from fp8x.models.hf_names import Names, param_names
+from fp8x.models.loading import UNQUANTIZED, Loader, flat, get
+from fp8x.nn.convert import set_module
+from fp8x.nn.grouped import GroupedLinear
+from fp8x.nn.linear import Linear
+from fp8x.nn.quantized import QuantizedLayer
+from fp8x.recipe import Recipe
+from fp8x.sharding.layers import place_quantized, place_stored, place_weight
+from fp8x.sharding.model import finish
+from fp8x.sharding.place import Read, place, put, quantize_placed
+from fp8x.sharding.plan import LayerSplit, Plan, plan
+
+
+class MeshLoader(Loader):
+    """A `Loader` onto a mesh. Where it quantizes, every device quantizes its own part, and magnitudes alone move."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        model: Decoder,
+        format: Format | None,
+        allow_nonfinite: bool,
+        progress: Callable[[int, int], None] | None,
+        mesh: Mesh,
+    ):
+        super().__init__(reader, model, format, allow_nonfinite, progress)
+        self.mesh = mesh
+
+    def load(self, recipes: Mapping[str, Recipe | None], input_scales: Mapping[str, np.ndarray]) -> None:
+        """Fills the model; `input_scales` by path, `[1, groups]`, where a calibration has found them.
+
+        Raises:
+            MeshError: an unknown axis, or heads or experts that their axis does not divide. Nothing is read by then.
+        """
+        layout = plan(self.model.config, self.mesh, recipes)
+        biases = {}
+        for path, name in param_names(self.model.config).items():
+            variable = get(self.model, path)
+            read = self._part_of(name, variable.shape)
+            if path.endswith(".bias"):
+                biases[path.removesuffix(".bias")] = read
+                continue
+            dims = (layout.embedding, None) if variable.ndim == 2 else (None,)
+            put(variable, place(read, variable.shape, self.dtype, dims, self.mesh))
+            self._finish(name)
+        for path, names in self.names.items():
+            self._layer(path, names, recipes[path], layout, biases.get(path), input_scales.get(path))
+        finish(self.model, layout)
+
+    def _layer(
+        self,
+        path: str,
+        names: Names,
+        recipe: Recipe | None,
+        layout: Plan,
+        bias: Read | None,
+        calibrated: np.ndarray | None,
+    ) -> None:
+        shape, split, module = self.shapes[path], layout.layers[path], get(self.model, path)
+        read = _stacked(names, lambda prefix: self._part_of(f"{prefix}.weight", shape[-2:]))
+        if recipe is not None:
+            layer = _abstract(recipe, shape)
+            layer.bias = nnx.data(module.bias)
+            weight, scale = (
+                self._quantized(layer, split, read) if self.format is None else self._stored(layer, split, names)
+            )
+            scale = scale if calibrated is None else calibrated
+            place_quantized(layer, split, self.mesh, weight, bias, None if scale is None else scale.__getitem__)
+            set_module(self.model, path, layer)
+        elif isinstance(module, nnx.Linear):
+            place_weight(module, split, self.mesh, lambda index: read(index[::-1]).T, bias)
+        else:
+            place_weight(module, split, self.mesh, read, bias)
+        for _, prefix in flat(names):
+            self._finish(*self._tensors(prefix, recipe if self.format else None, shape[-2:]))
+
+    def _quantized(self, layer: QuantizedLayer, split: LayerSplit, read: Read) -> tuple[ScaledArray, np.ndarray | None]:
+        """A weight that is quantized on the way, and the static activation scale of an uncalibrated layer."""
+        shape, dims = layer.weight.shape, split.dims(layer.weight.ndim)
+        placed = place(read, shape, self.dtype, dims, self.mesh)
+        weight = quantize_placed(placed, layer.weight_scheme, shape, dims, self.mesh)
+        if not layer.recipe.is_static:
+            return weight, None
+        value = 1.0 if layer.recipe.activation.scale_rule == "unit" else np.nan
+        return weight, np.full(layer.input_scale.shape, value, np.float32)
+
+    def _stored(self, layer: QuantizedLayer, split: LayerSplit, names: Names) -> tuple[ScaledArray, np.ndarray | None]:
+        """A weight in 8 bits, and its static activation scale."""
+        shape = layer.weight.shape
+        matrix = functools.cache(lambda prefix: self._views(prefix, layer.recipe, shape[-2:]))
+        data = _stacked(names, lambda prefix: self._checked(f"{prefix}.weight", matrix(prefix)[0].data))
+        scale = _stacked(names, lambda prefix: matrix(prefix)[0].scale.__getitem__)
+        weight = place_stored(data, scale, layer, split, self.mesh)
+        if not layer.recipe.is_static:
+            return weight, None
+        # One scale quantizes what all experts read, those on other devices too.
+        return weight, functools.reduce(np.maximum, [matrix(prefix)[1] for _, prefix in flat(names)])
+
+    def _checked(self, name: str, view: np.ndarray) -> Read:
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            part = view[index]
+            self._check_finite(name, part)
+            return part
+
+        return read
+
+    def _part_of(self, name: str, shape: tuple[int, ...]) -> Read:
+        """Reads of an unquantized tensor, in the model's type."""
+        read = self._checked(name, self.reader.read(name, shapes=[shape], dtypes=UNQUANTIZED))
+        return lambda index: np.asarray(jnp.asarray(read(index)).astype(self.dtype))
+
+
+def _abstract(recipe: Recipe, shape: tuple[int, ...]) -> QuantizedLayer:
+    if len(shape) == 2:
+        return nnx.eval_shape(lambda: Linear(*shape[::-1], recipe=recipe, use_bias=False, rngs=nnx.Rngs(0)))
+    e, *n, k = shape
+    return nnx.eval_shape(lambda: GroupedLinear(e, k, tuple(n), recipe=recipe, rngs=nnx.Rngs(0)))
+
+
+def _stacked(names: Names, read: Callable[[str], Read]) -> Read:
+    """Reads of the matrices of a layer as one array, from reads of each."""
+    if isinstance(names, str):
+        return lambda index: read(names)(index)
+    prefixes = dict(flat(names))
+
+    def read_all(index: tuple[slice, ...]) -> np.ndarray:
+        leading, rest = [range(10**9)[where] for where in index[:-2]], index[-2:]
+        counts = [len(which) for which in leading]
+        parts = [read(prefixes[at])(rest) for at in itertools.product(*leading)]
+        return np.stack(parts).reshape(*counts, *parts[0].shape)
+
+    return read_all
