@@ -14,9 +14,12 @@ from jaxtyping import Float, Int
 from fp8x.calibrate.methods import DEFAULT_PERCENTILE, Method, check_method, find_scale
 from fp8x.calibrate.sharded import ShardedObserver
 from fp8x.calibrate.statistics import observe, start, static_layers
-from fp8x.errors import CalibrationError, DataError, some
+from fp8x.errors import CalibrationError, DataError, MeshError, some
+from fp8x.nn.convert import named_layers
 from fp8x.nn.observer import total_counts
 from fp8x.nn.quantized import QuantizedLayer
+from fp8x.sharding.model import plan_of
+from fp8x.sharding.plan import Placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +85,8 @@ def calibrate(
             compile once. On a mesh: arrays whose rows are split over the axis `data`; the first batch sets how many
             rows a device takes, and what the last one leaves over compiles once more. With several processes, each
             gives its own batches, of any number, for its own devices.
-        mesh: axes among `data`, `tensor` and `expert`; the model is copied to every device. None: where the model is.
+        mesh: axes among `data`, `tensor` and `expert`; the model is copied to every device, unless it is on this mesh
+            already, by `fp8x.sharding.shard` or `fp8x.load`. None: where the model is.
         method: `"max"`: scales from the largest magnitudes. `"percentile"`: from the magnitude that `percentile` of a
             hundred values do not exceed. `"mse"`: those of the least squared error. The last two gather histograms.
         percentile: above 0, up to 100; for its method only.
@@ -91,23 +95,28 @@ def calibrate(
         CalibrationError: the model has no static layer, an unknown method, or layers (named) that saw NaN or Inf, or
             nothing but zeros.
         DataError: no batches.
-        MeshError: a mesh that the batches do not fit.
+        MeshError: a mesh that the batches do not fit, or that is not the one the model is on.
     """
     check_method(method, percentile)
     layers = static_layers(model)
+    placement = getattr(model, "placement", None)
+    if placement is not None:
+        mesh = _check_placement(placement, mesh, method)
     parts = start(model, histogram=method != "max")
     try:
-        observer = _Observer(*parts) if mesh is None else ShardedObserver(*parts, mesh)
+        observer = _Observer(*parts) if mesh is None else ShardedObserver(*parts, mesh, placement is not None)
         count = _observe_all(observer, batches)
         nnx.update(model, observer.result())
         _check_inputs(layers)
         found = {path: _statistics(layer, method, percentile) for path, layer in layers.items()}
+        for path, layer in layers.items():
+            layer.finish_calibration(found[path].scale)
     except BaseException:
         for layer in layers.values():
             layer.abandon_calibration()
         raise
-    for path, layer in layers.items():
-        layer.finish_calibration(found[path].scale)
+    if placement is not None:
+        found = _without_padding(model, found)
     return CalibrationReport(found, count, method, percentile if method == "percentile" else None)
 
 
@@ -137,6 +146,32 @@ def _observe_all(observer: "_Observer | ShardedObserver", batches: Iterable) -> 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _step(graphdef: nnx.GraphDef, statistics: nnx.State, rest: nnx.State, batch: tuple[Any, ...]) -> nnx.State:
     return observe(graphdef, rest, statistics, batch)
+
+
+def _check_placement(placement: Placement, mesh: Mesh | None, method: Method) -> Mesh:
+    if mesh is not None and mesh != placement.mesh:
+        raise MeshError("mesh: it is not the one that the model is on; leave it out")
+    if method != "max" and placement.vocab:
+        raise CalibrationError(
+            f"method: {method!r} takes the whole model on every device, but this one is split over mesh axes "
+            f"{', '.join(placement.vocab)}; use 'max', or calibrate before the model is placed"
+        )
+    return placement.mesh
+
+
+def _without_padding(model: nnx.Module, found: dict[str, LayerStatistics]) -> dict[str, LayerStatistics]:
+    """Statistics of the groups of K that the whole layer has; those behind are zeros that fill up the last devices."""
+    splits = plan_of(model, model.placement.mesh).layers
+    layers = named_layers(model)
+
+    def cut(path: str, layer: LayerStatistics) -> LayerStatistics:
+        k = splits[path].k
+        if k is None:
+            return layer
+        groups = layers[path].recipe.activation.scale_shape((1, k.size))[1]
+        return dataclasses.replace(layer, amax=layer.amax[:, :groups], scale=layer.scale[:, :groups])
+
+    return {path: cut(path, layer) for path, layer in found.items()}
 
 
 def _check_inputs(layers: dict[str, QuantizedLayer]) -> None:

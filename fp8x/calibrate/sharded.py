@@ -12,37 +12,48 @@ from jax.sharding import PartitionSpec as P
 
 from fp8x.calibrate.statistics import all_reduce, observe
 from fp8x.errors import MeshError
-
-DATA, AXES = "data", ("data", "tensor", "expert")
+from fp8x.sharding.place import SPEC
+from fp8x.sharding.plan import DATA, check_mesh
+from fp8x.sharding.run import state_specs
 
 
 class ShardedObserver:
-    """Observes batches on the devices of a mesh, each with the whole model and its portion of the rows.
+    """Observes batches on the devices of a mesh. Rows are split over the axis `data`; along others they are the same.
 
-    A process runs its own devices on its own batches, of which others may have more or fewer; no step communicates.
-    Rows are split over the axis `data`; devices along other axes see the same rows.
+    A model that is not on the mesh is copied to every device. A process then runs its own devices on its own batches,
+    of which others may have more or fewer, and no step communicates.
+
+    A model that `fp8x.sharding` has laid out runs as it lies; each process gives the same batches.
 
     Arguments:
         graphdef, statistics, rest: what `fp8x.calibrate.statistics.start` returns.
         mesh: axes among `data`, `tensor` and `expert`.
+        is_placed: whether the model is on the mesh.
 
     Raises:
         MeshError: another axis, or none of the devices is this process's.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, statistics: nnx.State, rest: nnx.State, mesh: Mesh):
-        if not isinstance(mesh, Mesh):
-            raise MeshError(f"mesh: {mesh!r:.40} is no Mesh; make one with jax.make_mesh((2,), ('data',))")
-        if unknown := set(mesh.axis_names) - set(AXES):
-            raise MeshError(f"mesh: axis {min(unknown)!r} is unknown; use {', '.join(AXES)}")
+    def __init__(
+        self, graphdef: nnx.GraphDef, statistics: nnx.State, rest: nnx.State, mesh: Mesh, is_placed: bool = False
+    ):
+        check_mesh(mesh)
         if jax.process_index() not in {device.process_index for device in mesh.devices.flat}:
             raise MeshError(f"mesh: process {jax.process_index()} has none of its {mesh.size} devices")
-        self.graphdef, self.mesh, self.local = graphdef, mesh, mesh.local_mesh
+        self.graphdef = graphdef
+        # Under shard_map all axes are manual: what they are outside of it makes no difference.
+        self.mesh = Mesh(mesh.devices, mesh.axis_names)
+        self.local = self.mesh if is_placed else self.mesh.local_mesh
         self.portions = self.local.shape.get(DATA, 1)
         self.rows: int | None = None  # of a portion
-        zeros = jax.tree.map(lambda s: np.zeros((self.local.size, *s.shape), s.dtype), statistics)
-        self.rest = jax.device_put(rest, NamedSharding(self.local, P()))
-        self.statistics = jax.device_put(zeros, NamedSharding(self.local, _each(self.local)))
+        each = NamedSharding(self.local, _each(self.local))
+
+        def of_each_device(statistic: nnx.Variable) -> nnx.Variable:
+            part = NamedSharding(self.local, statistic.get_metadata(SPEC, P())).shard_shape(statistic.shape)
+            return statistic.replace(jnp.zeros((self.local.size, *part), statistic.dtype, device=each))
+
+        self.statistics = jax.tree.map(of_each_device, statistics, is_leaf=lambda v: isinstance(v, nnx.Variable))
+        self.rest = jax.device_put(rest, jax.tree.map(lambda spec: NamedSharding(self.local, spec), state_specs(rest)))
         if jax.process_count() > 1:
             self.result()  # A process that is missing is found now; one that dies later breaks a connection.
 
@@ -77,7 +88,9 @@ class ShardedObserver:
         portions = jax.tree.map(lambda x: np.asarray(x)[index], batch)
         is_real = np.arange(self.portions) < (stop - start) // rows
         split = NamedSharding(self.local, _split(self.local))
-        portions, is_real = jax.device_put((portions, is_real), split)
+        portions, is_real = jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, split, x.__getitem__), (portions, is_real)
+        )
         # A user's own mesh may be in force, of other axis types or (with several processes) of other devices.
         with jax.set_mesh(self.local):
             self.statistics = _step(self.graphdef, self.local, self.statistics, self.rest, portions, is_real)
@@ -92,7 +105,8 @@ class ShardedObserver:
 
         with jax.set_mesh(self.mesh):
             reduced = _reduce(self.mesh, jax.tree.map(of_all_processes, self.statistics))
-        return jax.tree.map(lambda value: jnp.asarray(np.asarray(value.addressable_data(0))), reduced)
+        whole = jax.device_put(reduced, NamedSharding(self.mesh, P()))
+        return jax.tree.map(lambda value: jnp.asarray(np.asarray(value.addressable_data(0))), whole)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
@@ -103,7 +117,8 @@ def _step(graphdef, mesh, statistics, rest, batch, is_real):
 
     each, split = _each(mesh), _split(mesh)
     # check_vma off: a model's own loops need not say along which axes their carries vary.
-    return jax.shard_map(on_device, mesh=mesh, in_specs=(each, P(), split, split), out_specs=each, check_vma=False)(
+    in_specs = (each, state_specs(rest), split, split)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=each, check_vma=False)(
         statistics, rest, batch, is_real
     )
 
@@ -117,7 +132,9 @@ def _reduce(mesh, statistics):
         return all_reduce(jax.tree.map(lambda s: s[0], statistics), data, copies)
 
     each = _each(mesh)
-    return jax.shard_map(on_device, mesh=mesh, in_specs=each, out_specs=P(), check_vma=False)(statistics)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=each, out_specs=state_specs(statistics), check_vma=False)(
+        statistics
+    )
 
 
 def _each(mesh: Mesh) -> P:

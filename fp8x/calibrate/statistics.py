@@ -5,13 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array
+from jax.sharding import PartitionSpec as P
 
 from fp8x.errors import CalibrationError
 from fp8x.nn.convert import named_layers
-from fp8x.nn.observer import Amax, Statistic
+from fp8x.nn.observer import Amax, NonfiniteCount, Statistic
 from fp8x.nn.quantized import QuantizedLayer
+from fp8x.sharding.place import SPEC
 
 
 def start(model: nnx.Module, *, histogram: bool = False) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -27,6 +29,9 @@ def start(model: nnx.Module, *, histogram: bool = False) -> tuple[nnx.GraphDef, 
     layers = static_layers(model)
     for layer in layers.values():
         layer.start_calibration(histogram=histogram, fake_quantize=False)
+        # Statistics of a layer on a mesh lie as what they are of.
+        layer.amax.set_metadata(SPEC, layer.input_scale.get_metadata(SPEC, P()))
+        layer.tokens.set_metadata(SPEC, P(*layer.weight.get_metadata(SPEC, P())[: layer.tokens.ndim]))
     return nnx.split(model, Statistic, ...)
 
 
@@ -53,12 +58,16 @@ def observe(graphdef: nnx.GraphDef, rest: nnx.State, statistics: nnx.State, batc
         batch: what the model is called with.
     """
     model = nnx.merge(graphdef, statistics, rest)
+    if getattr(model, "placement", None) is not None:
+        model.placement = None  # here it is one device's part
     model(*batch)
     return nnx.state(model, Statistic)
 
 
 def all_reduce(statistics: nnx.State, axes: str | Sequence[str], copies: Sequence[str] = ()) -> nnx.State:
-    """The statistics of all devices, inside `jax.shard_map` or `jax.pmap`: two collectives, whatever the model.
+    """The statistics of all devices, inside `jax.shard_map` or `jax.pmap`.
+
+    Two collectives, whatever the model: a maximum and a sum; one more for layers whose K is split.
 
     Arguments:
         statistics: this device's.
@@ -67,18 +76,21 @@ def all_reduce(statistics: nnx.State, axes: str | Sequence[str], copies: Sequenc
     """
     axes = (axes,) if isinstance(axes, str) else tuple(axes)
     variables, tree = jax.tree.flatten(statistics, is_leaf=_is_variable)
-    values: list[Array | None] = [None] * len(variables)
-    for is_amax in (True, False):
-        picked = [i for i, variable in enumerate(variables) if isinstance(variable, Amax) == is_amax]
-        parts = [variables[i][...] for i in picked]
+    alike: dict[tuple, list[int]] = {}
+    for index, variable in enumerate(variables):
+        is_max = isinstance(variable, Amax | NonfiniteCount)
+        over = (*axes, *copies) if is_max else axes
+        split = jax.tree.leaves(tuple(variable.get_metadata(SPEC, P())))
+        alike.setdefault((is_max, tuple(axis for axis in over if axis not in split)), []).append(index)
+    for (is_max, over), indices in alike.items():
+        parts = [variables[index][...] for index in indices]
         # One vector, so that one collective moves it.
-        vector = jnp.concatenate([part.reshape(-1).astype(jnp.float32 if is_amax else jnp.uint32) for part in parts])
-        vector = jax.lax.pmax(vector, (*axes, *copies)) if is_amax else jax.lax.psum(vector, axes)
-        start = 0
-        for i, part in zip(picked, parts):
-            values[i] = vector[start : start + part.size].reshape(part.shape).astype(part.dtype)
-            start += part.size
-    return jax.tree.unflatten(tree, [variable.replace(value) for variable, value in zip(variables, values)])
+        vector = jnp.concatenate([part.reshape(-1).astype(jnp.float32 if is_max else jnp.uint32) for part in parts])
+        vector = jax.lax.pmax(vector, over) if is_max else jax.lax.psum(vector, over)
+        ends = np.cumsum([part.size for part in parts])[:-1]
+        for index, part, found in zip(indices, parts, jnp.split(vector, ends)):
+            variables[index] = variables[index].replace(found.reshape(part.shape).astype(part.dtype))
+    return jax.tree.unflatten(tree, variables)
 
 
 def _is_variable(node: Any) -> bool:

@@ -110,7 +110,7 @@ class QuantizedLayer(nnx.Module):
             raise CalibrationError(f"layer: it saw no activation other than zero in {np.sum(self.tokens[...])} tokens")
         if scale is None:
             scale = numerics.compute_scale(self.amax[...], self.recipe.activation)
-        self.input_scale[...] = scale
+        self.input_scale[...] = jax.device_put(scale, self.input_scale[...].sharding)
         self.recipe = dataclasses.replace(self.recipe, observer=None)
         self.abandon_calibration()
 

@@ -17,10 +17,11 @@ from fp8x.sharding.plan import Placement
 
 def specs(module: nnx.Module) -> nnx.State:
     """How the parameters of a module lie, as `jax.shard_map` takes it for `nnx.state(module)`."""
-    return _specs(nnx.state(module))
+    return state_specs(nnx.state(module))
 
 
-def _specs(state: nnx.State) -> nnx.State:
+def state_specs(state: nnx.State) -> nnx.State:
+    """`specs` of a state."""
     is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
     return jax.tree.map(lambda variable: variable.get_metadata("spec", P()), state, is_leaf=is_variable)
 
@@ -61,7 +62,7 @@ def on_devices(
         return jax.shard_map(
             on_device,
             mesh=placement.mesh,
-            in_specs=(_specs(state), *in_specs),
+            in_specs=(state_specs(state), *in_specs),
             out_specs=out_specs,
             check_vma=False,
         )(state, *args)

@@ -159,9 +159,9 @@ def test_devices_meet_once_in_two_all_reduces():
         observer = sharded.ShardedObserver(*start(model(), histogram=histogram), mesh_of(data=2, tensor=2))
         reduce = sharded._reduce.lower(observer.mesh, observer.statistics).compile().as_text()
         groups = 1 + 2 + 1  # of up, w13, w2
-        counts = 3 + 1 + 2 * 4  # rows with NaN of each, tokens of the linear and of experts
-        sums = 4 * counts + (4 * groups * 2 * BINS if histogram else 0)
-        assert collectives(reduce) == [("all-reduce", 4 * groups), ("all-reduce", sums)]
+        maxima = 4 * (groups + 3)  # and how many rows with NaN each saw
+        sums = 4 * (1 + 2 * 4) + (4 * groups * 2 * BINS if histogram else 0)  # tokens of the linear and of experts
+        assert collectives(reduce) == [("all-reduce", maxima), ("all-reduce", sums)]
     batch, is_real = (np.zeros((2 * PORTION, 32), np.float32),), np.ones(2, bool)
     step = sharded._step.lower(observer.graphdef, observer.local, observer.statistics, observer.rest, batch, is_real)
     assert collectives(step.compile().as_text()) == []

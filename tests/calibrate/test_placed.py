@@ -1,0 +1,55 @@
+"""Calibration of decoders that are split over a mesh: what the whole decoder gives, but for how sums are rounded."""
+
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from test_sharded import collectives, mesh_of
+
+import fp8x
+from fp8x.calibrate import sharded, start
+from fp8x.errors import CalibrationError, MeshError
+from fp8x.nn.convert import named_layers
+
+IDS = np.random.default_rng(0).integers(0, 256, (4, 8)).astype(np.int32)
+GROUPS = "fp8_e4m3fn_bf16_block_scale_static_activation"
+
+
+@pytest.mark.parametrize(
+    ("code", "axes"),
+    [
+        (GROUPS, {"data": 2, "tensor": 2}),
+        ("e4m3_e4m3_bf16", {"tensor": 2, "expert": 2, "axis_type": AxisType.Explicit}),
+    ],
+    ids=str,
+)
+def test_agrees_with_the_whole_decoder(code, axes, tiny_checkpoint):
+    expected = fp8x.calibrate(fp8x.load(tiny_checkpoint, code), [IDS[:2], IDS[2:]])
+    model = fp8x.sharding.shard(fp8x.load(tiny_checkpoint, code), mesh_of(**axes))
+    report = fp8x.calibrate(model, [IDS])
+    for path, layer in report.layers.items():
+        assert layer.amax.shape == expected.layers[path].amax.shape
+        np.testing.assert_allclose(layer.amax, expected.layers[path].amax, rtol=2.0**-6, err_msg=path)
+        np.testing.assert_array_equal(layer.tokens.sum(), expected.layers[path].tokens.sum(), err_msg=path)
+    for layer in named_layers(model).values():
+        assert layer.input_scale[...].sharding.mesh.size == 4 and not layer.is_calibrating
+    assert np.isfinite(np.asarray(model(IDS))).all()
+
+
+def test_what_moves(tiny_checkpoint):
+    model = fp8x.sharding.shard(fp8x.load(tiny_checkpoint, GROUPS), mesh_of(data=2, tensor=2))
+    observer = sharded.ShardedObserver(*start(model), model.placement.mesh, True)
+    arguments = (observer.statistics, observer.rest, (IDS,), np.ones(2, bool))
+    step = sharded._step.lower(observer.graphdef, observer.local, *arguments).compile().as_text()
+    # Of the forward pass: the embedding, o_proj of two layers, the mixture of one. No layer looks at what comes after.
+    assert [kind for kind, _ in collectives(step)] == ["all-reduce"] * 4
+    reduce = sharded._reduce.lower(observer.mesh, observer.statistics).compile().as_text()
+    # Maxima of what is whole and of what is split, and counts.
+    assert [kind for kind, _ in collectives(reduce)] == ["all-reduce"] * 3
+
+
+def test_what_a_split_decoder_can_not_do(tiny_checkpoint):
+    model = fp8x.sharding.shard(fp8x.load(tiny_checkpoint, GROUPS), mesh_of(tensor=2))
+    with pytest.raises(CalibrationError, match="method: 'mse' takes the whole model on every device, but this one is"):
+        fp8x.calibrate(model, [IDS], method="mse")
+    with pytest.raises(MeshError, match="mesh: it is not the one that the model is on; leave it out"):
+        fp8x.calibrate(model, [IDS], mesh_of(data=2))
