@@ -3,6 +3,7 @@
 from fp8x import nn, ops
 from fp8x.array import ScaledArray
 from fp8x.calibrate import calibrate
+from fp8x.models.convert import convert
 from fp8x.models.hub import load, save
 from fp8x.nn import quantize_model
 from fp8x.numerics import quantize
@@ -17,6 +18,7 @@ __all__ = [
     "Scheme",
     "backend",
     "calibrate",
+    "convert",
     "load",
     "nn",
     "ops",

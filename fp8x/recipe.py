@@ -74,6 +74,11 @@ class Recipe:
         """Whether the layer holds a calibrated activation scale."""
         return self.activation_scale == "static"
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether that scale comes from data; a unit scale does not."""
+        return self.is_static and self.activation.scale_rule != "unit"
+
 
 def _codes(out: str) -> dict[str, Recipe]:
     dtype = OUT_DTYPES[out]

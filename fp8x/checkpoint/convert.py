@@ -59,15 +59,13 @@ class Target:
     @property
     def needs_calibration(self) -> bool:
         """Whether the destination holds a static activation scale that neither calibration nor the source gives."""
-        if self.input_scale is not None or self.recipe is None or not self.recipe.is_static:
-            return False
-        if self.recipe.activation.scale_rule == "unit":
+        if self.input_scale is not None or self.recipe is None or not self.recipe.needs_calibration:
             return False
         stored = self.stored
         return stored is None or not stored.is_static or not _stores_alike(stored.activation, self.recipe.activation)
 
 
-def _stores_alike(a, b) -> bool:
+def _stores_alike(a: Scheme, b: Scheme) -> bool:
     return (a.element, a.block, a.scale_dtype) == (b.element, b.block, b.scale_dtype)
 
 

@@ -114,7 +114,7 @@ def parse_mesh(text: str | None) -> "Mesh | None":
 
 def needs_calibration(recipe: "Recipe | None") -> bool:
     """Whether a layer's static activation scale comes from data; a bare cast's is 1."""
-    return recipe is not None and recipe.is_static and recipe.activation.scale_rule != "unit"
+    return recipe is not None and recipe.needs_calibration
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from fp8x.calibrate import Sidecar, sidecar
 from fp8x.checkpoint import Format, Reader, choose_format, format_of
 from fp8x.checkpoint.convert import UNQUANTIZED, Conversion, Target, convert_tensors
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES
@@ -30,7 +31,7 @@ def convert(
     format: str | None = None,
     *,
     rules: Mapping[str, Recipe | str | None] | None = None,
-    calibration: Mapping[str, np.ndarray] | None = None,
+    calibration: str | Path | Sidecar | None = None,
     allow_nonfinite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     beside: Mapping[str, Mapping[str, Any]] | None = None,
@@ -51,7 +52,8 @@ def convert(
         format: "compressed-tensors", "fp8" …; by default the first that can hold the result.
         rules: exceptions to `recipe`, by module, as `fp8x.quantize_model` takes them. Modules have the paths that
             `fp8x.load` gives them where it knows the model, else their names in the checkpoint.
-        calibration: static activation scales, float32 `[1, groups]`, by module; for recipes that have them.
+        calibration: static activation scales, for recipes that have them: what `fp8x calibrate` wrote, or a `Sidecar`.
+            Without it the scales are those of `src`, where it has them.
         allow_nonfinite: accept matrices that hold NaN or Inf instead of raising.
         max_shard_bytes: several files with an index, where one would be larger.
         beside: further JSON files, by name.
@@ -83,17 +85,19 @@ def convert(
             default = as_recipe(recipe)
         by_module = Rules(default, rules or {}).resolve(modules)
         chosen = {prefix: by_module[path] for path, names in modules.items() for prefix in names}
-    scales = _scales(calibration or {}, modules)
+    scales = {} if calibration is None else _scales(calibration, modules, chosen, reader)
     targets = {prefix: Target(stored[prefix], chosen[prefix], scales.get(prefix)) for prefix in prefixes}
     used = [choice for choice in chosen.values() if choice is not None]
     if format is not None and not used:
         raise CheckpointError(f"format: {format!r} does not fit: nothing is quantized; leave the format out")
     format = choose_format(used, format) if used else None
+    config = _config(reader.config, format, chosen, out_dtype)
+    further = {} if format is None else format.beside(config["quantization_config"])
     return convert_tensors(
         reader,
         dst,
         targets,
-        _config(reader.config, format, chosen, out_dtype),
+        config,
         source_format=source_format,
         format=format,
         out_dtype=out_dtype,
@@ -101,7 +105,7 @@ def convert(
         dropped=[name for name in reader if source_format is not None and HARMLESS.fullmatch(name)],
         allow_nonfinite=allow_nonfinite,
         max_shard_bytes=max_shard_bytes,
-        beside=beside,
+        beside={**further, **(beside or {})},
         progress=progress,
     )
 
@@ -135,11 +139,21 @@ def _dtype(config: Mapping[str, Any]) -> np.dtype:
     return {str(dtype): dtype for dtype in OUT_DTYPES.values()}.get(str(named), np.dtype(jnp.bfloat16))
 
 
-def _scales(calibration: Mapping[str, np.ndarray], modules: Mapping[str, list[str]]) -> dict[str, np.ndarray]:
-    """By prefix."""
-    if unknown := [path for path in calibration if path not in modules]:
-        raise CheckpointError(f"calibration: {some(unknown)} not in the checkpoint; was it made with another model?")
-    return {prefix: scale for path, scale in calibration.items() for prefix in modules[path]}
+def _scales(
+    calibration: str | Path | Sidecar,
+    modules: Mapping[str, list[str]],
+    recipes: Mapping[str, Recipe | None],
+    reader: Reader,
+) -> dict[str, np.ndarray]:
+    """Static activation scales by prefix."""
+    found = calibration if isinstance(calibration, Sidecar) else sidecar.read(calibration)
+    layers = {}
+    for path, (prefix, *_) in modules.items():
+        recipe = recipes[prefix]
+        if recipe is not None and recipe.is_static:
+            layers[path] = (recipe.activation, reader.stored(f"{prefix}.weight").shape[-1])
+    found.check(layers)
+    return {prefix: scale for path, scale in found.scales.items() for prefix in modules[path]}
 
 
 def _config(
