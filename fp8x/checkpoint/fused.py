@@ -34,6 +34,8 @@ _SUFFIXES = {
 }
 _FUSED = re.compile(rf"(.*\.experts)\.(gate_up_proj|down_proj)({'|'.join(_SUFFIXES)})")
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+# What a header says may be nonsense, and each expert takes memory.
+_MAX_EXPERTS = 4096
 _MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
@@ -61,7 +63,12 @@ def unfused(tensors: Mapping[str, "Stored"], model_type: str | None) -> dict[str
 def _split(name: str, tensor: "Stored", match: re.Match, is_mixtral: bool) -> Iterator[tuple[str, "Stored"]]:
     experts, fused, suffix = match.groups()
     parts = _PARTS[fused]
-    rows = tensor.shape[1] if len(tensor.shape) > 1 else 1
+    count, *rest = tensor.shape
+    if count > _MAX_EXPERTS:
+        raise CheckpointError(
+            f"{name} in {tensor.file}: shape is {list(tensor.shape)}; at most {_MAX_EXPERTS} experts fit"
+        )
+    rows = rest[0] if rest else 1
     # One row of scales, or one scale, is everyone's.
     is_shared = suffix != "" and rows == 1
     if not is_shared and rows % len(parts):
@@ -69,12 +76,12 @@ def _split(name: str, tensor: "Stored", match: re.Match, is_mixtral: bool) -> It
             f"{name} in {tensor.file}: {rows} rows do not divide into gate and up"
             + ("; a block of scales straddles both, and fp8x has no such matrix" if suffix else "")
         )
-    count = 1 if is_shared else len(parts)
-    shape = (rows // count, *tensor.shape[2:]) if len(tensor.shape) > 1 else ()
-    size = (tensor.stop - tensor.start) // (tensor.shape[0] * count) if tensor.shape[0] else 0
-    for expert in range(tensor.shape[0]):
+    pieces = 1 if is_shared else len(parts)
+    shape = (rows // pieces, *rest[1:]) if rest else ()
+    for expert in range(count):
+        size = (tensor.stop - tensor.start) // (count * pieces)
         for index, part in enumerate(parts):
-            start = tensor.start + size * (expert * count + min(index, count - 1))
+            start = tensor.start + size * (expert * pieces + min(index, pieces - 1))
             short = _MIXTRAL[part] if is_mixtral else part
             block = _mixtral_name(experts) if is_mixtral else experts
             piece = dataclasses.replace(tensor, shape=shape, start=start, stop=start + size)
