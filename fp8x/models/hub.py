@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -24,7 +25,10 @@ from fp8x.models.mesh_loading import MeshLoader
 from fp8x.nn.convert import check_calibrated
 from fp8x.nn.quantized import QuantizedLayer
 from fp8x.recipe import Recipe, Rules, as_recipe
-from fp8x.sharding.plan import check_mesh
+from fp8x.sharding.layers import gathered
+from fp8x.sharding.model import plan_of
+from fp8x.sharding.place import whole, whole_shape
+from fp8x.sharding.plan import LayerSplit, Plan, check_mesh
 
 
 def load(
@@ -133,9 +137,17 @@ def save(
     if format is not None and not used:
         raise CheckpointError(f"format: {format!r} does not fit: the model is not quantized; leave the format out")
     writer_format = choose_format(used, format) if used else None
-    params = {name: get(model, variable_path) for variable_path, name in param_names(config).items()}
-    total = sum(variable.nbytes for variable in params.values())
-    total += sum(_stored_bytes(layer, names[path], writer_format) for path, layer in layers.items())
+    params, placed = param_names(config), None if model.placement is None else plan_of(model, model.placement.mesh)
+    if not model.norm.scale[...].is_fully_addressable:
+        raise CheckpointError(
+            f"model: it lies on devices of {jax.process_count()} processes; load it in one process and save it there "
+            "(a calibration over several leaves a sidecar, which fp8x.load takes)"
+        )
+    total = sum(get(model, path).dtype.itemsize * math.prod(_shape(model, path, placed)) for path in params)
+    total += sum(
+        _stored_bytes(layer, names[path], writer_format, placed and placed.layers[path])
+        for path, layer in layers.items()
+    )
     report = None if progress is None else lambda done: progress(done, total)
     with Writer(path, max_shard_bytes=max_shard_bytes, progress=report) as writer:
         hf = _hf_config(model, writer_format, recipes)
@@ -144,9 +156,11 @@ def save(
             writer.add_json(name, value)
         if "_name_or_path" in config.hf:
             writer.copy_companions(Path(config.hf["_name_or_path"]))
-        for name, variable in params.items():
-            writer.add(name, variable[...])
+        for variable_path, name in params.items():
+            array = get(model, variable_path)[...]
+            writer.add(name, array if placed is None else whole(array, placed.param(variable_path, array.ndim)))
         for module_path, layer in layers.items():
+            layer = layer if placed is None else gathered(layer, placed.layers[module_path])
             for name, array in _tensors(layer, names[module_path], writer_format):
                 writer.add(name, array)
 
@@ -161,11 +175,20 @@ def _hf_config(model: Decoder, format: Format | None, recipes: Mapping[str, Reci
     return hf
 
 
-def _stored_bytes(layer: nnx.Module, names: Names, format: Format | None) -> int:
+def _shape(model: Decoder, path: str, placed: Plan | None) -> tuple[int, ...]:
+    """Of a parameter that is no linear layer's matrix, on disk."""
+    shape = get(model, path).shape
+    return shape if placed is None else whole_shape(shape, placed.param(path, len(shape)))
+
+
+def _stored_bytes(layer: nnx.Module, names: Names, format: Format | None, split: LayerSplit | None) -> int:
     """The size of what `_tensors` gives."""
+    weight = layer.kernel if isinstance(layer, nnx.Linear) else layer.weight
+    shape = weight.shape[::-1] if isinstance(layer, nnx.Linear) else weight.shape
+    shape = shape if split is None else whole_shape(shape, split.dims(len(shape)))
     if not isinstance(layer, QuantizedLayer):
-        return (layer.kernel if isinstance(layer, nnx.Linear) else layer.weight).nbytes
-    layout = format.layout(layer.recipe, layer.weight.shape[-2:])
+        return weight.dtype.itemsize * math.prod(shape)
+    layout = format.layout(layer.recipe, shape[-2:])
     specs = [spec for spec in (layout.weight, layout.weight_scale, layout.input_scale) if spec is not None]
     each = sum(math.prod(spec.shapes[0]) * DTYPES[spec.dtypes[0]].itemsize for spec in specs)
     return each * len(list(flat(names)))

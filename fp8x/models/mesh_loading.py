@@ -54,7 +54,7 @@ class MeshLoader(Loader):
             if path.endswith(".bias"):
                 biases[path.removesuffix(".bias")] = read
                 continue
-            dims = (layout.embedding, None) if variable.ndim == 2 else (None,)
+            dims = layout.param(path, variable.ndim)
             put(variable, place(read, variable.shape, self.dtype, dims, self.mesh))
             self._finish(name)
         for path, names in self.names.items():

@@ -12,9 +12,9 @@ from jaxtyping import Array
 from fp8x.array import ScaledArray
 from fp8x.errors import MeshError
 from fp8x.nn.moe import MoE
-from fp8x.nn.quantized import QuantizedLayer
+from fp8x.nn.quantized import QuantizedLayer, weight_scheme
 from fp8x.nn.unquantized import UnquantizedGroupedLinear
-from fp8x.sharding.place import Read, place, put, scale_dims
+from fp8x.sharding.place import Read, place, put, scale_dims, whole, whole_shape
 from fp8x.sharding.plan import LayerSplit
 
 Layer = QuantizedLayer | UnquantizedGroupedLinear | nnx.Linear
@@ -124,3 +124,23 @@ def mark_moe(moe: MoE, w2: LayerSplit) -> None:
     """Tells a mixture whose w2 is split so which experts are here, and over which axes its outputs are summed."""
     moe.expert_axes = () if w2.experts is None else w2.experts.axes
     moe.sum_axes = (*moe.expert_axes, *(() if w2.k is None else w2.k.axes))
+
+
+def gathered(layer: Layer, split: LayerSplit) -> Layer:
+    """A copy of a placed layer with the whole parameters in this process's memory, as they were before."""
+    layer = nnx.merge(*nnx.split(layer))  # the arrays are shared
+    weight = layer.kernel if isinstance(layer, nnx.Linear) else layer.weight
+    dims = split.dims(weight.ndim)
+    if isinstance(layer, QuantizedLayer):
+        scheme = weight_scheme(layer.recipe, weight.ndim)
+        _, of_scales = scale_dims(scheme, whole_shape(weight.shape, dims), dims)
+        layer.weight_scale.set_value(whole(layer.weight_scale[...], of_scales))
+        if layer.input_scale is not None:
+            _, of_inputs = scale_dims(
+                layer.recipe.activation, whole_shape((1, weight.shape[-1]), (None, split.k)), (None, split.k)
+            )
+            layer.input_scale.set_value(whole(layer.input_scale[...], of_inputs))
+    weight.set_value(whole(weight[...], dims[::-1] if isinstance(layer, nnx.Linear) else dims))
+    if layer.bias is not None:
+        layer.bias.set_value(whole(layer.bias[...], dims[:-1]))
+    return layer

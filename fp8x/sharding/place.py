@@ -64,6 +64,11 @@ def place(read: Read, shape: tuple[int, ...], dtype: np.dtype, dims: Dims, mesh:
     return jax.make_array_from_callback(sizes, NamedSharding(mesh, spec_of(dims)), part)
 
 
+def whole_shape(shape: tuple[int, ...], dims: Dims) -> tuple[int, ...]:
+    """The inverse of `padded`."""
+    return tuple(size if split is None else split.size for size, split in zip(shape, dims, strict=True))
+
+
 def whole(array: Array, dims: Dims) -> np.ndarray:
     """The inverse of `place`: the array as one process sees it, without what was filled in."""
     found = np.asarray(array)

@@ -66,6 +66,12 @@ class Plan:
     layers: dict[str, LayerSplit]
     embedding: Split | None
 
+    def param(self, path: str, ndim: int) -> tuple[Split | None, ...]:
+        """The dims of a parameter that is no linear layer's matrix: the embedding, a norm, or a linear layer's bias."""
+        if path.endswith("embedding"):
+            return (self.embedding, None)
+        return (self.layers[path.removesuffix(".bias")].n,) if path.endswith(".bias") else (None,) * ndim
+
 
 def check_mesh(mesh: Mesh) -> None:
     """Raises MeshError for an axis that has no meaning here."""
