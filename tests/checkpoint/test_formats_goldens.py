@@ -15,6 +15,7 @@ import fp8x
 from fp8x.checkpoint import FORMATS, Reader, format_of
 from fp8x.checkpoint.inspect import inspect
 from fp8x.models import Decoder
+from fp8x.models.convert import convert
 from fp8x.models.hf_names import linear_names, param_names
 from fp8x.models.loading import get
 from fp8x.nn.quantized import QuantizedLayer
@@ -91,6 +92,15 @@ def test_logits_of_the_dequantized_weights(name):
         layer = get(model, f"layers.{0 if path == 'self_attn.q_proj' else model.config.num_hidden_layers - 1}.{path}")
         assert getattr(layer, "recipe", None) == recipe, path
     logits = run(dequantized(model), golden["ids"])
+    np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=2e-6 * np.abs(golden["logits"]).max())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_converted_to_float32(tmp_path, name):
+    """Without a model, and written with the names of the published checkpoints."""
+    convert(GOLDENS / name, tmp_path / "out", "f32")
+    golden = load_file(GOLDENS / name / "golden.safetensors")
+    logits = run(fp8x.load(tmp_path / "out"), golden["ids"])
     np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=2e-6 * np.abs(golden["logits"]).max())
 
 
