@@ -22,7 +22,7 @@ from fp8x.scheme import Scheme
 
 FLOATS = ("F32", "F16", "BF16")
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
-CHUNK = 2**21  # values at a time
+CHUNK = 2**20  # values at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,17 +179,19 @@ def _recipes(reader: Reader, format: Format | None, recipe: Recipe | str | None)
 def _quantized_row(name: str, recipe: Recipe, reader: Reader, format: Format, original: Reader | None) -> TensorRow:
     prefix, shape = name.removesuffix(".weight"), reader.stored(name).shape
     weight, _ = format.decode(prefix, recipe, shape, reader)
-    size = sum(reader.stored(tensor).nbytes for tensor in format.names(prefix, recipe, shape, reader))
-    row = TensorRow(name, weight.scheme, shape, size)
+    tensors = format.names(prefix, recipe, shape, reader)
+    row = TensorRow(name, weight.scheme, shape, sum(reader.stored(tensor).nbytes for tensor in tensors))
     block = _block_rows(shape, weight.scheme)
 
     def part(rows: slice) -> ScaledArray:
         scale_rows = slice(None) if block is None else slice(rows.start // block, math.ceil(rows.stop / block))
         return ScaledArray(weight.data[rows], weight.scale[scale_rows], weight.scheme)
 
-    if original is None:
-        return _measured(row, part, shape, block, None, [reader])
-    return _measured(row, part, shape, block, _values(original, name, shape), [reader, original])
+    truth = None if original is None else _values(original, name, shape)
+    row = _measured(row, part, shape, block, truth, [reader] if original is None else [reader, original])
+    for tensor in tensors:
+        reader.release(tensor)
+    return row
 
 
 def _plain_row(name: str, reader: Reader) -> TensorRow:

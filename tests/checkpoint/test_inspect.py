@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from resident import measure
 from safetensors.numpy import save_file
+from synthetic import write_mixtral
 
 import fp8x
 from fp8x.checkpoint.inspect import TensorRow, inspect, merge_experts
@@ -109,3 +111,40 @@ def test_a_reference_that_does_not_fit(tiny_checkpoint, quantized, tmp_path):
         inspect(quantized, reference=other)
     with pytest.raises(CheckpointError, match="leave the recipe out"):
         inspect(quantized, recipe="e4m3_bf16")
+
+
+INSPECT = """
+from fp8x.checkpoint.inspect import inspect
+size = inspect(path, recipe="e4m3_e4m3_bf16").bytes
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_some_rows(tmp_path, tiny_checkpoint):
+    assert write_mixtral(tmp_path / "model", 1024, 2048) > 200 * 2**20
+    _, growth = measure(INSPECT, tmp_path / "model", tiny_checkpoint)
+    assert growth < 128 * 2**20
+
+
+def test_rows_are_measured_in_parts(tmp_path, monkeypatch):
+    """Schemes whose blocks span all rows, whole chunks, and parts of them."""
+    path = write(tmp_path / "c", {"a.weight": weights(100, 96), "b": weights(3, 5, 7), "c": weights(11)})
+    for scheme in ((None, 32), (32, 32)):
+        recipe = fp8x.Recipe(fp8x.Scheme("e4m3", block=scheme))
+        whole = inspect(path, recipe=recipe).rows
+        with monkeypatch.context() as patch:
+            patch.setattr(fp8x.checkpoint.inspect, "CHUNK", 4000)
+            parts = inspect(path, recipe=recipe).rows
+        assert [(row.name, row.scheme, row.amax, row.bytes) for row in parts] == [
+            (row.name, row.scheme, row.amax, row.bytes) for row in whole
+        ]
+        assert parts[0].noise == pytest.approx(whole[0].noise, rel=1e-5)
+
+
+def test_what_there_is_to_say_of_a_damaged_directory(tiny_checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere: does not exist"):
+        inspect(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"config.json: is missing"):
+        inspect(tmp_path)
+    with pytest.raises(CheckpointError, match=r"quant_method is 'awq'; fp8x reads 'compressed-tensors'"):
+        inspect(write(tmp_path / "awq", {"a.weight": weights(2, 2)}, quantization_config={"quant_method": "awq"}))
