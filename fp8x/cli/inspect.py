@@ -39,7 +39,7 @@ def inspect(
     if plot is not None:
         terminal.check_file("--plot", plot)
     chosen = None if recipe is None else options.parse_recipe(recipe)
-    with terminal.progress(f"reading {checkpoint.name}") as update:
+    with terminal.progress(f"reading {checkpoint.name}", unit="bytes") as update:
         found = module.inspect(checkpoint, reference=reference, recipe=chosen, progress=update)
     if plot is not None:
         from fp8x.cli import plots
