@@ -65,7 +65,7 @@ def quantize(
     beside = {} if result is None else {SIDECAR: result}
     with terminal.progress(f"writing {destination.name}", unit="bytes") as update:
         fp8x.save(model, destination, format, beside=beside, progress=update)
-    with terminal.progress("reading back") as update:
+    with terminal.progress("reading back", unit="bytes") as update:
         before = inspect(source)
         after = inspect(destination, reference=source, progress=update)
     summary = _summary(before, after) | {
