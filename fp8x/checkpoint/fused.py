@@ -25,6 +25,8 @@ from fp8x.errors import CheckpointError
 if TYPE_CHECKING:
     from fp8x.checkpoint.reader import Stored
 
+MAX_EXPERTS = 2**16  # a damaged shape must not make millions of matrices
+
 _SUFFIXES = {
     "": ".weight",
     "_scale_inv": ".weight_scale_inv",
@@ -63,6 +65,8 @@ def unfused(tensors: Mapping[str, "Stored"], model_type: str | None) -> dict[str
 def _split(name: str, tensor: "Stored", match: re.Match, is_mixtral: bool) -> Iterator[tuple[str, "Stored"]]:
     experts, fused, suffix = match.groups()
     parts = _PARTS[fused]
+    if tensor.shape[0] > MAX_EXPERTS:
+        raise CheckpointError(f"{name} in {tensor.file}: {tensor.shape[0]} experts are over {MAX_EXPERTS}")
     count, *rest = tensor.shape
     if count > _MAX_EXPERTS:
         raise CheckpointError(

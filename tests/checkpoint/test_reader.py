@@ -233,6 +233,11 @@ def test_unusual_headers(single):
     assert reader.stored("half").nbytes == 1
 
 
+def test_more_experts_than_there_can_be(single):
+    write(single / SINGLE, {"model.layers.0.mlp.experts.down_proj": entry(shape=[10**9, 0, 4], offsets=[0, 0])}, size=0)
+    fails(single, "model.layers.0.mlp.experts.down_proj in", "1000000000 experts are over 65536")
+
+
 @pytest.mark.parametrize("change", ["truncate", "touch", "replace", "remove"])
 def test_file_that_changes_after_opening(single, change):
     reader, file = Reader(single), single / SINGLE
