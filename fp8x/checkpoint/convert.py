@@ -127,7 +127,8 @@ def convert_tensors(
             f"{some(lacking)} have static activation scales, which are found by calibration: give those that "
             "fp8x.calibrate found, or take a recipe with dynamic activation scales"
         )
-    jobs = list(_jobs(reader, targets, set(dropped), source_format, format, out_dtype, allow_nonfinite))
+    # Files are filled in this order, so that they are finished one after the other.
+    jobs = _ordered(_jobs(reader, targets, set(dropped), source_format, format, out_dtype, allow_nonfinite))
     specs = {name: spec for job in jobs for name, spec in job.specs.items()}
     files = {reader.stored(name).file for name in reader}
     identity = [
@@ -140,7 +141,7 @@ def convert_tensors(
         total = sum(job.bytes for job in jobs)
         work = _Work(writer, progress, total - sum(job.bytes for job in todo), total)
         resumed = sum(_size(spec) for name, spec in specs.items() if writer.has(name))
-        work.run(_ordered(todo))
+        work.run(todo)
         writer.add_json(CONFIG, config)
         for name, value in (beside or {}).items():
             writer.add_json(name, value)

@@ -85,6 +85,7 @@ class ResumableWriter:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        is_finished = False
         try:
             self._disk.close()
             for shard in self._shards:
@@ -93,9 +94,10 @@ class ResumableWriter:
                 with explained(self.path):
                     self._disk.check()
                     self._finish()
-            elif not issubclass(kind, KeyboardInterrupt):
-                shutil.rmtree(self._work, ignore_errors=True)
+                is_finished = True
         finally:
+            if not is_finished and kind is not KeyboardInterrupt:
+                shutil.rmtree(self._work, ignore_errors=True)
             os.close(self._descriptor)
 
     def has(self, name: str) -> bool:

@@ -1,0 +1,204 @@
+"""Files written in any order, and conversions that are killed."""
+
+import errno
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from fp8x.checkpoint import Reader, blocks
+from fp8x.checkpoint.blocks import BLOCK, BlockFile, Disk
+from fp8x.checkpoint.resumable import ResumableWriter
+from fp8x.errors import CheckpointError
+
+SPECS = {"a": ("F8_E4M3", (100, 3)), "b": ("F32", (7,)), "none": ("BF16", (0, 2)), "c": ("U8", (50,)), "d": ("F32", ())}
+SHARD = 310  # bytes: `a` fills the first file, the rest the second
+
+
+def values(name: str) -> np.ndarray:
+    dtype, shape = SPECS[name]
+    size = int(np.prod(shape)) * {"F32": 4, "BF16": 2}.get(dtype, 1)
+    return np.random.default_rng(len(name) + ord(name[0])).integers(0, 255, size).astype(np.uint8)
+
+
+def write(writer: ResumableWriter, names=tuple(SPECS)) -> None:
+    for name in names:
+        if not writer.has(name):
+            data = values(name)
+            for start in reversed(range(0, data.size, 33)):
+                writer.write(name, start, data[start : start + 33])
+
+
+def run(path, identity="x", **options) -> None:
+    with ResumableWriter(path, SPECS, identity, max_shard_bytes=SHARD, **options) as writer:
+        write(writer)
+        writer.add_json("config.json", {})
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, BLOCK, 2 * BLOCK + 77])
+def test_a_file_in_any_order_by_several_threads(tmp_path, size):
+    data = np.random.default_rng(0).integers(0, 255, size).astype(np.uint8)
+    cuts = sorted({0, size, *np.random.default_rng(1).integers(0, size + 1, 20).tolist()})
+    pieces = list(itertools.pairwise(cuts))
+    np.random.default_rng(2).shuffle(pieces)
+    disk, done = Disk(), []
+    file = BlockFile(tmp_path / "file", size, disk, lambda: done.append(True))
+
+    def work(part) -> None:
+        for start, stop in part:
+            file.write(start, data[start:stop])
+
+    threads = [threading.Thread(target=work, args=(pieces[i::3],)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    disk.close()
+    disk.check()
+    assert (tmp_path / "file").read_bytes() == data.tobytes()
+    assert bool(size) == bool(done)
+
+
+def test_what_is_written_is_read(tmp_path):
+    run(tmp_path / "out")
+    reader = Reader(tmp_path / "out")
+    assert {file.name for file in (tmp_path / "out").glob("*.safetensors")} == {
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    }
+    for name, (dtype, shape) in SPECS.items():
+        assert reader.read(name, shapes=[shape], dtypes=[dtype]).tobytes() == values(name).tobytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_safetensors_reads_it_too(tmp_path):
+    from safetensors import safe_open
+
+    run(tmp_path / "out")
+    with safe_open(tmp_path / "out" / "model-00002-of-00002.safetensors", framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert file.get_tensor("b").tobytes() == values("b").tobytes()
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    run(tmp_path / "whole")
+    with (
+        pytest.raises(KeyboardInterrupt),
+        ResumableWriter(tmp_path / "out", SPECS, "x", max_shard_bytes=SHARD) as writer,
+    ):
+        write(writer, ["a", "b"])
+        raise KeyboardInterrupt
+    assert not (tmp_path / "out").exists()
+    (first,) = (tmp_path / ".out.partial" / "out").glob("*.safetensors")
+    made = first.stat().st_ino
+    with ResumableWriter(tmp_path / "out", SPECS, "x", max_shard_bytes=SHARD) as writer:
+        assert [name for name in SPECS if writer.has(name)] == ["a"]
+        write(writer)
+        writer.add_json("config.json", {})
+    assert (tmp_path / "out" / first.name).stat().st_ino == made
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_files_of_another_run_are_not_used(tmp_path):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        ResumableWriter(tmp_path / "out", SPECS, "x", max_shard_bytes=SHARD) as writer,
+    ):
+        write(writer, ["a"])
+        raise KeyboardInterrupt
+    with ResumableWriter(tmp_path / "out", SPECS, "y", max_shard_bytes=SHARD) as writer:
+        assert not any(map(writer.has, SPECS))
+        write(writer)
+
+
+def test_an_error_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), ResumableWriter(tmp_path / "out", SPECS, "x") as writer:
+        write(writer, ["a"])
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+
+
+def test_less_than_planned_is_an_error(tmp_path):
+    expected = pytest.raises(CheckpointError, match="got less than was planned")
+    with expected, ResumableWriter(tmp_path / "out", SPECS, "x") as writer:
+        write(writer, ["a"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_destination_that_is_there_stays(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        run(tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_two_at_once(tmp_path):
+    with ResumableWriter(tmp_path / "out", SPECS, "x") as writer:
+        with pytest.raises(CheckpointError, match="another process is writing it"):
+            run(tmp_path / "out")
+        write(writer)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_disk_without_room_says_so_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 5))
+    with pytest.raises(CheckpointError, match=r"out: needs 0\.00 GB, but 0\.00 GB are free"):
+        run(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(blocks.os, "pwrite", full)
+    with pytest.raises(CheckpointError, match=r"out: can't be written: .*No space left on device"):
+        run(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_disks_without_direct_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "O_DIRECT", 0)
+    run(tmp_path / "out")
+    assert Reader(tmp_path / "out").stored("a").shape == (100, 3)
+
+
+CONVERT = """
+import os, signal, sys
+import fp8x
+
+def progress(done, total):
+    if done / total >= float(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+fp8x.convert(sys.argv[1], sys.argv[2], "mxfp8_bf16", max_shard_bytes=30_000, progress=progress)
+"""
+
+
+@pytest.mark.parametrize(
+    "share", [0.6, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.01, 0.3, 0.9, 1.0))]
+)
+def test_a_killed_conversion_ends_with_the_same_bytes(tiny_checkpoint, tmp_path, share):
+    import fp8x
+
+    fp8x.convert(tiny_checkpoint, tmp_path / "whole", "mxfp8_bf16", max_shard_bytes=30_000)
+    out = tmp_path / "out"
+    arguments = [sys.executable, "-c", CONVERT, str(tiny_checkpoint), str(out), str(share)]
+    killed = subprocess.run(arguments, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not out.exists()
+    done = fp8x.convert(tiny_checkpoint, out, "mxfp8_bf16", max_shard_bytes=30_000)
+    assert (done.bytes_resumed > 0) == (share >= 0.3)
+    files = {file.name for file in out.iterdir()}
+    assert len(files) > 5 and files == {file.name for file in (tmp_path / "whole").iterdir()}
+    assert all((out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in files)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
