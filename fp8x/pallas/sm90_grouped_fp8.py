@@ -11,6 +11,7 @@ A block has three warpgroups and takes tile after tile of the output, `block_m �
   has. The tensor cores add fp8 products up with fewer mantissa bits than float32 has, so every 128 of K get a fresh
   accumulator, `part`, which is then added to `total` in float32 (DeepSeek-V3, arXiv:2412.19437, section 3.3.2).
   While one of the two adds, the other keeps the tensor cores busy.
+Blocks in a pair (a cluster of two) have the same rows and neighboring columns, and share what they fetch of x.
 
 Scales come in one of two forms, and the kernel is compiled for one of them:
 - a factor for each row and for each column (per tensor, token, channel or expert), multiplied with `total`;
@@ -18,6 +19,7 @@ Scales come in one of two forms, and the kernel is compiled for one of them:
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,7 @@ BLOCK_K = 128  # one row of a slot is 128 bytes: the widest swizzle, and the lon
 WAVE = 64  # rows of a wgmma
 ROW_ALIGN = 8  # rows of a swizzle atom: a TMA box into one starts at a multiple
 OUT_ALIGN = 64  # columns: TMA boxes of the output tile it without a rest
+L2_BYTES = 34  # a cycle and SM: assumed (8.2 TB/s at 1.83 GHz), never measured
 RASTER = 16  # row tiles side by side in the order of tiles: 16 × 128 rows by 8 × 256 columns are in flight on 132 SMs
 
 ROW_OF_WGMMA = plgpu.Layout.WGMMA.reduce(1)  # the registers for a value a row of an accumulator
@@ -47,27 +50,31 @@ class Tiling:
         block_m: 64 or 128.
         block_n: 128 or 256: half of it is the width of a wgmma.
         stages: slots of `(block_m + block_n) * 128` bytes.
+        cluster: 2 makes pairs of blocks with neighboring columns: each fetches half of their rows of x for both.
     """
 
     block_m: int
     block_n: int
     stages: int = 4
+    cluster: int = 1
 
 
 def choose_tiling(m: int, n: int, groups: int) -> Tiling:
     """The tiling with the least estimated time, the larger tile where two are equal.
 
     A step of K takes a tile the longer of its `block_m * block_n / 32` cycles of tensor work (8192 FLOP a cycle and
-    SM) and the `(block_m + block_n) * 128` bytes that it fetches at about 40 bytes a cycle and SM (what L2 gave the
-    fastest published kernels). Rows are taken as spread evenly over the groups.
+    SM) and what it fetches at L2_BYTES. Rows are taken as spread evenly over the groups.
     """
 
     def cost(tiling: Tiling) -> float:
-        step = max(tiling.block_m * tiling.block_n / 32, (tiling.block_m + tiling.block_n) * BLOCK_K / 40)
+        fetched = (tiling.block_m / tiling.cluster + tiling.block_n) * BLOCK_K
+        step = max(tiling.block_m * tiling.block_n / 32, fetched / L2_BYTES)
         row_tiles = min(groups, m) * pl.cdiv(pl.cdiv(m, groups), tiling.block_m)
-        return pl.cdiv(row_tiles * pl.cdiv(n, tiling.block_n), SMS) * step
+        column_tiles = pl.cdiv(n, tiling.block_n * tiling.cluster)
+        return pl.cdiv(row_tiles * column_tiles, SMS // tiling.cluster) * step
 
-    return min((Tiling(m, n) for m in (128, 64) for n in (256, 128)), key=cost)
+    shapes = itertools.product((128, 64), (256, 128), (2, 1))
+    return min((Tiling(m, n, cluster=cluster) for m, n, cluster in shapes), key=cost)
 
 
 def grouped_fp8(
@@ -101,7 +108,8 @@ def grouped_fp8(
     waves, width = block_m // WAVE, block_n // 2
     panel = min(128 // jnp.dtype(out_dtype).itemsize, width)  # columns of the output that are 128 bytes wide
     panels = width // panel
-    steps_of_k, column_tiles = pl.cdiv(k, BLOCK_K), pl.cdiv(n, block_n)
+    steps_of_k, column_tiles = pl.cdiv(k, BLOCK_K), pl.cdiv(n, block_n * tiling.cluster)
+    padded_n = column_tiles * tiling.cluster * block_n
     block_scaled = x_scale.ndim == 2
     grouped = group_sizes is not None
 
@@ -122,10 +130,10 @@ def grouped_fp8(
     # and 8 do not divide cost a copy of the weights here. Scales and bias are read without bounds: a tile more of each.
     x = _pad(x, (-m % ROW_ALIGN, -k % BLOCK_K))
     w = _pad(w, (0, -n % ROW_ALIGN, -k % BLOCK_K))
-    spare_n = column_tiles * block_n - n
+    spare_n = padded_n - n
     x_scale = _pad(x_scale, (0, block_m) if block_scaled else (block_m,))
     if block_scaled:
-        w_scale = _pad(w_scale, (0, pl.cdiv(column_tiles * block_n, 128) - w_scale.shape[1], 0))
+        w_scale = _pad(w_scale, (int(grouped), pl.cdiv(padded_n, 128) - w_scale.shape[1], 0))
     else:
         w_scale = _pad(w_scale, (int(grouped), spare_n))
     bias = None if bias is None else _pad(bias.astype(jnp.float32), (int(grouped), spare_n))
@@ -147,7 +155,8 @@ def grouped_fp8(
                 else:
                     start = row_tile * block_m
                     group, skip, rows, steps = 0, 0, jnp.minimum(m - start, block_m), steps_of_k
-                return do(group, start, skip, rows, column_tile * block_n, steps, carry)
+                column = (column_tile * tiling.cluster + lax.axis_index("pair")) * block_n
+                return do(group, start, skip, rows, column, steps, carry)
 
             loop = plgpu.nd_loop((row_tiles * column_tiles,), collective_axes="block", init_carry=jnp.int32(0))
             return loop(tile)
@@ -170,7 +179,9 @@ def grouped_fp8(
                     for wave in range(waves):
                         rows_of_wave = x.at[pl.ds(start + wave * WAVE, WAVE), at_k]
                         barrier = full if wave == 0 else full_wave
-                        plgpu.copy_gmem_to_smem(rows_of_wave, x_smem.at[slot, wave], barrier.at[slot])
+                        plgpu.copy_gmem_to_smem(
+                            rows_of_wave, x_smem.at[slot, wave], barrier.at[slot], collective_axes=shared
+                        )
                     return step + 1
 
                 return lax.fori_loop(0, steps, load, step)
@@ -187,18 +198,22 @@ def grouped_fp8(
             half = warpgroup * width  # this warpgroup's first column in a tile
 
             def compute_tile(group, start, skip, rows, column, steps, step):
+                def load_factors(i):
+                    """Block scales of a step, straight from global memory (L2). Read from a slot of the ring they
+                    would need a fence before TMA may overwrite it (docs/kernels.md)."""
+                    if not block_scaled:
+                        return ()
+                    waves_of_x = [pl.ds(start + wave * WAVE, WAVE) for wave in range(waves)]
+                    x_factors = [_load(x_scale.at[i, rows_of_wave], ROW_OF_WGMMA) for rows_of_wave in waves_of_x]
+                    return w_scale[group, lax.div(column + half, 128), i], *x_factors
+
                 def multiply(i, carry):
-                    step, *totals = carry
+                    step, totals, factors = carry
                     slot = lax.rem(step, stages)
-                    if block_scaled:
-                        # Straight from global memory (L2), early: they arrive while the tensor cores work. Read from
-                        # a slot of the ring they would need a fence before TMA may overwrite it (docs/kernels.md).
-                        factor = w_scale[group, lax.div(column + half, 128), i]
-                        factors = [
-                            factor * _load(x_scale.at[i, pl.ds(start + wave * WAVE, WAVE)], ROW_OF_WGMMA)
-                            for wave in range(waves)
-                        ]
+                    # A step early: ptxas would have the tensor cores wait for them.
+                    next_factors = load_factors(jnp.minimum(i + 1, steps_of_k - 1))
                     plgpu.barrier_wait(full.at[slot])
+                    promoted = []
                     for wave in range(waves):
                         if wave > 0:
                             # A barrier of its own also keeps ptxas from starting this wave while the part before is
@@ -213,12 +228,14 @@ def grouped_fp8(
                         if wave == waves - 1:
                             plgpu.barrier_arrive(empty.at[slot])
                         if block_scaled:
-                            part = part * lax.broadcast_in_dim(factors[wave], part.shape, [0])
-                        totals[wave] += part
-                    return step + 1, *totals
+                            w_factor, *x_factors = factors
+                            part = part * lax.broadcast_in_dim(x_factors[wave] * w_factor, part.shape, [0])
+                        promoted.append(totals[wave] + part)
+                    return step + 1, tuple(promoted), next_factors
 
                 zeros = plgpu.layout_cast(jnp.zeros((WAVE, width), jnp.float32), plgpu.Layout.WGMMA)
-                step, *totals = lax.fori_loop(0, steps, multiply, (step, *[zeros] * waves))
+                init = step, (zeros,) * waves, load_factors(0)
+                step, totals, _ = lax.fori_loop(0, steps, multiply, init)
 
                 for wave in range(waves):
                     # The rows [begin, end) of this wave are the group's.
@@ -270,12 +287,17 @@ def grouped_fp8(
             for_each_tile(compute_tile)
             plgpu.wait_smem_to_gmem(0)
 
+    shared = "pair" if tiling.cluster == 2 else None
+    # A slot is free when the warpgroups of both blocks have read it: each block writes into both.
+    empty = dict(num_arrivals=2, num_barriers=stages)
     swizzled = (plgpu.TilingTransform((ROW_ALIGN, BLOCK_K)), plgpu.SwizzleTransform(BLOCK_K))
     run = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((m, n + -n % OUT_ALIGN), out_dtype),
-        grid=(min(programs, most_row_tiles * column_tiles),),
+        grid=(min(programs // tiling.cluster, most_row_tiles * column_tiles),),
         grid_names=("block",),
+        cluster=(tiling.cluster,),
+        cluster_names=("pair",),
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=dict(
@@ -284,7 +306,7 @@ def grouped_fp8(
             out_smem=plgpu.SMEM((2, 2, WAVE, panel), out_dtype),
             full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             full_wave=plgpu.Barrier(num_arrivals=max(waves - 1, 1), num_barriers=stages),
-            empty=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            empty=plgpu.ClusterBarrier(collective_axes=("pair",), **empty) if shared else plgpu.Barrier(**empty),
         ),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )

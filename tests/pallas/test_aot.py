@@ -11,7 +11,7 @@ from fp8x.pallas.sm90_grouped_fp8 import Tiling, grouped_fp8
 
 E4M3, E5M2, BF16, F16, F32 = jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.bfloat16, jnp.float16, jnp.float32
 needs_compiler = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
-TILINGS = [Tiling(128, 256), Tiling(128, 128), Tiling(64, 256), Tiling(64, 128)]
+TILINGS = [Tiling(m, n, cluster=cluster) for m in (128, 64) for n in (256, 128) for cluster in (2, 1)]
 
 
 def compile_fp8(
@@ -42,7 +42,13 @@ def compile_fp8(
     ids=str,
 )
 @pytest.mark.parametrize("blocks", [False, True], ids=["factors", "blocks"])
-@pytest.mark.parametrize("tiling", TILINGS, ids=lambda t: f"{t.block_m}x{t.block_n}")
+@pytest.mark.parametrize(
+    "tiling",
+    [
+        pytest.param(t, id=f"{t.block_m}x{t.block_n}x{t.cluster}", marks=[] if t.cluster == 2 else pytest.mark.slow)
+        for t in TILINGS
+    ],
+)
 def test_fp8(tiling, blocks, options):
     report = compile_fp8(tiling, blocks=blocks, **options)
     assert report.spill_bytes == 0 and not report.instructions["LDL"] and not report.instructions["STL"]
@@ -51,6 +57,7 @@ def test_fp8(tiling, blocks, options):
     assert report.instructions["QGMMA"] == 4 * waves  # 32 of K each: one step of 128 in the loop, and no other copy
     assert f"QGMMA.64x{tiling.block_n // 2}x32.F32.E4M3.E4M3" in report.sass
     assert report.instructions["UTMALDG"] and report.instructions["UTMASTG"]
+    assert ("MULTICAST" in report.sass) == (tiling.cluster == 2)
     # Promotion, one instruction for each of a thread's elements of `total`.
     elements = waves * 64 * (tiling.block_n // 2) // 128
     assert report.instructions["FFMA" if blocks else "FADD"] >= elements

@@ -72,15 +72,16 @@ def test_dense(interpreted, shape, weight, activation, dtype, use_bias):
 @pytest.mark.parametrize(
     ("tiling", "pair", "dtype"),
     [
-        (Tiling(128, 256, 2), (BLOCK, GROUP), jnp.float32),  # two waves, two panels each of them, and a ring that wraps
+        (Tiling(128, 256, 2, cluster=2), (BLOCK, GROUP), jnp.float32),  # waves, panels, pairs, a ring that wraps
         pytest.param(Tiling(128, 128, 3), (BLOCK, GROUP), jnp.bfloat16, marks=pytest.mark.slow),
         pytest.param(Tiling(64, 256, 1), (per_row(), per_row()), jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(Tiling(64, 128, 2, cluster=2), (per_row(), per_row()), jnp.bfloat16, marks=pytest.mark.slow),
         pytest.param(Tiling(128, 256, 4), (per_row(), per_row()), jnp.float16, marks=pytest.mark.slow),
     ],
     ids=str,
 )
 def test_tilings(interpreted, tiling, pair, dtype):
-    """Several tiles for each of two programs, with groups that end anywhere in a tile."""
+    """Several tiles for each block, with groups that end anywhere in a tile."""
     shape = Shape((100, 0, 29, 200, 7), 328, 416, spare=20)
     given = operands(shape, pair[0])
     x = quantize(jnp.where(row_mask(given.group_sizes, shape.m)[:, None], given.x, 0), pair[1])
@@ -109,15 +110,17 @@ def test_nan_past_the_groups_stays_there(interpreted):
 @pytest.mark.parametrize(
     ("m", "n", "groups", "expected"),
     [
-        (8 * 4096, 4096, 8, (128, 256)),
-        (4096, 14336, 1, (128, 256)),
-        (64, 4096, 1, (64, 128)),  # as many tiles as there can be
-        (8 * 64, 14336, 8, (64, 256)),  # 64 rows a group
+        (8 * 4096, 4096, 8, (128, 256, 2)),
+        (4096, 14336, 1, (128, 256, 2)),
+        (64, 4096, 1, (64, 128, 2)),  # as many tiles as there can be
+        (8 * 64, 16384, 8, (64, 256, 2)),  # 64 rows a group
+        (4096, 256, 1, (64, 128, 2)),
+        (8 * 4096, 128, 8, (128, 128, 1)),  # no second block has columns
     ],
 )
 def test_choice_of_tiling(m, n, groups, expected):
     tiling = choose_tiling(m, n, groups)
-    assert (tiling.block_m, tiling.block_n) == expected
+    assert (tiling.block_m, tiling.block_n, tiling.cluster) == expected
 
 
 def test_lowers_for_cuda_in_transformations():
