@@ -100,17 +100,18 @@ def inspect(
 
     Arguments:
         path: the directory.
-        reference: the unquantized checkpoint that `path` was made from: gives quantized tensors their SNR.
+        reference: the checkpoint that `path` was made from: gives what was quantized or dequantized its SNR. What is in
+            8 bits there counts with its dequantized values.
         recipe: for an unquantized checkpoint: shows what this recipe would make of it.
         progress: called after every tensor with the bytes read and the bytes in all.
 
     Raises:
-        CheckpointError: a damaged checkpoint; a reference that is quantized itself or holds other tensors; a recipe for
-            what is quantized already.
+        CheckpointError: a damaged checkpoint; a reference that holds other tensors; a recipe for what is quantized
+            already.
     """
     reader = Reader(path)
     format = format_of(reader.config)
-    original = None if reference is None else _open_reference(reference)
+    original = None if reference is None else _Reference(reference)
     if format is not None and recipe is not None:
         raise CheckpointError(f"recipe: {reader.path} is quantized already ({format.name}); leave the recipe out")
     recipes = _recipes(reader, format, recipe)
@@ -123,7 +124,7 @@ def inspect(
     for name in names:
         chosen = recipes.get(name.removesuffix(".weight"))
         if chosen is None:
-            rows.append(_plain_row(name, reader))
+            rows.append(_plain_row(name, reader, original))
         elif format is None:
             rows.append(_row_of_recipe(name, chosen.weight, reader))
         else:
@@ -157,11 +158,40 @@ def _merged(name: str, rows: list[TensorRow]) -> TensorRow:
     )
 
 
-def _open_reference(path: str | Path) -> Reader:
-    reader = Reader(path)
-    if (format := format_of(reader.config)) is not None:
-        raise CheckpointError(f"reference: {reader.path} is quantized itself ({format.name}); give the bf16 checkpoint")
-    return reader
+Part = Callable[[slice], np.ndarray | ScaledArray]  # some rows of a matrix, in whole blocks
+
+
+class _Reference:
+    """The checkpoint to compare with."""
+
+    def __init__(self, path: str | Path):
+        self.reader = Reader(path)
+        self._format = format_of(self.reader.config)
+        self._recipes = _recipes(self.reader, self._format, None)
+
+    def recipe(self, name: str) -> Recipe | None:
+        """The recipe of a matrix that is quantized there."""
+        return self._recipes.get(name.removesuffix(".weight"))
+
+    def part(self, name: str, shape: tuple[int, ...]) -> tuple[Part, int | None]:
+        """Its rows, and how many of them are in a block."""
+        if (recipe := self.recipe(name)) is None:
+            return _values(self.reader, name, shape).__getitem__, None
+        if self.reader.stored(name).shape != shape:
+            found = list(self.reader.stored(name).shape)
+            raise CheckpointError(f"reference: {name} in {self.reader.path} is {found}, not {list(shape)}")
+        weight, _ = self._format.decode(name.removesuffix(".weight"), recipe, shape, self.reader)
+        return _part(weight)
+
+
+def _part(weight: ScaledArray) -> tuple[Part, int | None]:
+    block = _block_rows(weight.shape, weight.scheme)
+
+    def part(rows: slice) -> ScaledArray:
+        scale_rows = slice(None) if block is None else slice(rows.start // block, math.ceil(rows.stop / block))
+        return ScaledArray(weight.data[rows], weight.scale[scale_rows], weight.scheme)
+
+    return part, block
 
 
 def _recipes(reader: Reader, format: Format | None, recipe: Recipe | str | None) -> dict[str, Recipe]:
@@ -176,31 +206,41 @@ def _recipes(reader: Reader, format: Format | None, recipe: Recipe | str | None)
     return {prefix: chosen for prefix, chosen in recipes.items() if chosen is not None}
 
 
-def _quantized_row(name: str, recipe: Recipe, reader: Reader, format: Format, original: Reader | None) -> TensorRow:
+def _quantized_row(name: str, recipe: Recipe, reader: Reader, format: Format, original: _Reference | None) -> TensorRow:
     prefix, shape = name.removesuffix(".weight"), reader.stored(name).shape
     weight, _ = format.decode(prefix, recipe, shape, reader)
     tensors = format.names(prefix, recipe, shape, reader)
     row = TensorRow(name, weight.scheme, shape, sum(reader.stored(tensor).nbytes for tensor in tensors))
-    block = _block_rows(shape, weight.scheme)
-
-    def part(rows: slice) -> ScaledArray:
-        scale_rows = slice(None) if block is None else slice(rows.start // block, math.ceil(rows.stop / block))
-        return ScaledArray(weight.data[rows], weight.scale[scale_rows], weight.scheme)
-
-    truth = None if original is None else _values(original, name, shape)
-    row = _measured(row, part, shape, block, truth, [reader] if original is None else [reader, original])
+    row = _compared(row, *_part(weight), shape, reader, original)
     for tensor in tensors:
         reader.release(tensor)
     return row
 
 
-def _plain_row(name: str, reader: Reader) -> TensorRow:
+def _plain_row(name: str, reader: Reader, original: _Reference | None) -> TensorRow:
     tensor = reader.stored(name)
     row = TensorRow(name, tensor.dtype.lower(), tensor.shape, tensor.nbytes)
     if tensor.dtype not in FLOATS:
         return row
-    values = _values(reader, name, tensor.shape).reshape(-1)
+    values = _values(reader, name, tensor.shape)
+    if original is not None and original.recipe(name) is not None:
+        return _compared(row, values.__getitem__, None, tensor.shape, reader, original)
+    values = values.reshape(-1)
     return _measured(row, values.__getitem__, (values.size, 1), None, None, [reader])
+
+
+def _compared(
+    row: TensorRow,
+    part: Part,
+    block: int | None,
+    shape: tuple[int, int],
+    reader: Reader,
+    original: _Reference | None,
+) -> TensorRow:
+    if original is None:
+        return _measured(row, part, shape, block, None, [reader])
+    truth, other = original.part(row.name, shape)
+    return _measured(row, part, shape, math.lcm(block or 1, other or 1), truth, [reader, original.reader])
 
 
 def _row_of_recipe(name: str, scheme: Scheme, reader: Reader) -> TensorRow:
@@ -215,7 +255,9 @@ def _row_of_recipe(name: str, scheme: Scheme, reader: Reader) -> TensorRow:
         scale = numerics.compute_scale(jnp.asarray(amax), scheme)
     size = math.prod(shape) + math.prod(scheme.scale_shape(shape)) * scheme.scale_dtype.itemsize
     row = TensorRow(name, scheme, shape, size)
-    return _measured(row, lambda rows: _quantize(values[rows], scale, scheme), shape, block, values, [reader])
+    return _measured(
+        row, lambda rows: _quantize(values[rows], scale, scheme), shape, block, values.__getitem__, [reader]
+    )
 
 
 def _values(reader: Reader, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -236,16 +278,16 @@ def _chunks(shape: tuple[int, int], block: int | None) -> Iterator[slice]:
 
 def _measured(
     row: TensorRow,
-    part: Callable[[slice], np.ndarray | ScaledArray],
+    part: Part,
     shape: tuple[int, int],
     block: int | None,
-    truth: np.ndarray | None,
+    truth: Part | None,
     readers: list[Reader],
 ) -> TensorRow:
-    """`row` with its numbers. `part` gives some rows of its values `[N, K]`; `readers` hold them, and `truth`."""
+    """`row` with its numbers. `part` gives its values `[N, K]`; `readers` hold them, and `truth`."""
     amax, sums = 0.0, np.zeros(1 if truth is None else 3)
     for rows in _chunks(shape, block):
-        top, *more = _reduce(part(rows), None if truth is None else truth[rows])
+        top, *more = _reduce(part(rows), None if truth is None else truth(rows))
         amax, sums = max(amax, float(top)), sums + np.array(more, np.float64)
         for reader in readers:
             _release(reader, row.name, rows, shape[1])
@@ -273,14 +315,18 @@ def _quantize(values: Array, scale: Array | None, scheme: Scheme) -> ScaledArray
 
 
 @jax.jit
-def _reduce(values: Array | ScaledArray, truth: Array | None) -> tuple[Array, ...]:
-    values = values.dequantize() if isinstance(values, ScaledArray) else values.astype(jnp.float32)
+def _reduce(values: Array | ScaledArray, truth: Array | ScaledArray | None) -> tuple[Array, ...]:
+    values = _float32(values)
     finite = jnp.isfinite(values)
     extent = jnp.max(jnp.where(finite, jnp.abs(values), 0), initial=0), jnp.sum(~finite)
     if truth is None:
         return extent
-    truth = truth.astype(jnp.float32)
+    truth = _float32(truth)
     return *extent, jnp.sum(truth**2), jnp.sum((values - truth) ** 2)
+
+
+def _float32(values: Array | ScaledArray) -> Array:
+    return values.dequantize() if isinstance(values, ScaledArray) else values.astype(jnp.float32)
 
 
 def _natural(name: str) -> list[tuple[bool, int | str]]:

@@ -103,9 +103,22 @@ def test_snr_without_error_is_infinite():
     assert TensorRow("x", "bf16", (1,), 2, signal=1.0, noise=0.0).snr == math.inf
 
 
+@pytest.mark.parametrize("recipe", ["mxfp8_bf16", "bf16"])
+def test_a_quantized_reference_counts_as_what_it_stands_for(tiny_checkpoint, tmp_path, recipe):
+    fp8x.convert(tiny_checkpoint, tmp_path / "a", "fp8_e4m3fn_bf16_block_scale")
+    fp8x.convert(tmp_path / "a", tmp_path / "b", recipe)
+    rows = {row.name: row for row in inspect(tmp_path / "b", reference=tmp_path / "a").rows}
+    first, second = fp8x.load(tmp_path / "a"), fp8x.load(tmp_path / "b")
+    truth = np.asarray(first.layers[0].self_attn.q_proj.quantized_weight.dequantize(), np.float64)
+    layer = second.layers[0].self_attn.q_proj
+    found = layer.kernel[...].T if recipe == "bf16" else layer.quantized_weight.dequantize()
+    noise = np.square(np.asarray(found, np.float64) - truth).sum()
+    row = rows["model.layers.0.self_attn.q_proj.weight"]
+    assert row.snr == pytest.approx(10 * np.log10(np.square(truth).sum() / noise), abs=1e-3)
+    assert rows["model.norm.weight"].snr is None
+
+
 def test_a_reference_that_does_not_fit(tiny_checkpoint, quantized, tmp_path):
-    with pytest.raises(CheckpointError, match="is quantized itself"):
-        inspect(quantized, reference=quantized)
     other = write(tmp_path / "other", {"a.weight": weights(2, 2)})
     with pytest.raises(CheckpointError, match=r"k_proj.weight: missing from .*other|w1.weight: missing from"):
         inspect(quantized, reference=other)
