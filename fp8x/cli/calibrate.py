@@ -54,6 +54,10 @@ def calibrate(
     )
     rows = read_rows(source, calibration)
     model = load(source, chosen, rules)
+    if devices is not None and any(devices.shape[axis] > 1 for axis in devices.axis_names if axis != "data"):
+        from fp8x.sharding import shard
+
+        shard(model, devices)
     report = run(model, rows, calibration)
     result = sidecar(report, recipe, calibration, rows)
     if output is not None:
