@@ -14,7 +14,7 @@ from fp8x.errors import MeshError
 from fp8x.nn.moe import MoE
 from fp8x.nn.quantized import QuantizedLayer, weight_scheme
 from fp8x.nn.unquantized import UnquantizedGroupedLinear
-from fp8x.sharding.place import Read, place, put, scale_dims, whole, whole_shape
+from fp8x.sharding.place import Read, place, put, scale_dims, values_of, whole, whole_shape
 from fp8x.sharding.plan import LayerSplit
 
 Layer = QuantizedLayer | UnquantizedGroupedLinear | nnx.Linear
@@ -96,14 +96,13 @@ def place_weight(
 
 
 def place_layer(layer: Layer, split: LayerSplit, mesh: Mesh) -> None:
-    """Places a layer that is in memory."""
-    bias = None if layer.bias is None else np.asarray(layer.bias[...]).__getitem__
+    """Places a layer that is in memory, or abstract."""
+    bias = None if layer.bias is None else values_of(layer.bias)
     if not isinstance(layer, QuantizedLayer):
         weight = layer.kernel if isinstance(layer, nnx.Linear) else layer.weight
-        return place_weight(layer, split, mesh, np.asarray(weight[...]).__getitem__, bias)
-    data, scale = np.asarray(layer.weight[...]), np.asarray(layer.weight_scale[...])
-    input_scale = None if layer.input_scale is None else np.asarray(layer.input_scale[...]).__getitem__
-    weight = place_stored(data.__getitem__, scale.__getitem__, layer, split, mesh)
+        return place_weight(layer, split, mesh, values_of(weight), bias)
+    input_scale = None if layer.input_scale is None else values_of(layer.input_scale)
+    weight = place_stored(values_of(layer.weight), values_of(layer.weight_scale), layer, split, mesh)
     place_quantized(layer, split, mesh, weight, bias, input_scale)
 
 

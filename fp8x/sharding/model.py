@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -10,7 +9,7 @@ from fp8x.errors import MeshError
 from fp8x.nn.convert import get_module, named_modules
 from fp8x.nn.moe import MoE
 from fp8x.sharding.layers import mark_moe, place_layer
-from fp8x.sharding.place import SPEC, place, put
+from fp8x.sharding.place import SPEC, place, put, values_of
 from fp8x.sharding.plan import Plan, plan
 
 if TYPE_CHECKING:
@@ -24,7 +23,8 @@ def shard(model: "Decoder", mesh: Mesh) -> "Decoder":
     same without the whole model in memory.
 
     Arguments:
-        model: quantized, calibrated if its recipe has static activation scales; or in 16 or 32 bits.
+        model: quantized, calibrated if its recipe has static activation scales; or in 16 or 32 bits. An abstract one
+            (`nnx.eval_shape`) becomes the description of what lies on the mesh, for orbax to restore into.
         mesh: with axes among `data` (rows of a batch), `tensor` (heads and features) and `expert`.
 
     Raises:
@@ -37,8 +37,8 @@ def shard(model: "Decoder", mesh: Mesh) -> "Decoder":
     for path, split in layers.layers.items():
         place_layer(get_module(model, path), split, mesh)
     embedding = model.embed_tokens.embedding
-    table = np.asarray(embedding[...])
-    put(embedding, place(table.__getitem__, table.shape, table.dtype, (layers.embedding, None), mesh))
+    dims = (layers.embedding, None)
+    put(embedding, place(values_of(embedding), embedding.shape, embedding.dtype, dims, mesh))
     finish(model, layers)
     return model
 
@@ -56,8 +56,8 @@ def finish(model: "Decoder", layers: Plan) -> None:
     mesh = layers.placement.mesh
     for _, variable in nnx.to_flat_state(nnx.state(model)):
         if SPEC not in variable.get_metadata():
-            value = np.asarray(variable[...])
-            put(variable, place(value.__getitem__, value.shape, value.dtype, (None,) * value.ndim, mesh))
+            dims = (None,) * variable.ndim
+            put(variable, place(values_of(variable), variable.shape, variable.dtype, dims, mesh))
     for path, module in named_modules(model):
         if isinstance(module, MoE):
             mark_moe(module, layers.layers[f"{path}.w2"])

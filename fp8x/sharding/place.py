@@ -33,15 +33,26 @@ def padded(shape: tuple[int, ...], dims: Dims) -> tuple[int, ...]:
     return tuple(size if split is None else split.padded for size, split in zip(shape, dims, strict=True))
 
 
-def place(read: Read, shape: tuple[int, ...], dtype: np.dtype, dims: Dims, mesh: Mesh, fill: float = 0) -> Array:
+def values_of(variable: nnx.Variable) -> Read | None:
+    """What `place` reads of a variable that is in memory whole; None where it is abstract."""
+    value = variable.get_value()
+    return None if isinstance(value, jax.ShapeDtypeStruct) else np.asarray(value).__getitem__
+
+
+def place(
+    read: Read | None, shape: tuple[int, ...], dtype: np.dtype, dims: Dims, mesh: Mesh, fill: float = 0
+) -> Array | jax.ShapeDtypeStruct:
     """An array on the mesh.
 
     Arguments:
-        read: gives ranges of the whole array; called for what this process's devices hold, once for each part.
+        read: gives ranges of the whole array; called for what this process's devices hold, once for each part. None
+            gives the array's description.
         shape: of the whole array.
         fill: what lies behind the rows of a part, where its split has more room.
     """
-    sizes, parts = padded(shape, dims), {}
+    sizes, parts, sharding = padded(shape, dims), {}, NamedSharding(mesh, spec_of(dims))
+    if read is None:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         bounds = tuple(range(size)[where] for where, size in zip(index, sizes))
@@ -61,7 +72,7 @@ def place(read: Read, shape: tuple[int, ...], dtype: np.dtype, dims: Dims, mesh:
             parts[bounds] = out
         return parts[bounds]
 
-    return jax.make_array_from_callback(sizes, NamedSharding(mesh, spec_of(dims)), part)
+    return jax.make_array_from_callback(sizes, sharding, part)
 
 
 def whole_shape(shape: tuple[int, ...], dims: Dims) -> tuple[int, ...]:
