@@ -61,7 +61,8 @@ def loaded(name: str) -> Decoder:
 
 def dequantized(model: Decoder) -> Decoder:
     """The same weights in float32."""
-    plain = Decoder(dataclasses.replace(model.config, dtype="float32"), rngs=nnx.Rngs(0))
+    config = dataclasses.replace(model.config, dtype="float32")
+    plain = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     for path in param_names(model.config):
         get(plain, path).set_value(get(model, path)[...].astype(jnp.float32))
     for path in linear_names(model.config):
@@ -95,7 +96,7 @@ def test_logits_of_the_dequantized_weights(name):
     np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=2e-6 * np.abs(golden["logits"]).max())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["hf_bf16_fused", "hf_block", "modelopt_mixed"])
 def test_converted_to_float32(tmp_path, name):
     """Without a model, and written with the names of the published checkpoints."""
     convert(GOLDENS / name, tmp_path / "out", "f32")
@@ -119,16 +120,16 @@ def test_static_scales():
 
 @pytest.mark.parametrize("name", [name for name, (format, *_) in CASES.items() if format])
 def test_round_trip_byte_by_byte(tmp_path, name):
+    """In its own format, or, where that can't be written, in the first that holds it."""
     model = loaded(name)
     used = {
         layer.recipe for path in linear_names(model.config) if isinstance(layer := get(model, path), QuantizedLayer)
     }
-    formats = [format for format in FORMATS.values() if format.objection(used) is None]
-    assert formats
-    for format in formats:
-        fp8x.save(model, tmp_path / format.name, format.name)
-        assert_same(fp8x.load(tmp_path / format.name), model)
-        assert inspect(tmp_path / format.name).format == format.name
+    own = FORMATS[CASES[name][0]]
+    format = next(format for format in (own, *FORMATS.values()) if format.objection(used) is None)
+    fp8x.save(model, tmp_path / "out", format.name)
+    assert_same(fp8x.load(tmp_path / "out"), model)
+    assert inspect(tmp_path / "out").format == format.name
 
 
 def assert_same(a: Decoder, b: Decoder) -> None:
