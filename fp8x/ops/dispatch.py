@@ -56,16 +56,17 @@ class Kernel:
     measured: bool = True
 
 
-_SM90_FACTORS = (mosaic.unsupported_by_factors, mosaic.grouped_matmul_by_factors)
-_SM90_BLOCKS = (mosaic.unsupported_by_blocks, mosaic.grouped_matmul_by_blocks)
+def _sm90(name: str, unsupported: Callable[[Call], str | None], grouped: Callable) -> tuple[Kernel, Kernel]:
+    return (
+        Kernel("matmul", name, "mosaic_gpu", unsupported, mosaic.dense(grouped), measured=False),
+        Kernel("grouped_matmul", name, "mosaic_gpu", unsupported, grouped, measured=False),
+    )
+
 
 # In order of preference; XLA, last, supports every call.
 KERNELS: tuple[Kernel, ...] = (
-    *(
-        Kernel(op, name, "mosaic_gpu", unsupported, mosaic.dense(run) if op == "matmul" else run, measured=False)
-        for name, (unsupported, run) in (("sm90_fp8", _SM90_FACTORS), ("sm90_fp8_block", _SM90_BLOCKS))
-        for op in ("matmul", "grouped_matmul")
-    ),
+    *_sm90("sm90_fp8", mosaic.unsupported_by_factors, mosaic.grouped_matmul_by_factors),
+    *_sm90("sm90_fp8_block", mosaic.unsupported_by_blocks, mosaic.grouped_matmul_by_blocks),
     Kernel("matmul", "xla_matmul", "xla", lambda call: None, xla.matmul),
     Kernel("grouped_matmul", "xla_grouped_matmul", "xla", lambda call: None, xla.grouped_matmul),
 )

@@ -13,32 +13,42 @@ from fp8x.scheme import Scheme
 
 
 def unsupported_by_factors(call) -> str | None:
-    """Why `sm90_grouped_fp8` can't take the scales as a factor for each row of x and of w."""
-    return _unsupported(call, lambda b: b is None, lambda b: True, "one scale for all of K")
+    """Why `grouped_matmul_by_factors` can't run a `dispatch.Call`; None if it can."""
+    if reason := _not_fp8(call):
+        return reason
+    for name, scheme in (("x", call.x), ("w", call.w)):
+        if scheme.block[-1] is not None:
+            return f"reads one scale for all of K; {name} is {scheme}"
+    return None
 
 
 def unsupported_by_blocks(call) -> str | None:
-    """Why `sm90_grouped_fp8` can't take the scales of 1×128 blocks of x and 128×128 blocks of w."""
-    whole = lambda b: b is None or b % 128 == 0  # noqa: E731
-    return _unsupported(call, whole, whole, "blocks of 128, or multiples, along K and w's rows")
+    """Why `grouped_matmul_by_blocks` can't run a `dispatch.Call`; None if it can."""
+    if reason := _not_fp8(call):
+        return reason
+    for name, scheme, dims in (("x", call.x, 1), ("w", call.w, 2)):
+        if any(
+            b is not None and b % 128 for b in (1, *scheme.block)[-dims:]
+        ):  # a block that names K alone has rows of 1
+            return f"reads blocks of 128, or multiples, along K and w's rows; {name} is {scheme}"
+    return None
 
 
-def _unsupported(call, along_k: Callable, along_n: Callable, wanted: str) -> str | None:
+def _not_fp8(call) -> str | None:
     if reason := _no_hopper():
         return reason
+    if not call.k:
+        return "multiplies rows of some K, not of 0"
     if not isinstance(call.x, Scheme):
         return f"multiplies 8-bit activations, not {call.x}"
     for name, scheme in (("x", call.x), ("w", call.w)):
         if scheme.is_mx:
             return f"reads float32 scales; those of {name} are e8m0 ({scheme})"
-        rows = (None, *scheme.block)[-2]
-        if not along_k(scheme.block[-1]) or (name == "w" and not along_n(rows)):
-            return f"reads {wanted}; {name} is {scheme}"
     return None
 
 
 def _no_hopper() -> str | None:
-    """A GPU that is none. Without any GPU the kernels still lower for CUDA, and run in Pallas' interpreter."""
+    """Why the GPU here is none. Without any GPU the kernels still lower for CUDA, and run in Pallas' interpreter."""
     device = jax.devices()[0]
     if device.platform == "gpu" and device.compute_capability != "9.0":
         return f"needs compute capability 9.0 (Hopper); {device.device_kind} has {device.compute_capability}"

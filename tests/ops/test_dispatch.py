@@ -79,6 +79,8 @@ def test_a_backend_that_cannot_run_the_call_says_why(doubling):
             "sm90_fp8: reads one scale for all of K; w is e4m3 1×128 f32; "
             "sm90_fp8_block: reads blocks of 128, or multiples, along K and w's rows; w is e4m3 1×128 f32",
         ),
+        (Scheme("e4m3", block=(None,)), Scheme("e4m3", block=(1, 128)), "sm90_fp8_block: reads .*; w is e4m3 · f32"),
+        (Scheme("e4m3", block=(128,)), per_row(), "sm90_fp8_block: reads .*; w is e4m3 128 f32"),
         (per_row(), Scheme("e4m3", block=(1, 64)), "sm90_fp8_block: reads blocks of 128.*; x is e4m3 1×64 f32"),
     ],
     ids=str,
