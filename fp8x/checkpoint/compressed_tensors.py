@@ -6,6 +6,7 @@ FP8, FP8_DYNAMIC, FP8_BLOCK, MXFP8, MXFP8A16) and `lifecycle/initialize.py`. An 
 used: ours is in 16 bits.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -147,8 +148,16 @@ def _scheme(args: Fields, row_strategy: str, is_mx: bool) -> Scheme:
         case "group":
             return mx() if is_mx else Scheme("e4m3", block=(1, args.size("group_size")))
         case "block":
-            return Scheme("e4m3", block=args.block("block_structure"))
+            return Scheme("e4m3", block=_block(args))
     return per_row()
+
+
+def _block(args: Fields) -> tuple[int, int]:
+    """`block_structure`: [128, 128], or "128x128" as the library wrote it once."""
+    value = args.get("block_structure")
+    if isinstance(value, str) and re.fullmatch(r"\d{1,9}x\d{1,9}", value):
+        args = Fields(args.value | {"block_structure": [int(size) for size in value.split("x")]}, args.where)
+    return args.block("block_structure")
 
 
 def _args(scheme: Scheme, row_strategy: str, dynamic: bool) -> dict[str, Any] | None:

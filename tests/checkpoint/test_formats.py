@@ -155,6 +155,7 @@ def compressed(weights: dict = WEIGHTS, inputs: dict | None = None, **fields) ->
         (compressed(WEIGHTS | {"strategy": "group"}), "g.weights has no group_size"),
         (compressed(WEIGHTS | {"strategy": "block"}), "g.weights has no block_structure"),
         (compressed(WEIGHTS | {"strategy": "block", "block_structure": [0, 1]}), "expected a list of two positive"),
+        (compressed(WEIGHTS | {"strategy": "block", "block_structure": "128"}), "expected a list of two positive"),
         (compressed(inputs=TOKEN | {"dynamic": "local"}), "g.input_activations.dynamic is 'local'; fp8x reads True"),
         (compressed(inputs=TOKEN | {"dynamic": False}), "g.input_activations.dynamic is False; fp8x reads True"),
         (compressed(format="mxfp8-quantized"), "strategy is 'channel', expected 'group' with group_size 32"),
@@ -202,6 +203,8 @@ def test_configs_as_others_write_them():
     assert read(compressed(inferred | {"group_size": 32}, format="mxfp8-quantized")) == Recipe(mx())
     group = WEIGHTS | {"strategy": "group", "group_size": 128}
     assert read(compressed(group)) == Recipe(GROUP)
+    for structure in ([128, 128], "128x128"):
+        assert read(compressed(WEIGHTS | {"strategy": "block", "block_structure": structure})) == Recipe(BLOCK)
     presets = {
         "FP8": "e4m3_e4m3_bf16",
         "fp8_dynamic": "e4m3_e4m3_bf16_dynamic",
