@@ -2,7 +2,7 @@
 
 from fp8x.calibrate.driver import CalibrationReport, LayerStatistics, calibrate
 from fp8x.calibrate.sidecar import Dataset, Sidecar
-from fp8x.calibrate.statistics import all_reduce, observe, start
+from fp8x.calibrate.statistics import all_reduce, observe, start, static_layers
 
 __all__ = [
     "CalibrationReport",
@@ -13,4 +13,5 @@ __all__ = [
     "calibrate",
     "observe",
     "start",
+    "static_layers",
 ]

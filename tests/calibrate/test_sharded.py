@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType
 
 import fp8x
-from fp8x.calibrate import all_reduce, observe, sharded, start
+from fp8x.calibrate import all_reduce, observe, sharded, start, static_layers
 from fp8x.errors import MeshError
 from fp8x.nn.convert import named_layers
 from fp8x.nn.observer import BINS
@@ -105,23 +105,21 @@ def test_without_a_data_axis_every_device_sees_all(one_device):
 
 def test_in_pmap(one_device):
     """The idiom of docs/calibration.md."""
-    graphdef, statistics, rest = start(model(), histogram=True)
+    calibrated = model()
+    graphdef, statistics, rest = start(calibrated)
     step = jax.pmap(
-        lambda statistics, rest, x: observe(graphdef, rest, statistics, (x,)),
-        axis_name="data",
-        in_axes=(0, None, 0),
+        lambda statistics, rest, x: observe(graphdef, rest, statistics, (x,)), axis_name="data", in_axes=(0, None, 0)
     )
-    total = jax.pmap(lambda statistics: all_reduce(statistics, "data"), axis_name="data")
     found = jax.tree.map(lambda s: jnp.zeros((4, *s.shape), s.dtype), statistics)
-    for batch in split(rows(24), 4 * PORTION):
-        found = step(found, rest, batch.reshape(4, PORTION, 32))
-    found = jax.tree.map(lambda s: s[0], total(found))
-    for path, layer in one_device.layers.items():
-        of_layer = found
-        for key in path.split("."):
-            of_layer = of_layer[key]
-        np.testing.assert_array_equal(of_layer.amax[...], layer.amax)
-        np.testing.assert_array_equal(of_layer.tokens[...], layer.tokens)
+    for x in split(rows(24), 4 * PORTION):
+        found = step(found, rest, x.reshape(4, PORTION, 32))
+    found = jax.pmap(lambda s: all_reduce(s, "data"), axis_name="data")(found)
+    nnx.update(calibrated, jax.tree.map(lambda s: s[0], found))
+    for path, layer in static_layers(calibrated).items():
+        np.testing.assert_array_equal(layer.amax[...], one_device.layers[path].amax)
+        np.testing.assert_array_equal(layer.tokens[...], one_device.layers[path].tokens)
+        layer.finish_calibration()
+    assert np.isfinite(calibrated(rows(2)).astype(jnp.float32)).all()
 
 
 def test_another_split_moves_an_amax_by_a_last_bit_of_bf16_at_most(one_device):
