@@ -95,12 +95,14 @@ def test_quantize_summary(tiny_checkpoint, tmp_path):
         "mxfp8_bf16",
         "--rule",
         r"layers\.0\..*=none",
+        "--verify",
     )
     found = read_json(*arguments)
     assert found["format"] == "compressed-tensors"
     assert found["bytes_after"] < found["bytes_before"]
     assert found["schemes"]["e4m3 1×32 e8m0"]["tensors"] == 16
-    assert 25 < found["mean_snr_db"] < 40
+    assert 25 < found["schemes"]["e4m3 1×32 e8m0"]["snr_db"] < 40
+    assert found["bytes_per_second"] > 0 and found["bytes_resumed"] == 0
     assert "nothing" not in error(*arguments)  # the destination exists now
 
 
@@ -299,14 +301,31 @@ def test_missing_or_broken_tokenizer(copy, texts):
     assert "tokenizer.json: missing" in error("eval", copy, "-d", texts)
 
 
-def test_quantized_already(quantized, tmp_path, texts, tiny_checkpoint):
-    for arguments in (
-        ("quantize", quantized, tmp_path / "out", "-r", DYNAMIC),
-        ("eval", quantized, "-d", texts, "-r", DYNAMIC),
-        ("inspect", quantized, "-r", DYNAMIC),
-    ):
+def test_quantized_already(quantized, texts):
+    for arguments in (("eval", quantized, "-d", texts, "-r", DYNAMIC), ("inspect", quantized, "-r", DYNAMIC)):
         assert "is quantized already" in error(*arguments)
-    assert "is quantized itself" in error("inspect", quantized, "--reference", quantized)
+
+
+def test_from_8_bits(quantized, tiny_checkpoint, tmp_path):
+    found = read_json("quantize", quantized, tmp_path / "mx", "-r", "mxfp8_bf16")
+    assert 25 < found["schemes"]["e4m3 1×32 e8m0"]["snr_db"] < 60 and len(found["snr_db"]) == 32
+    assert "e4m3 1×32 e8m0" in invoke("inspect", tmp_path / "mx").stdout
+    found = read_json("quantize", quantized, tmp_path / "plain", "-r", "bf16")
+    assert found["format"] is None and "bf16" in found["schemes"]
+    found = read_json("quantize", quantized, tmp_path / "fp8", "--format", "fp8")
+    assert found["format"] == "fp8" and not found["snr_db"]
+    assert "--recipe: missing" in error("quantize", tiny_checkpoint, tmp_path / "out")
+
+
+def test_scales_from_a_file(tiny_checkpoint, quantized, tmp_path):
+    scales = quantized / "calibration.json"
+    invoke("quantize", tiny_checkpoint, tmp_path / "out", "-r", STATIC, "--calibration", scales)
+    written = [(path / "model.safetensors").read_bytes() for path in (quantized, tmp_path / "out")]
+    assert written[0] == written[1]
+    other = "fp8_e4m3fn_bf16_block_scale_static_activation"
+    assert "was calibrated for" in error(
+        "quantize", tiny_checkpoint, tmp_path / "b", "-r", other, "--calibration", scales
+    )
 
 
 def test_outputs_that_can_not_be_written(tiny_checkpoint, tmp_path, texts):

@@ -10,25 +10,46 @@ from fp8x.cli import calibrate, options, terminal
 from fp8x.cli.loading import load
 
 if TYPE_CHECKING:
-    from fp8x.checkpoint.inspect import Inspection
+    from collections.abc import Mapping
+
+    from fp8x.checkpoint import Format, Reader
+    from fp8x.checkpoint.inspect import TensorRow
+    from fp8x.models.convert import Plan
     from fp8x.recipe import Recipe
 
 SIDECAR = "calibration.json"
+UNQUANTIZED = ("bf16", "f16", "f32")
 
 
 def quantize(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A Hugging Face directory in bf16, f16 or f32.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A Hugging Face directory, quantized or not.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
-    recipe: options.RecipeCode,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="CODE",
+            help="A recipe (`fp8x recipes` lists them); or bf16, f16, f32 to dequantize. Without one every matrix "
+            "stays as it is stored, in another --format.",
+        ),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option("--calibrate", "-c", metavar="DATA", help=f"For static recipes: {options.DATA_HELP}"),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="For static recipes, instead: scales that `fp8x calibrate` wrote."),
     ] = None,
     format: Annotated[
         str | None,
         typer.Option("--format", "-f", metavar="NAME", help="compressed-tensors (the default), fp8 or modelopt."),
     ] = None,
     rule: options.Rule = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the result back and measure its error, tensor by tensor.")
+    ] = False,
     num_samples: options.NumSamples = options.NUM_SAMPLES,
     max_length: options.MaxLength = None,
     batch_size: options.BatchSize = options.BATCH_SIZE,
@@ -37,40 +58,66 @@ def quantize(
     allow_nonfinite: options.AllowNonfinite = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Quantize a checkpoint, calibrate it if its recipe is static, and write it.
+    """Write a checkpoint anew: quantized, in another scheme or format, or dequantized.
 
+    $ fp8x quantize MODEL MODEL-mx --recipe mxfp8_mxfp8_bf16 --rule 'layers\\.0\\..*=none'\n
     $ fp8x quantize MODEL MODEL-fp8 --recipe e4m3_e4m3_bf16 --calibrate texts.jsonl\n
-    $ fp8x quantize MODEL MODEL-mx --recipe mxfp8_mxfp8_bf16 --rule 'layers\\.0\\..*=none'
+    $ fp8x quantize MODEL-fp8 MODEL-bf16 --recipe bf16\n
+    $ fp8x quantize MODEL-fp8 MODEL-ct --format compressed-tensors
 
-    Where something fails nothing is left of DST, and a DST that is there already is left alone. The scales that
-    calibration finds are written to DST/calibration.json too.
+    No model is built, except to calibrate it: memory stays below half a gigabyte. Where something fails nothing is left
+    of DST, and a DST that is there already is left alone. If it is killed, the same command goes on where it was.
+    From 8 bits to others the added error is measured. Scales from --calibrate are in DST/calibration.json too.
     """
     import fp8x
-    from fp8x.checkpoint import Writer
+    from fp8x.checkpoint import Reader
+    from fp8x.checkpoint.destination import check_free
     from fp8x.checkpoint.inspect import inspect
+    from fp8x.models.convert import plan
 
     start = time.monotonic()
-    chosen, rules = options.parse_recipe(recipe), options.parse_rules(rule)
-    Writer(destination)  # raises if something is there
-    is_calibrated = _check_plan(source, recipe, chosen, rules, format, data)
-    calibration = rows = result = None
-    if is_calibrated:
-        calibration = options.Calibration(data, num_samples, max_length, batch_size, seed)
-        rows = calibrate.read_rows(source, calibration)
-    model = load(source, chosen, rules, allow_nonfinite)
-    if calibration is not None:
-        report = calibrate.run(model, rows, calibration)
+    chosen = recipe if recipe is None or recipe in UNQUANTIZED else options.parse_recipe(recipe)
+    rules = options.parse_rules(rule)
+    check_free(destination)
+    reader = Reader(source)
+    planned = plan(reader, chosen, format, rules)
+    _check(planned, recipe, data, calibration)
+    found = None
+    if data is not None and _needs_calibration(planned):
+        arguments = options.Calibration(data, num_samples, max_length, batch_size, seed)
+        samples = calibrate.read_rows(source, arguments)
+        model = load(source, chosen, rules, allow_nonfinite)
+        report = calibrate.run(model, samples, arguments)
         calibrate.warn_undersampled(report, min_tokens)
-        result = calibrate.sidecar(report, recipe, calibration, rows).to_json()
-    beside = {} if result is None else {SIDECAR: result}
+        found = calibrate.sidecar(report, recipe, arguments, samples)
+        del model
     with terminal.progress(f"writing {destination.name}", unit="bytes") as update:
-        fp8x.save(model, destination, format, beside=beside, progress=update)
-    with terminal.progress("reading back", unit="bytes") as update:
-        before = inspect(source)
-        after = inspect(destination, reference=source, progress=update)
-    summary = _summary(before, after) | {
+        done = fp8x.convert(
+            source,
+            destination,
+            chosen,
+            format,
+            rules=rules,
+            calibration=found or calibration,
+            allow_nonfinite=allow_nonfinite,
+            beside=None if found is None else {SIDECAR: found.to_json()},
+            progress=update,
+        )
+    rows = []
+    if verify or (planned.source_format is not None and recipe is not None):
+        with terminal.progress("reading back", unit="bytes") as update:
+            rows = inspect(destination, reference=source, progress=update).rows
+    summary = {
         "recipe": recipe,
-        "calibration": result and {key: value for key, value in result.items() if key != "layers"},
+        "format": done.format,
+        "bytes_before": done.bytes_read,
+        "bytes_after": done.bytes_written,
+        "bytes_resumed": done.bytes_resumed,
+        "conversion_seconds": round(done.seconds, 2),
+        "bytes_per_second": round(done.bytes_read / max(done.seconds, 1e-9)),
+        "schemes": _schemes(planned, reader, Reader(destination), rows),
+        "snr_db": {row.name: row.snr for row in rows if row.snr is not None},
+        "calibration": found and {key: value for key, value in found.to_json().items() if key != "layers"},
         "seconds": round(time.monotonic() - start, 1),
     }
     if as_json:
@@ -78,65 +125,72 @@ def quantize(
     _show(summary, source, destination)
 
 
-def _check_plan(
-    source: Path, code: str, recipe: "Recipe", rules: "dict[str, Recipe | None]", format: str | None, data: Path | None
-) -> bool:
-    """Raises for what would fail later, after work. Whether there is something to calibrate."""
-    from fp8x.checkpoint import Reader, choose_format
-    from fp8x.errors import CalibrationError, RuleError
-    from fp8x.models import DecoderConfig
-    from fp8x.models.hf_names import linear_names
-    from fp8x.recipe import Rules
+def _check(plan: "Plan", code: str | None, data: Path | None, calibration: Path | None) -> None:
+    """Raises for what would fail later, after work, or do nothing."""
+    from fp8x.errors import CalibrationError, RecipeError, RuleError
 
-    config = DecoderConfig.from_hf(Reader(source).config)
-    used = [r for r in Rules(recipe, rules).resolve(linear_names(config)).values() if r is not None]
-    if not used:
+    if code is None and plan.source_format is None:
+        raise RecipeError("--recipe: missing; the source is not quantized, so there is nothing to do without a recipe")
+    if code not in (None, *UNQUANTIZED) and plan.format is None:
         raise RuleError("--rule: the rules skip every module; nothing would be quantized")
-    choose_format(used, format)
-    is_calibrated = any(map(options.needs_calibration, used))
-    if is_calibrated and data is None:
+    if data is not None and calibration is not None:
+        raise CalibrationError("--calibration: stands beside --calibrate; give the data or the scales, not both")
+    if (data or calibration) is not None and not _needs_calibration(plan):
+        terminal.warn(f"--{'calibrate' if data else 'calibration'} is not used: recipe {code} has no calibrated scale")
+    # Where the source is quantized, its own scales may do; `convert` knows.
+    elif plan.source_format is None and data is calibration is None and _needs_calibration(plan):
         raise CalibrationError(
             f"--recipe {code}: its activation scales are calibrated: pass --calibrate DATA.jsonl with texts like those "
             "the model will see, or take a dynamic recipe, like e4m3_e4m3_bf16_dynamic"
         )
-    if data is not None and not is_calibrated:
-        terminal.warn(f"--calibrate is not used: recipe {code} has no calibrated scale")
-    return is_calibrated
 
 
-def _summary(before: "Inspection", after: "Inspection") -> dict[str, Any]:
-    """Numbers by scheme, and of all."""
-    sizes = {row.name: row.bytes for row in before.rows}
-    schemes: dict[str, dict[str, Any]] = {}
-    for row in after.rows:
-        empty = {"tensors": 0, "bytes_before": 0, "bytes_after": 0, "snr_db": []}
-        found = schemes.setdefault(str(row.scheme), empty)
-        found["tensors"] += 1
-        found["bytes_before"] += sizes[row.name]
-        found["bytes_after"] += row.bytes
-        if row.snr is not None:
-            found["snr_db"].append(row.snr)
-    for found in schemes.values():
-        found["snr_db"] = sum(found["snr_db"]) / len(found["snr_db"]) if found["snr_db"] else None
-    return {
-        "format": after.format,
-        "bytes_before": before.bytes,
-        "bytes_after": after.bytes,
-        "mean_snr_db": after.mean_snr,
-        "schemes": schemes,
-    }
+def _needs_calibration(plan: "Plan") -> bool:
+    return any(map(options.needs_calibration, plan.recipes.values()))
+
+
+def _schemes(plan: "Plan", before: "Reader", after: "Reader", rows: "list[TensorRow]") -> dict[str, Any]:
+    """How many tensors are in each scheme or type, and their bytes; with the mean SNR where it was measured."""
+    snrs = {row.name: row.snr for row in rows}
+    sizes = _sizes(before, plan.stored, plan.source_format)
+    found: dict[str, dict[str, Any]] = {}
+    for name, size in _sizes(after, plan.recipes, plan.format).items():
+        recipe = plan.recipes.get(name.removesuffix(".weight"))
+        scheme = after.stored(name).dtype.lower() if recipe is None else str(recipe.weight)
+        entry = found.setdefault(scheme, {"tensors": 0, "bytes_before": 0, "bytes_after": 0, "snr_db": []})
+        entry["tensors"] += 1
+        entry["bytes_before"] += sizes[name]
+        entry["bytes_after"] += size
+        if (snr := snrs.get(name)) is not None:
+            entry["snr_db"].append(snr)
+    for entry in found.values():
+        entry["snr_db"] = sum(entry["snr_db"]) / len(entry["snr_db"]) if entry["snr_db"] else None
+    return found
+
+
+def _sizes(reader: "Reader", recipes: "Mapping[str, Recipe | None]", format: "Format | None") -> dict[str, int]:
+    """Bytes of every tensor; a matrix's scales count with it."""
+    found = {name: reader.stored(name).nbytes for name in reader}
+    for prefix, recipe in recipes.items():
+        if recipe is not None:
+            weight, *scales = format.names(prefix, recipe, reader.stored(f"{prefix}.weight").shape, reader)
+            found[weight] += sum(found.pop(name) for name in scales)
+    return found
 
 
 def _show(summary: dict[str, Any], source: Path, destination: Path) -> None:
     table = terminal.table("scheme", "tensors", "bytes before", "bytes after", "mean SNR")
-    for scheme, found in summary["schemes"].items():
+    schemes = summary["schemes"]
+    for scheme, found in schemes.items():
         sizes = terminal.size(found["bytes_before"]), terminal.size(found["bytes_after"])
         table.add_row(scheme, str(found["tensors"]), *sizes, terminal.decibels(found["snr_db"]))
     table.add_section()
-    tensors = sum(found["tensors"] for found in summary["schemes"].values())
     sizes = terminal.size(summary["bytes_before"]), terminal.size(summary["bytes_after"])
-    table.add_row("all", str(tensors), *sizes, terminal.decibels(summary["mean_snr_db"]))
-    line = f"recipe {summary['recipe']}, format {summary['format']}, {summary['seconds']} s"
+    table.add_row("all", str(sum(found["tensors"] for found in schemes.values())), *sizes, "")
+    rate = f"{terminal.size(summary['bytes_per_second'])}/s"
+    line = f"recipe {summary['recipe']}, format {summary['format']}, {summary['seconds']} s, converted at {rate}"
+    if summary["bytes_resumed"]:
+        line += f", {terminal.size(summary['bytes_resumed'])} were there from a run that was stopped"
     if summary["calibration"]:
         line += f", calibrated on {summary['calibration']['tokens']:,} tokens ({destination / SIDECAR})"
     terminal.show(f"{source} → {destination}", table, line)

@@ -14,6 +14,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "eos_token_id": 2},
     "qwen3_moe": {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "eos_token_id": None},
 }
+MODEL_TYPES = tuple(_DEFAULTS)
 _DTYPES = ("float32", "bfloat16", "float16")
 _QWEN3_DEFAULT_WINDOW = 4096
 _SIZES = (
@@ -110,7 +111,7 @@ class DecoderConfig:
             ConfigError: a needed field is missing, or a value has the wrong type or is not supported.
         """
         model_type = hf.get("model_type")
-        if model_type not in tuple(_DEFAULTS):
+        if model_type not in MODEL_TYPES:
             raise ConfigError(
                 f"config.json has model_type {model_type!r}; supported: {', '.join(map(repr, _DEFAULTS))}"
             )

@@ -1,5 +1,6 @@
 """`convert`: from one checkpoint to another, of any model."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,8 +13,8 @@ from fp8x.calibrate import Sidecar, sidecar
 from fp8x.checkpoint import Format, Reader, choose_format, format_of
 from fp8x.checkpoint.convert import UNQUANTIZED, Conversion, Target, convert_tensors
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES
-from fp8x.errors import CheckpointError, ConfigError, RuleError, some
-from fp8x.models.config import DecoderConfig
+from fp8x.errors import CheckpointError, RuleError, some
+from fp8x.models.config import MODEL_TYPES, DecoderConfig
 from fp8x.models.hf_names import linear_names, param_names
 from fp8x.models.loading import HARMLESS, flat
 from fp8x.recipe import OUT_DTYPES, Recipe, Rules, as_recipe
@@ -22,6 +23,57 @@ FLOAT8 = ("F8_E4M3", "F8_E5M2")
 
 # Matrices of other models that are no linear layers, by the last part of their name.
 LOOKUPS = re.compile(r"(.*\.)?([^.]*embed[^.]*|wte|wpe|shared|relative_attention_bias|[^.]*norm)", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a conversion would do.
+
+    Attributes:
+        modules: the prefixes (tensor names without `.weight`) of every module that holds matrices, by path: as
+            `fp8x.load` has it where it knows the model, else the prefix itself.
+        stored, recipes: of every prefix in the source and in the destination; None for 16 or 32 bits.
+        source_format, format: None where nothing is quantized.
+        out_dtype: in which the model computes.
+    """
+
+    modules: Mapping[str, list[str]]
+    stored: Mapping[str, Recipe | None]
+    recipes: Mapping[str, Recipe | None]
+    source_format: Format | None
+    format: Format | None
+    out_dtype: np.dtype
+
+
+def plan(
+    reader: Reader,
+    recipe: Recipe | str | None = None,
+    format: str | None = None,
+    rules: Mapping[str, Recipe | str | None] | None = None,
+) -> Plan:
+    """What `convert` would do; arguments and errors as there."""
+    source_format, out_dtype = format_of(reader.config), _dtype(reader.config)
+    modules = _modules(reader)
+    prefixes = [prefix for names in modules.values() for prefix in names]
+    stored: dict[str, Recipe | None] = dict.fromkeys(prefixes)
+    if source_format is not None:
+        stored |= source_format.from_config(reader.config["quantization_config"], prefixes, out_dtype)
+        # What lies in 16 bits stays so, also without a word in the config.
+        stored |= {prefix: None for prefix in prefixes if reader.stored(f"{prefix}.weight").dtype in UNQUANTIZED}
+    if recipe is None and rules:
+        raise RuleError("rules: are exceptions to a recipe, but none was given; give a recipe too")
+    if recipe is None:
+        recipes = stored
+    else:
+        is_dtype = isinstance(recipe, str) and recipe in OUT_DTYPES
+        out_dtype = OUT_DTYPES[recipe] if is_dtype else out_dtype
+        by_module = Rules(None if is_dtype else as_recipe(recipe), rules or {}).resolve(modules)
+        recipes = {prefix: by_module[path] for path, names in modules.items() for prefix in names}
+    used = [choice for choice in recipes.values() if choice is not None]
+    if format is not None and not used:
+        raise CheckpointError(f"format: {format!r} does not fit: nothing is quantized; leave the format out")
+    chosen = choose_format(used, format) if used else None
+    return Plan(modules, stored, recipes, source_format, chosen, out_dtype)
 
 
 def convert(
@@ -40,7 +92,8 @@ def convert(
     """Writes a Hugging Face checkpoint anew: quantized, in another scheme or format, or dequantized.
 
     No model is built, so any architecture will do, and memory does not grow with the model. Quantized matrices become
-    what `fp8x.load(src, recipe)` makes of them, byte by byte. From 8 bits to other 8 bits it goes through float32.
+    what `fp8x.load(src, recipe)` makes of them, byte by byte. From 8 bits to other 8 bits they go through float32;
+    `fp8x.checkpoint.inspect.inspect(dst, reference=src)` measures what that adds.
 
     A conversion that is killed goes on where it was when the same call is made again, and ends with the same bytes.
 
@@ -49,7 +102,7 @@ def convert(
         dst: the directory to make; it must not exist, or be empty.
         recipe: a `Recipe` or its code; or "bf16", "f16", "f32", which dequantize to that type. None keeps every matrix
             as it is stored: for another format alone.
-        format: "compressed-tensors", "fp8" …; by default the first that can hold the result.
+        format: "compressed-tensors", "fp8" or "modelopt"; by default the first that can hold the result.
         rules: exceptions to `recipe`, by module, as `fp8x.quantize_model` takes them. Modules have the paths that
             `fp8x.load` gives them where it knows the model, else their names in the checkpoint.
         calibration: static activation scales, for recipes that have them: what `fp8x calibrate` wrote, or a `Sidecar`.
@@ -57,52 +110,34 @@ def convert(
         allow_nonfinite: accept matrices that hold NaN or Inf instead of raising.
         max_shard_bytes: several files with an index, where one would be larger.
         beside: further JSON files, by name.
-        progress: is called with the bytes read and the bytes in all.
+        progress: is called with the bytes read and the bytes in all, from several threads but one at a time.
 
     Raises:
         CheckpointError: `src` is missing or damaged, holds NaN or Inf, no format can hold the result, or `dst` can't be
             written; the message says which file and tensor, and `dst` is as it was.
-        CalibrationError: static activation scales that neither `calibration` nor `src` gives.
+        ConfigError: a config.json of Mixtral or Qwen3-MoE with fields that fp8x can't read.
+        CalibrationError: static activation scales that neither `calibration` nor `src` gives, or that do not fit.
         RecipeError, RuleError, ShapeError: an unknown recipe, a rule that matches nothing, a matrix it does not fit.
     """
     reader = Reader(src)
-    source_format = format_of(reader.config)
-    modules = _modules(reader)
-    prefixes = [prefix for prefixes in modules.values() for prefix in prefixes]
-    out_dtype = _dtype(reader.config)
-    stored = dict.fromkeys(prefixes)
-    if source_format is not None:
-        stored = dict(source_format.from_config(reader.config["quantization_config"], prefixes, out_dtype))
-        stored |= {prefix: None for prefix in prefixes if reader.stored(f"{prefix}.weight").dtype in UNQUANTIZED}
-    if recipe is None:
-        if rules:
-            raise RuleError("rules: are exceptions to a recipe, but none was given; give a recipe too")
-        chosen = stored
-    else:
-        if isinstance(recipe, str) and recipe in OUT_DTYPES:
-            default, out_dtype = None, OUT_DTYPES[recipe]
-        else:
-            default = as_recipe(recipe)
-        by_module = Rules(default, rules or {}).resolve(modules)
-        chosen = {prefix: by_module[path] for path, names in modules.items() for prefix in names}
-    scales = {} if calibration is None else _scales(calibration, modules, chosen, reader)
-    targets = {prefix: Target(stored[prefix], chosen[prefix], scales.get(prefix)) for prefix in prefixes}
-    used = [choice for choice in chosen.values() if choice is not None]
-    if format is not None and not used:
-        raise CheckpointError(f"format: {format!r} does not fit: nothing is quantized; leave the format out")
-    format = choose_format(used, format) if used else None
-    config = _config(reader.config, format, chosen, out_dtype)
-    further = {} if format is None else format.beside(config["quantization_config"])
+    planned = plan(reader, recipe, format, rules)
+    scales = {} if calibration is None else _scales(calibration, planned, reader)
+    config = _config(reader.config, planned)
+    further = {} if planned.format is None else planned.format.beside(config["quantization_config"])
+    is_quantized = planned.source_format is not None
     return convert_tensors(
         reader,
         dst,
-        targets,
+        {
+            prefix: Target(planned.stored[prefix], planned.recipes[prefix], scales.get(prefix))
+            for prefix in planned.stored
+        },
         config,
-        source_format=source_format,
-        format=format,
-        out_dtype=out_dtype,
+        source_format=planned.source_format,
+        format=planned.format,
+        out_dtype=planned.out_dtype,
         # Scales of an fp8 KV cache, which the new config does not declare.
-        dropped=[name for name in reader if source_format is not None and HARMLESS.fullmatch(name)],
+        dropped=[name for name in reader if is_quantized and HARMLESS.fullmatch(name)],
         allow_nonfinite=allow_nonfinite,
         max_shard_bytes=max_shard_bytes,
         beside={**further, **(beside or {})},
@@ -112,10 +147,9 @@ def convert(
 
 def _modules(reader: Reader) -> dict[str, list[str]]:
     """The prefixes of every module that holds matrices."""
-    try:
-        config = DecoderConfig.from_hf(reader.config)
-    except ConfigError:
+    if reader.config.get("model_type") not in MODEL_TYPES:
         return {prefix: [prefix] for prefix in _matrices(reader)}
+    config = DecoderConfig.from_hf(reader.config)
     modules = {path: [prefix for _, prefix in flat(names)] for path, names in linear_names(config).items()}
     needed = [*param_names(config).values(), *(f"{prefix}.weight" for names in modules.values() for prefix in names)]
     if missing := [name for name in needed if name not in reader]:
@@ -139,31 +173,24 @@ def _dtype(config: Mapping[str, Any]) -> np.dtype:
     return {str(dtype): dtype for dtype in OUT_DTYPES.values()}.get(str(named), np.dtype(jnp.bfloat16))
 
 
-def _scales(
-    calibration: str | Path | Sidecar,
-    modules: Mapping[str, list[str]],
-    recipes: Mapping[str, Recipe | None],
-    reader: Reader,
-) -> dict[str, np.ndarray]:
+def _scales(calibration: str | Path | Sidecar, plan: Plan, reader: Reader) -> dict[str, np.ndarray]:
     """Static activation scales by prefix."""
     found = calibration if isinstance(calibration, Sidecar) else sidecar.read(calibration)
     layers = {}
-    for path, (prefix, *_) in modules.items():
-        recipe = recipes[prefix]
+    for path, (prefix, *_) in plan.modules.items():
+        recipe = plan.recipes[prefix]
         if recipe is not None and recipe.is_static:
             layers[path] = (recipe.activation, reader.stored(f"{prefix}.weight").shape[-1])
     found.check(layers)
-    return {prefix: scale for path, scale in found.scales.items() for prefix in modules[path]}
+    return {prefix: scale for path, scale in found.scales.items() for prefix in plan.modules[path]}
 
 
-def _config(
-    source: Mapping[str, Any], format: Format | None, recipes: Mapping[str, Recipe | None], out_dtype: np.dtype
-) -> dict[str, Any]:
+def _config(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     config = {key: value for key, value in source.items() if key != "quantization_config"}
     named = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    if named in config and _dtype(config) != out_dtype:
-        config[named] = str(out_dtype)
-    if format is not None:
+    if named in config and _dtype(config) != plan.out_dtype:
+        config[named] = str(plan.out_dtype)
+    if plan.format is not None:
         # An `lm_head` that is tied is still a matrix to others, which must not look for its scales.
-        config["quantization_config"] = format.to_config({"lm_head": None, **recipes}, out_dtype)
+        config["quantization_config"] = plan.format.to_config({"lm_head": None, **plan.recipes}, plan.out_dtype)
     return config
