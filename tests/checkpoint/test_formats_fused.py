@@ -91,9 +91,6 @@ def test_what_can_not_be_taken_apart(tmp_path):
     ):
         reader_of(tmp_path / "twice", tensors)
 
-    with pytest.raises(CheckpointError, match=r"down_proj in .*: shape is \[5000, 0, 1\]; at most 4096 experts fit"):
-        reader_of(tmp_path / "many", {f"{BLOCK}.down_proj": np.ones((5000, 0, 1), np.float32)})
-
 
 def test_what_only_looks_fused(tmp_path):
     tensors = {
