@@ -105,8 +105,10 @@ class Sidecar:
         """Sets the static activation scales of a model.
 
         Raises:
-            CalibrationError: as `check`, or the model has no layer for any.
+            CalibrationError: as `check`, or the model has no layer for any, or is on a mesh.
         """
+        if getattr(model, "placement", None) is not None:
+            raise CalibrationError("calibration: the model is on a mesh; give the file to fp8x.load, with the mesh")
         layers = static_layers(model)
         self.check({path: (layer.recipe.activation, layer.weight.shape[-1]) for path, layer in layers.items()})
         for path, scale in self.scales.items():

@@ -9,7 +9,7 @@ from jax.sharding import AxisType
 from test_sharded import collectives, mesh_of
 
 import fp8x
-from fp8x.calibrate import sharded, start
+from fp8x.calibrate import CalibrationReport, Sidecar, sharded, start
 from fp8x.errors import CalibrationError, MeshError
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
@@ -65,3 +65,5 @@ def test_what_a_split_decoder_can_not_do(decoder):
         fp8x.calibrate(model, [IDS], method="mse")
     with pytest.raises(MeshError, match="mesh: it is not the one that the model is on; leave it out"):
         fp8x.calibrate(model, [IDS], mesh_of(data=2))
+    with pytest.raises(CalibrationError, match=r"calibration: the model is on a mesh; give the file to fp8x\.load"):
+        Sidecar(GROUPS, CalibrationReport({}, 1, "max", None)).apply(model)
