@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fp8x.array import ScaledArray
-from fp8x.pallas.sm90_grouped_fp8 import grouped_fp8
 from fp8x.scheme import Scheme
 
 
@@ -60,14 +59,21 @@ def grouped_matmul_by_factors(
 ) -> Float[Array, "m n"]:
     k = x.shape[1]
     x_scale, w_scale = _scale_of_blocks(x, (1, k))[:, 0], _scale_of_blocks(w, (1, 1, k))[:, :, 0]
-    return grouped_fp8(x.data, w.data, x_scale, w_scale, bias, group_sizes, out_dtype=out_dtype)
+    return _kernel()(x.data, w.data, x_scale, w_scale, bias, group_sizes, out_dtype=out_dtype)
 
 
 def grouped_matmul_by_blocks(
     x: ScaledArray, w: ScaledArray, group_sizes: Int[Array, " e"] | None, bias: Float[Array, "e n"] | None, out_dtype
 ) -> Float[Array, "m n"]:
     x_scale, w_scale = _scale_of_blocks(x, (1, 128)).T, _scale_of_blocks(w, (1, 128, 128))
-    return grouped_fp8(x.data, w.data, x_scale, w_scale, bias, group_sizes, out_dtype=out_dtype)
+    return _kernel()(x.data, w.data, x_scale, w_scale, bias, group_sizes, out_dtype=out_dtype)
+
+
+def _kernel() -> Callable:
+    # Late: Mosaic's import takes a second and 35 MB, which whoever has no Hopper need not pay.
+    from fp8x.pallas.sm90_grouped_fp8 import grouped_fp8
+
+    return grouped_fp8
 
 
 def dense(grouped: Callable) -> Callable:
