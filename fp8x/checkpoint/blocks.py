@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-BLOCK = 1 << 21  # a disk's full speed, and little memory; a multiple of any disk's sector
+BLOCK = 1 << 20  # a disk's full speed, and little memory; a multiple of any disk's sector
 IN_FLIGHT = 8  # blocks on their way to the disk, before those who fill more have to wait
 O_DIRECT = getattr(os, "O_DIRECT", 0)
 

@@ -6,7 +6,6 @@ by one thread a core: nobody waits for a reader or a writer.
 
 import concurrent.futures
 import dataclasses
-import itertools
 import math
 import mmap
 import os
@@ -178,20 +177,20 @@ def _jobs(
 
 
 def _ordered(jobs: Iterable["_Copy | _Matrix"]) -> list["_Copy | _Matrix"]:
-    """One matrix of each shape first: so programs are compiled at the same time, and none of them twice. Then copies
-    between matrices: so there is work for the processors and for the disk.
+    """So that the work begins at once: one matrix, for which JAX starts and compiles; meanwhile copies, which need no
+    JAX; one matrix of each other shape, so that no program is compiled twice; and the rest.
     """
     first: dict[Any, _Matrix] = {}
-    matrices, copies = [], []
+    copies, rest = [], []
     for job in jobs:
         if isinstance(job, _Copy):
             copies.append(job)
         elif job.program in first:
-            matrices.append(job)
+            rest.append(job)
         else:
             first[job.program] = job
-    between = itertools.chain.from_iterable(itertools.zip_longest(matrices, copies))
-    return [*first.values(), *(job for job in between if job is not None)]
+    leaders = list(first.values())
+    return [*leaders[:1], *copies, *leaders[1:], *rest]
 
 
 def _matrix_shape(reader: Reader, name: str) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from fp8x import numerics
 from fp8x.array import ScaledArray
 from fp8x.scheme import Scheme
 
-CHUNK_BYTES = 1 << 22  # what is computed from it stays in cache, and a call costs little beside it
+CHUNK_BYTES = 1 << 21  # what is computed from it stays in cache, and a call costs little beside it
 
 
 def chunks(n: int, k: int, *schemes: Scheme | None) -> Iterator[slice]:
