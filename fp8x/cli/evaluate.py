@@ -41,6 +41,7 @@ def evaluate(
     ] = None,
     batch_size: options.BatchSize = options.BATCH_SIZE,
     seed: options.Seed = 0,
+    mesh: options.MeshText = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -59,7 +60,7 @@ def evaluate(
     from fp8x.calibrate.methods import check_method
     from fp8x.models import evaluate as rule
 
-    recipes = _recipes(recipe or [], calibration_data)
+    recipes, devices = _recipes(recipe or [], calibration_data), options.parse_mesh(mesh)
     texts = read_texts(data, report=terminal.warn)
     tokenizers = _check_checkpoints(checkpoints, recipes)
     calibration = rows = None
@@ -72,7 +73,7 @@ def evaluate(
 
     def measure(path: Path, code: str | None) -> dict[str, Any]:
         nonlocal context
-        model = load(path, recipes.get(code))
+        model = load(path, recipes.get(code), mesh=devices)
         if options.needs_calibration(recipes.get(code)):
             calibrate.run(model, rows, calibration)
         context = context or rule.default_context(model.config)  # of the first, for all

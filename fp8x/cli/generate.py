@@ -25,11 +25,13 @@ def generate(
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Draws the tokens, at a temperature above 0.")
     ] = 0,
+    mesh: options.MeshText = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Continue a text.
 
-    $ fp8x generate MODEL-fp8 "A function that" --max-new-tokens 40 --temperature 0.8 --seed 1
+    $ fp8x generate MODEL-fp8 "A function that" --max-new-tokens 40 --temperature 0.8 --seed 1\n
+    $ fp8x generate MODEL-fp8 "A function that" --mesh tensor=4,expert=2
     """
     import numpy as np
 
@@ -38,11 +40,12 @@ def generate(
 
     if prompt != prompt.encode(errors="replace").decode():
         raise DataError("prompt: it is not UTF-8")
+    devices = options.parse_mesh(mesh)
     tokenizer = load_tokenizer(checkpoint)
     ids = tokenizer.encode(prompt).ids if prompt.strip() else []
     if not ids:
         raise DataError("prompt: it is empty; give the text to continue")
-    model = load(checkpoint)
+    model = load(checkpoint, mesh=devices)
     if max(ids) >= model.config.vocab_size:
         raise DataError(
             f"{checkpoint}/tokenizer.json: gives id {max(ids)}, beyond the model's vocab_size {model.config.vocab_size}"

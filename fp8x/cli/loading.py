@@ -8,6 +8,7 @@ from fp8x.cli import terminal
 from fp8x.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
     from tokenizers import Tokenizer
 
     from fp8x.models import Decoder
@@ -19,12 +20,13 @@ def load(
     recipe: "Recipe | None" = None,
     rules: "Mapping[str, Recipe | None] | None" = None,
     allow_nonfinite: bool = False,
+    mesh: "Mesh | None" = None,
 ) -> "Decoder":
     """`fp8x.load`, with a progress bar."""
     import fp8x
 
     with terminal.progress(f"loading {path.name}", unit="bytes") as update:
-        return fp8x.load(path, recipe, rules=rules, allow_nonfinite=allow_nonfinite, progress=update)
+        return fp8x.load(path, recipe, mesh, rules=rules, allow_nonfinite=allow_nonfinite, progress=update)
 
 
 def load_tokenizer(path: Path) -> "Tokenizer":

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32, Int
 from tokenizers import Tokenizer
 
@@ -16,6 +17,7 @@ from fp8x.errors import ConfigError, DataError
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
 from fp8x.nn.convert import check_calibrated
+from fp8x.sharding.run import batch_spec, call, fill_batch
 
 DEFAULT_CONTEXT = 2048
 IGNORED = -1  # a target that counts nothing
@@ -80,8 +82,11 @@ def evaluate(
     if not tokens:
         raise DataError(f"texts: {len(texts)} documents hold no token to predict")
     windows = list(_windows(documents, context))
+    rows = min(batch_size, len(windows))
+    if model.placement is not None:
+        rows = fill_batch(model.placement, rows)
     nats, done = 0.0, 0
-    for inputs, targets in _batches(windows, min(batch_size, len(windows))):
+    for inputs, targets in _batches(windows, rows):
         nats += float(np.asarray(_negative_log_likelihood(model, inputs, targets), np.float64).sum())
         done = min(done + len(inputs), len(windows))
         if progress is not None:
@@ -145,14 +150,28 @@ def _batches(
         yield inputs, targets
 
 
-@nnx.jit
 def _negative_log_likelihood(
-    model: Decoder, inputs: Int[Array, "b t"], targets: Int[Array, "b t"]
+    model: Decoder, inputs: Int[np.ndarray, "b t"], targets: Int[np.ndarray, "b t"]
 ) -> Float32[Array, " b"]:
     """Nats of each window's targets; those equal to `IGNORED` count nothing."""
+    if model.placement is None:
+        return _on_one_device(model, inputs, targets)
+    rows = batch_spec(model.placement)
+    function = _of_all_rows if model.placement.batch else _of_rows
+    return call(function, model, inputs, targets, in_specs=(rows, rows), out_specs=P())
+
+
+def _of_all_rows(model: Decoder, inputs: Int[Array, "b t"], targets: Int[Array, "b t"]) -> Float32[Array, " all"]:
+    return jax.lax.all_gather(_of_rows(model, inputs, targets), "data", tiled=True)
+
+
+def _of_rows(model: Decoder, inputs: Int[Array, "b t"], targets: Int[Array, "b t"]) -> Float32[Array, " b"]:
     log_p = jax.nn.log_softmax(model(inputs).astype(jnp.float32), axis=-1)
     picked = jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
     return -jnp.sum(jnp.where(targets == IGNORED, 0.0, picked), axis=-1)
+
+
+_on_one_device = nnx.jit(_of_rows)
 
 
 def _exp(x: float) -> float:

@@ -2,6 +2,6 @@
 
 from fp8x.sharding.model import shard
 from fp8x.sharding.run import specs
-from fp8x.sharding.specs import scale_spec
+from fp8x.sharding.scales import scale_spec
 
 __all__ = ["scale_spec", "shard", "specs"]

@@ -10,17 +10,19 @@ from fp8x.nn.convert import get_module, named_modules
 from fp8x.nn.moe import MoE
 from fp8x.sharding.layers import mark_moe, place_layer
 from fp8x.sharding.place import SPEC, place, put, values_of
-from fp8x.sharding.plan import Plan, plan
+from fp8x.sharding.plan import Plan, check_mesh, mixture, plan
 
 if TYPE_CHECKING:
     from fp8x.models.decoder import Decoder
 
 
-def shard(model: "Decoder", mesh: Mesh) -> "Decoder":
-    """Lays a decoder out on a mesh, in place, layer by layer. It is called and generates as before, on every device.
+def shard(model: "Decoder | MoE", mesh: Mesh) -> "Decoder | MoE":
+    """Lays a model out on a mesh, in place, layer by layer.
 
-    What is split how, and what moves between devices, is in docs/sharding.md. `fp8x.load(path, recipe, mesh)` does the
-    same without the whole model in memory.
+    What is split how, and what moves between devices, is in docs/sharding.md. A decoder is called and generates as
+    before, on every device; `fp8x.load(path, recipe, mesh)` makes the same without the whole model in memory. A mixture
+    of experts becomes what a `jax.shard_map` of yours calls, with `fp8x.sharding.specs(moe)` for its state: tokens come
+    in whole, and so does the output go out, on every device along `tensor` and `expert`.
 
     Arguments:
         model: quantized, calibrated if its recipe has static activation scales; or in 16 or 32 bits. An abstract one
@@ -31,8 +33,18 @@ def shard(model: "Decoder", mesh: Mesh) -> "Decoder":
         MeshError: the model is on a mesh already or in calibration; an unknown axis; or heads or experts that their
             axis does not divide. The model is as it was.
     """
-    if getattr(model, "placement", None) is not None:
+    if any(SPEC in variable.get_metadata() for _, variable in nnx.to_flat_state(nnx.state(model))):
         raise MeshError("model: it is on a mesh already; load or quantize it anew for another")
+    if isinstance(model, MoE):
+        check_mesh(mesh)
+        experts, _, intermediate = model.w2.weight.shape
+        recipes = [getattr(layer, "recipe", None) for layer in (model.w13, model.w2)]
+        w13, w2 = mixture(experts, intermediate, mesh, recipes)
+        place_layer(model.w13, w13, mesh)
+        place_layer(model.w2, w2, mesh)
+        mark_moe(model, w2)
+        _copy_rest(model, mesh)
+        return model
     layers = plan_of(model, mesh)
     for path, split in layers.layers.items():
         place_layer(get_module(model, path), split, mesh)
@@ -46,20 +58,25 @@ def shard(model: "Decoder", mesh: Mesh) -> "Decoder":
 def plan_of(model: "Decoder", mesh: Mesh) -> Plan:
     """The plan for a decoder as it is quantized."""
     if not hasattr(model, "placement"):
-        raise MeshError(f"model: a {type(model).__name__} is no decoder; see docs/sharding.md for models of your own")
+        raise MeshError(
+            f"model: a {type(model).__name__} is neither a Decoder nor an fp8x.nn.MoE; see docs/sharding.md for your own"
+        )
     recipes = {path: getattr(module, "recipe", None) for path, module in named_modules(model)}
     return plan(model.config, mesh, recipes)
 
 
 def finish(model: "Decoder", layers: Plan) -> None:
     """Copies what is not split to every device, and tells the modules what is."""
-    mesh = layers.placement.mesh
-    for _, variable in nnx.to_flat_state(nnx.state(model)):
-        if SPEC not in variable.get_metadata():
-            dims = (None,) * variable.ndim
-            put(variable, place(values_of(variable), variable.shape, variable.dtype, dims, mesh))
+    _copy_rest(model, layers.placement.mesh)
     for path, module in named_modules(model):
         if isinstance(module, MoE):
             mark_moe(module, layers.layers[f"{path}.w2"])
     model.vocab_axes = layers.placement.vocab
     model.placement = layers.placement
+
+
+def _copy_rest(model: nnx.Module, mesh: Mesh) -> None:
+    for _, variable in nnx.to_flat_state(nnx.state(model)):
+        if SPEC not in variable.get_metadata():
+            dims = (None,) * variable.ndim
+            put(variable, place(values_of(variable), variable.shape, variable.dtype, dims, mesh))

@@ -88,41 +88,59 @@ def plan(config: "DecoderConfig", mesh: Mesh, recipes: Mapping[str, Recipe | Non
         MeshError: an unknown axis, or attention heads or experts that their axis does not divide.
     """
     check_mesh(mesh)
-    # An axis of one device splits nothing.
-    axes = {axis: (axis,) if mesh.shape.get(axis, 1) > 1 else () for axis in AXES}
-    model = tuple(axis for axis in mesh.axis_names if axis != DATA and axes[axis])
-    size = {group: math.prod(mesh.shape[axis] for axis in group) for group in {*axes.values(), model}}
-    tensor, expert = axes[TENSOR], axes[EXPERT]
-    for count, axis, what in (
-        (config.num_attention_heads, tensor, "attention heads"),
-        (config.num_experts, expert, "experts"),
-    ):
-        if count % size[axis]:
-            fits = [n for n in range(1, count + 1) if count % n == 0]
-            raise MeshError(
-                f"mesh: axis {axis[0]!r} has {size[axis]} devices, which do not divide the model's {count} {what}; "
-                f"use {', '.join(map(str, fits))}"
-            )
+    model = tuple(axis for axis in mesh.axis_names if axis != DATA and mesh.shape[axis] > 1)
+    tensor, parts = _axis(mesh, TENSOR), math.prod(mesh.shape[axis] for axis in model)
+    _check_divides(mesh, TENSOR, config.num_attention_heads, "attention heads")
     # The devices that share the experts share all else too, where the number of heads admits it.
-    heads = model if config.num_attention_heads % size[model] == 0 else tensor
+    heads = model if config.num_attention_heads % parts == 0 else tensor
     layers: dict[str, LayerSplit] = {}
     for index in range(config.num_hidden_layers):
         layer = f"layers.{index}"
-        layers |= _attention(config, f"{layer}.self_attn", recipes, heads, size[heads])
+        layers |= _attention(
+            config, f"{layer}.self_attn", recipes, heads, math.prod(mesh.shape[axis] for axis in heads)
+        )
         if index in config.dense_layers:
             paths = [f"{layer}.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
-            inner = _features(config.intermediate_size, model, size[model], [recipes[path] for path in paths])
+            inner = _features(config.intermediate_size, model, parts, [recipes[path] for path in paths])
             layers |= dict.fromkeys(paths[:2], LayerSplit(n=inner)) | {paths[2]: LayerSplit(k=inner)}
         else:
             w13, w2 = f"{layer}.mlp.w13", f"{layer}.mlp.w2"
-            experts = even(config.num_experts, expert, size[expert]) if expert else None
-            inner = _features(config.moe_intermediate_size, tensor, size[tensor], [recipes[w13], recipes[w2]])
-            layers |= {w13: LayerSplit(experts, n=inner), w2: LayerSplit(experts, k=inner)}
+            sizes = (config.num_experts, config.moe_intermediate_size)
+            layers[w13], layers[w2] = mixture(*sizes, mesh, [recipes[w13], recipes[w2]])
             layers[f"{layer}.mlp.router"] = LayerSplit()
-    vocab = _features(config.vocab_size, model, size[model], [recipes.get("lm_head")])
+    vocab = _features(config.vocab_size, model, parts, [recipes.get("lm_head")])
     if not config.tie_word_embeddings:
         layers["lm_head"] = LayerSplit(n=vocab)
-    return Plan(Placement(mesh, axes[DATA], heads, model), layers, vocab)
+    return Plan(Placement(mesh, _axis(mesh, DATA), heads, model), layers, vocab)
+
+
+def mixture(
+    num_experts: int, intermediate: int, mesh: Mesh, recipes: list[Recipe | None]
+) -> tuple[LayerSplit, LayerSplit]:
+    """The splits of w13 and w2: experts over `expert`, what lies between them over `tensor`.
+
+    Raises:
+        MeshError: experts that their axis does not divide.
+    """
+    _check_divides(mesh, EXPERT, num_experts, "experts")
+    tensor, expert = _axis(mesh, TENSOR), _axis(mesh, EXPERT)
+    experts = even(num_experts, expert, mesh.shape[EXPERT]) if expert else None
+    inner = _features(intermediate, tensor, mesh.shape.get(TENSOR, 1), recipes)
+    return LayerSplit(experts, n=inner), LayerSplit(experts, k=inner)
+
+
+def _axis(mesh: Mesh, axis: str) -> tuple[str, ...]:
+    """An axis of one device splits nothing."""
+    return (axis,) if mesh.shape.get(axis, 1) > 1 else ()
+
+
+def _check_divides(mesh: Mesh, axis: str, count: int, what: str) -> None:
+    size = mesh.shape.get(axis, 1)
+    if count % size:
+        fits = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+        raise MeshError(
+            f"mesh: axis {axis!r} has {size} devices, which do not divide the model's {count} {what}; use {fits}"
+        )
 
 
 def _attention(

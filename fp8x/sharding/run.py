@@ -1,6 +1,7 @@
 """A function of a model on every device of its mesh, under `jax.shard_map`."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -89,12 +90,18 @@ def _to_mesh(placement: Placement, x: Array | np.ndarray, spec: P) -> Array:
 
 def check_batch(placement: Placement, rows: int, name: str) -> None:
     """Raises MeshError unless the devices along the batch's axes can have as many rows each."""
-    size = int(np.prod([placement.mesh.shape[axis] for axis in placement.batch], dtype=int))
-    if rows % size:
+    if (filled := fill_batch(placement, rows)) != rows:
+        size = placement.mesh.shape["data"]
         raise MeshError(
-            f"{name}: the batch is {rows}, which mesh axis 'data' with {size} devices does not divide; "
-            f"give {-(-rows // size) * size} rows (fill up with copies), or a mesh with fewer devices along it"
+            f"{name}: the batch is {rows}, which the {size} devices along mesh axis 'data' do not divide; "
+            f"give {filled} rows (fill up with copies), or a mesh with fewer devices along it"
         )
+
+
+def fill_batch(placement: Placement, rows: int) -> int:
+    """The next larger batch of which devices have as many rows each."""
+    size = math.prod(placement.mesh.shape[axis] for axis in placement.batch)
+    return -(-rows // size) * size
 
 
 def batch_spec(placement: Placement) -> P:
