@@ -128,21 +128,23 @@ with Writer(sys.argv[1], max_shard_bytes=1) as writer:
     writer.add("a", np.zeros(4, np.float32))
     writer.add("b", np.zeros(4, np.float32))
     print(flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
 def test_what_a_killed_writer_left_is_swept(tmp_path):
     other = tmp_path / ".out.tmp-not-ours"
     other.mkdir()
-    process = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path / "out"], stdout=subprocess.PIPE)
-    process.stdout.readline()
-    (left,) = [path for path in tmp_path.iterdir() if path != other]
-    assert listing(left) == ["shard-00001.safetensors"]
-    with Writer(tmp_path / "out"):
-        assert left.exists(), "its writer lives"
-        process.kill()
-        process.communicate()
+    with subprocess.Popen([sys.executable, "-c", KILLED, tmp_path / "out"], stdout=subprocess.PIPE) as process:
+        try:
+            process.stdout.readline()
+            (left,) = [path for path in tmp_path.iterdir() if path != other]
+            assert listing(left) == ["shard-00001.safetensors"]
+            with Writer(tmp_path / "out"):
+                assert left.exists(), "its writer lives"
+        finally:
+            process.kill()
+    assert left.exists()
     (tmp_path / "out" / "model.safetensors").unlink()
     write(tmp_path / "out")
     assert listing(tmp_path) == [".out.tmp-not-ours", "out"]
