@@ -53,11 +53,8 @@ def calibrate(
         data, num_samples, max_length, batch_size, seed, method=method, percentile=percentile, mesh=devices
     )
     rows = read_rows(source, calibration)
-    model = load(source, chosen, rules)
-    if devices is not None and any(devices.shape[axis] > 1 for axis in devices.axis_names if axis != "data"):
-        from fp8x.sharding import shard
-
-        shard(model, devices)
+    is_split = devices is not None and any(devices.shape.get(axis, 1) > 1 for axis in ("tensor", "expert"))
+    model = load(source, chosen, rules, mesh=devices if is_split else None)
     report = run(model, rows, calibration)
     result = sidecar(report, recipe, calibration, rows)
     if output is not None:
