@@ -284,7 +284,7 @@ class _Matrix:
         else:
             for part, values in self._parts(work, stored, scheme):
                 data, scale, top = rows.quantized(values, work.scratch(values.shape), scheme=scheme)
-                if not np.isfinite(top):
+                if not np.isfinite(top).all():
                     self._check_nonfinite(work, stored)
                     data, scale = rows.quantized_finite(values, data, scheme=scheme)
                 self._write_result(work, part, data)

@@ -59,8 +59,8 @@ class Stored:
 
 def make_header(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
     """What a file of these tensors (name -> type, shape) begins with, and where in it each begins, in their order."""
-    # The types with the widest elements first, as safetensors itself has it: so every tensor is aligned.
-    ordered = sorted(specs, key=lambda name: (-DTYPES[specs[name][0]].itemsize, name))
+    # The types with the widest elements first, so that every tensor is aligned; else as they come.
+    ordered = sorted(specs, key=lambda name: -DTYPES[specs[name][0]].itemsize)
     # transformers refuses files that do not name a framework.
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -18,6 +18,7 @@ import numpy as np
 
 from fp8x.checkpoint.blocks import BlockFile, Disk
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_free, copy_companions, explained, fsync
+from fp8x.checkpoint.header import make_header
 from fp8x.checkpoint.reader import DTYPES, INDEX, SINGLE
 from fp8x.errors import CheckpointError
 
@@ -173,21 +174,10 @@ class _Shard:
     """
 
     def __init__(self, file: str, specs: Specs):
-        # The types with the widest elements first, so that every tensor is aligned; each in the order in which they
-        # come, so that blocks are filled one after the other.
-        ordered = sorted(specs, key=lambda name: -DTYPES[specs[name][0]].itemsize)
-        header, end = {"__metadata__": {"format": "pt"}}, 0
-        for name in ordered:
-            dtype, shape = specs[name]
-            begin, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
         self.file = file
-        self._header = len(text).to_bytes(8, "little") + text
+        self._header, self.offsets = make_header(specs)
         self.start = len(self._header)
-        self.offsets = {name: self.start + header[name]["data_offsets"][0] for name in ordered}
-        self.size = self.start + end
+        self.size = self.start + sum(math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape in specs.values())
         self.is_finished = False
         self._open: BlockFile | None = None
 

@@ -44,15 +44,15 @@ _compiled = functools.partial(jax.jit, donate_argnames="scratch", keep_unused=Tr
 @functools.partial(_compiled, static_argnames="scheme")
 def quantized(
     x: Array | ScaledArray, scratch: UInt8[Array, "n k"], scheme: Scheme
-) -> tuple[UInt8[Array, "n k"], Array, Float[Array, ""]]:
-    """Data (as bytes) and scales of `x` in a scheme whose blocks are whole in it, and its largest magnitude.
+) -> tuple[UInt8[Array, "n k"], Array, Float[Array, "r c"]]:
+    """Data (as bytes) and scales of `x` in a scheme whose blocks are whole in it, and `block_max`.
 
-    Right if that is finite.
+    Right where that is finite.
     """
     values = _values(x)
     top = numerics.block_max(values, scheme)
     q = numerics.quantize_with_scale(values, numerics.compute_scale(top, scheme), scheme)
-    return _bits(q.data), q.scale, jnp.max(top, initial=0)
+    return _bits(q.data), q.scale, top
 
 
 @functools.partial(_compiled, static_argnames="scheme")
