@@ -127,7 +127,8 @@ def mark_moe(moe: MoE, w2: LayerSplit) -> None:
 
 def gathered(layer: Layer, split: LayerSplit) -> Layer:
     """A copy of a placed layer with the whole parameters in this process's memory, as they were before."""
-    layer = nnx.merge(*nnx.split(layer))  # the arrays are shared
+    graphdef, state = nnx.split(layer)
+    layer = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))  # variables of its own, around the same arrays
     weight = layer.kernel if isinstance(layer, nnx.Linear) else layer.weight
     dims = split.dims(weight.ndim)
     if isinstance(layer, QuantizedLayer):

@@ -59,7 +59,7 @@ def plan_of(model: "Decoder", mesh: Mesh) -> Plan:
     """The plan for a decoder as it is quantized."""
     if not hasattr(model, "placement"):
         raise MeshError(
-            f"model: a {type(model).__name__} is neither a Decoder nor an fp8x.nn.MoE; see docs/sharding.md for your own"
+            f"model: a {type(model).__name__} is neither a Decoder nor an fp8x.nn.MoE; see docs/sharding.md"
         )
     recipes = {path: getattr(module, "recipe", None) for path, module in named_modules(model)}
     return plan(model.config, mesh, recipes)

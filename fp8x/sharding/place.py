@@ -118,8 +118,11 @@ def quantize_placed(weight: Array, scheme: Scheme, shape: tuple[int, ...], dims:
         weight: in 16 or 32 bits, padded.
         shape: of the whole weight.
     """
-    data, scale = _quantize(weight, scheme, shape, dims, mesh)
-    return ScaledArray(data, scale, scale_dims(scheme, shape, dims)[0])
+    finer, of_scales = scale_dims(scheme, shape, dims)
+    # jit may write an equal spec in another way; it is a part of what later steps compile for.
+    shardings = [NamedSharding(mesh, spec_of(lie)) for lie in (dims, of_scales)]
+    data, scale = jax.device_put(_quantize(weight, scheme, shape, dims, mesh), tuple(shardings))
+    return ScaledArray(data, scale, finer)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
