@@ -30,7 +30,10 @@ def assert_same(model, other):
     ("name", "code", "axes"),
     [
         ("qwen3_moe_bf16", "e4m3_e4m3_bf16", {"expert": 2, "tensor": 4}),
-        ("qwen3_moe_bf16", "fp8_e4m3fn_bf16_block_scale_static_activation", {"tensor": 2, "data": 2}),
+        pytest.param(
+            *("qwen3_moe_bf16", "fp8_e4m3fn_bf16_block_scale_static_activation", {"tensor": 2, "data": 2}),
+            marks=pytest.mark.slow,
+        ),
         ("mixtral_bf16_sharded", "mxfp8_bf16", {"expert": 4}),
         ("mixtral", None, {"tensor": 2}),
         ("compressed_tensors", None, {"expert": 2}),
