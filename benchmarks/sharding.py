@@ -52,9 +52,7 @@ def moved(recipe: str, axes: dict[str, int], layers: int) -> tuple[Counter, Coun
 
 
 def main() -> None:
-    print(
-        "| recipe | mesh | collectives a layer | bytes a token and layer | logits, a token | weights a layer |"
-    )
+    print("| recipe | mesh | collectives a layer | bytes a token and layer | logits, a token | weights a layer |")
     print("|---|---|---|---:|---:|---:|")
     for recipe in RECIPES:
         for axes in MESHES:

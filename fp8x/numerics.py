@@ -107,11 +107,12 @@ def block_max(x: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
 
 
 def _block_max(x: Float[Array, "..."], scheme: Scheme, finite: bool) -> Float[Array, "..."]:
-    blocks, counts = scheme.block_of(x.shape), scheme.scale_shape(x.shape)
+    counts = scheme.scale_shape(x.shape)
+    blocks = [b if c > 1 else max(n, 1) for n, b, c in zip(x.shape, scheme.block_of(x.shape), counts)]
     has_rows, is_long = any(block > 1 for block in blocks[:-1]), blocks[-1] > 2 * _LANES and blocks[-1] % _LANES == 0
     # XLA's CPU backend reduces in whole vectors what lies at least a vector's width apart, best in 16 bits; neighbours
     # only in 32. So in steps: over rows, then over strides of a long row, then what is left.
-    x = x if has_rows or is_long else _float32(x)
+    x = x if (has_rows or is_long) and x.dtype.itemsize <= 4 else _float32(x)
     # Magnitudes compare like their bits, and as integers XLA does not flush the subnormal ones.
     integer = np.dtype(f"int{8 * x.dtype.itemsize}")
     bits = jax.lax.bitcast_convert_type(x, integer) & np.iinfo(integer).max
@@ -121,7 +122,7 @@ def _block_max(x: Float[Array, "..."], scheme: Scheme, finite: bool) -> Float[Ar
     bits = bits.reshape([extent for pair in zip(counts, blocks) for extent in pair])
     bits = jnp.max(bits, axis=tuple(range(1, bits.ndim - 1, 2)), initial=0)
     if is_long:
-        bits = jnp.max(bits.reshape(*counts, -1, _LANES), axis=-2, initial=0)
+        bits = jnp.max(bits.reshape(*counts, blocks[-1] // _LANES, _LANES), axis=-2, initial=0)
     bits = jnp.max(bits, axis=-1, initial=0)
     if x.dtype == jnp.bfloat16:
         # The upper half of a float32; a conversion may flush.

@@ -78,15 +78,14 @@ class BlockFile:
         self._disk, self._on_disk = disk, on_disk
         self._blocks: dict[int, _Block] = {}
         self._lock = threading.Lock()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            self._descriptor = os.open(path, flags | O_DIRECT, 0o666)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            self._descriptor = os.open(path, flags, 0o666)  # a file system that has no direct writes
-        if hasattr(os, "posix_fallocate") and size:
-            os.posix_fallocate(self._descriptor, 0, size)
+            if hasattr(os, "posix_fallocate") and size:
+                os.posix_fallocate(self._descriptor, 0, size)
+            self._set_direct(True)
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, offset: int, data: np.ndarray) -> None:
         """Writes bytes at an offset; each byte of the file is to be written once."""
@@ -107,6 +106,16 @@ class BlockFile:
                 self._disk.submit(lambda buffer, index=index: self._flush(index, buffer), block.buffer)
             data, offset = data[length:], offset + length
 
+    def _set_direct(self, is_direct: bool) -> None:
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | O_DIRECT if is_direct else flags & ~O_DIRECT)
+            self._is_direct = is_direct
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._is_direct = False  # a file system that has no direct writes
+
     def close(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
@@ -118,10 +127,9 @@ class BlockFile:
             try:
                 written = os.pwrite(self._descriptor, view, offset)
             except OSError as error:
-                flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-                if error.errno != errno.EINVAL or not flags & O_DIRECT:
+                if error.errno != errno.EINVAL or not self._is_direct:
                     raise
-                fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~O_DIRECT)  # larger sectors than a page
+                self._set_direct(False)  # larger sectors than a page
                 continue
             view, offset = view[written:], offset + written
         self._missing -= min(BLOCK, self._size - index * BLOCK)

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fp8x.array import ScaledArray
 from fp8x.checkpoint import rows
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES
 from fp8x.checkpoint.format import Format, Layout
+from fp8x.checkpoint.header import nbytes
 from fp8x.checkpoint.reader import CONFIG, DTYPE_NAMES, DTYPES, Reader
 from fp8x.checkpoint.resumable import ResumableWriter
 from fp8x.errors import CalibrationError, CheckpointError, some
@@ -53,7 +55,8 @@ class Target:
         """Whether the matrix's bytes stay as they are."""
         if self.stored is None or self.recipe is None:
             return self.stored is self.recipe
-        return _stores_alike(self.stored.weight, self.recipe.weight)
+        # Another scale rule makes other scales.
+        return self.stored.weight == self.recipe.weight
 
     @property
     def needs_calibration(self) -> bool:
@@ -74,8 +77,9 @@ class Conversion:
 
     Attributes:
         format: of the destination; None where nothing there is quantized.
-        bytes_read, bytes_written: of tensors.
-        bytes_resumed: of `bytes_written`, what an earlier run, which was killed, had finished.
+        bytes_read: of the source's matrices and other tensors, in this run.
+        bytes_written: of all tensors of the destination.
+        bytes_resumed: of those, what an earlier run, which was killed, had finished.
         seconds: it took.
     """
 
@@ -129,24 +133,30 @@ def convert_tensors(
     # Files are filled in this order, so that they are finished one after the other.
     jobs = _ordered(_jobs(reader, targets, set(dropped), source_format, format, out_dtype, allow_nonfinite))
     specs = {name: spec for job in jobs for name, spec in job.specs.items()}
-    files = {reader.stored(name).file for name in reader}
     identity = [
-        sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files),
-        [config, beside, str(out_dtype)],
+        [version(name) for name in ("fp8x", "jax", "jaxlib")],
+        reader.identity,
+        [config, beside, str(out_dtype), allow_nonfinite],
         [(prefix, *map(repr, (t.stored, t.recipe)), _hex(t.input_scale)) for prefix, t in targets.items()],
     ]
-    with ResumableWriter(path, specs, identity, max_shard_bytes=max_shard_bytes) as writer:
+    unfinished = ResumableWriter(path, specs, identity, max_shard_bytes=max_shard_bytes)
+    if unfinished.work in Path(os.path.realpath(reader.path)).parents:
+        raise CheckpointError(
+            f"{reader.path}: lies in {unfinished.work}, which is cleared; move it, or write elsewhere"
+        )
+    with unfinished as writer:
         todo = [job for job in jobs if not all(map(writer.has, job.specs))]
         total = sum(job.bytes for job in jobs)
         work = _Work(writer, progress, total - sum(job.bytes for job in todo), total)
-        resumed = sum(_size(spec) for name, spec in specs.items() if writer.has(name))
+        resumed = sum(nbytes(*spec) for name, spec in specs.items() if writer.has(name))
         work.run(todo)
         writer.add_json(CONFIG, config)
         for name, value in (beside or {}).items():
             writer.add_json(name, value)
         writer.copy_companions(reader.path)
     name = None if format is None else format.name
-    return Conversion(name, total, writer.bytes, resumed, time.monotonic() - start)
+    read = sum(job.bytes for job in todo)
+    return Conversion(name, read, writer.bytes, resumed, time.monotonic() - start)
 
 
 def _jobs(
@@ -214,8 +224,7 @@ class _Copy:
 
     @property
     def bytes(self) -> int:
-        tensor = self.reader.stored(self.name)
-        return tensor.stop - tensor.start
+        return self.reader.stored(self.name).nbytes
 
     def run(self, work: "_Work") -> None:
         for start in range(0, self.bytes, rows.CHUNK_BYTES):
@@ -250,8 +259,7 @@ class _Matrix:
 
     @property
     def bytes(self) -> int:
-        tensor = self.reader.stored(self.name)
-        return tensor.stop - tensor.start
+        return self.reader.stored(self.name).nbytes
 
     @property
     def program(self) -> tuple:
@@ -275,12 +283,8 @@ class _Matrix:
             self._write_scale(work, 0, stored.scale)
             for part, values in self._parts(work, stored):
                 self._write(work, part, values.data)
-        elif scheme.block[0] is None and scheme.scale_rule != "unit":
-            scale = rows.compute_scale(self._amax(work, stored, scheme), scheme)
-            self._write_scale(work, 0, scale)
-            for part, values in self._parts(work, stored, scheme):
-                data = rows.quantized_with_scale(values, scale, work.scratch(values.shape), scheme=scheme)
-                self._write_result(work, part, data)
+        elif scheme.block[0] is None:
+            self._convert_whole(work, stored, scheme)
         else:
             for part, values in self._parts(work, stored, scheme):
                 data, scale, top = rows.quantized(values, work.scratch(values.shape), scheme=scheme)
@@ -288,8 +292,15 @@ class _Matrix:
                     self._check_nonfinite(work, stored)
                     data, scale = rows.quantized_finite(values, data, scheme=scheme)
                 self._write_result(work, part, data)
-                if scheme.block[0] is not None or part.start == 0:
-                    self._write_scale(work, part.start // (scheme.block[0] or 1), scale)
+                self._write_scale(work, part.start // scheme.block[0], scale)
+
+    def _convert_whole(self, work: "_Work", stored: "_Stored", scheme: Scheme) -> None:
+        """To blocks that hold every row: their scales before their values."""
+        scale = rows.compute_scale(self._amax(work, stored, scheme), scheme)
+        self._write_scale(work, 0, scale)
+        for part, values in self._parts(work, stored, scheme):
+            data = rows.quantized_with_scale(values, scale, work.scratch(values.shape), scheme=scheme)
+            self._write_result(work, part, data)
 
     def _read(self) -> "_Stored":
         tensor, recipe = self.reader.stored(self.name), self.target.stored
@@ -310,7 +321,7 @@ class _Matrix:
             filled = (min(part.stop, n) - part.start) * k * dtype.itemsize
             self.reader.read_into(self.name, part.start * k * dtype.itemsize, buffer[:filled])
             buffer[filled:] = 0
-            data = buffer.view(dtype).reshape(-1, k)
+            data = buffer.view(dtype).reshape(part.stop - part.start, k)
             if stored.scheme is None:
                 yield part, data
             else:
@@ -343,6 +354,10 @@ class _Matrix:
             return self.target.input_scale
         if activation.scale_rule == "unit":
             return np.ones(activation.scale_shape((1, self.reader.stored(self.name).shape[1])), np.float32)
+        if not (stored.input_scale > 0).all():
+            raise CheckpointError(
+                f"{self.prefix}: its static activation scale in {self.reader.path} is 0, which quantizes nothing"
+            )
         return stored.input_scale
 
     def _write_result(self, work: "_Work", part: slice, data: jax.Array) -> None:
@@ -382,15 +397,21 @@ class _Work:
 
     def run(self, jobs: Iterable[_Copy | _Matrix]) -> None:
         """Until all are done or one fails; then the others stop at their next rows."""
-        with concurrent.futures.ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MAX_THREADS)) as pool:
-            futures = [pool.submit(job.run, self) for job in jobs]
+        threads = min(len(os.sched_getaffinity(0)), MAX_THREADS)
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             try:
+                futures = [pool.submit(self._run, job) for job in jobs]
                 for future in concurrent.futures.as_completed(futures):
                     future.result()
             except BaseException:
                 self._is_stopped = True
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+
+    def _run(self, job: _Copy | _Matrix) -> None:
+        # Also where there is a GPU: the files are here, and it is the disk that everything waits for.
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            job.run(self)
 
     def buffer(self, size: int) -> np.ndarray:
         """This thread's buffer of bytes. Aligned to pages: what is aligned JAX computes from without a copy."""
@@ -400,12 +421,14 @@ class _Work:
         return found[:size]
 
     def scratch(self, shape: tuple[int, ...], dtype: str = "uint8") -> jax.Array:
-        """An array of this thread's whose memory may be overwritten."""
-        kept = self._local.__dict__.setdefault("scratch", {}).pop((shape, np.dtype(dtype)), None)
-        return jax.device_put(np.empty(shape, dtype)) if kept is None else kept
+        """An array whose memory may be overwritten: this thread's last result, if it fits."""
+        kept = self._local.__dict__.pop("scratch", None)
+        if kept is not None and (kept.shape, kept.dtype) == (shape, np.dtype(dtype)):
+            return kept
+        return jax.device_put(np.empty(shape, dtype))
 
     def keep_scratch(self, array: jax.Array) -> None:
-        self._local.scratch[array.shape, array.dtype] = array
+        self._local.scratch = array
 
     def advance(self, count: int) -> None:
         """`count` more bytes of the source are done."""
@@ -415,11 +438,6 @@ class _Work:
             with self._lock:
                 self._done += count
                 self._progress(self._done, self._total)
-
-
-def _size(spec: Spec) -> int:
-    dtype, shape = spec
-    return DTYPES[dtype].itemsize * math.prod(shape)
 
 
 def _hex(array: np.ndarray | None) -> str | None:

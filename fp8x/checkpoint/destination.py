@@ -1,6 +1,7 @@
 """What everything that writes a directory has to see to: that nothing is there, that errors say where, companions."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -32,12 +33,33 @@ COMPANIONS = (
 
 
 def check_free(path: Path) -> None:
-    """Raises CheckpointError unless nothing is at `path`, or an empty directory."""
+    """Raises CheckpointError unless nothing is at `path`, or an empty directory that can be replaced."""
+    if path.is_mount():
+        raise CheckpointError(f"{path}: is a mount point, which can't be replaced; name a directory in it")
     if path.is_dir() and not any(path.iterdir()):
         return
     if os.path.lexists(path):
         what = "is not empty" if path.is_dir() else "is a file"
         raise CheckpointError(f"{path}: exists and {what}; it is left as it is. Remove it, or write elsewhere")
+
+
+def lock(directory: Path) -> int:
+    """Locks a directory until the descriptor is closed.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        FileNotFoundError: another process has removed it.
+        OSError: it can't be locked.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(descriptor), directory.stat()):
+            raise FileNotFoundError(f"{directory}: another has taken its place")
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def copy_companions(source: Path, directory: Path) -> None:

@@ -57,16 +57,21 @@ class Stored:
         return self.stop - self.start
 
 
+def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor; `dtype` by safetensors' name."""
+    return BITS[dtype] * math.prod(shape) // 8
+
+
 def make_header(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
     """What a file of these tensors (name -> type, shape) begins with, and where in it each begins, in their order."""
     # The types with the widest elements first, so that every tensor is aligned; else as they come.
-    ordered = sorted(specs, key=lambda name: -DTYPES[specs[name][0]].itemsize)
+    ordered = sorted(specs, key=lambda name: -BITS[specs[name][0]])
     # transformers refuses files that do not name a framework.
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in ordered:
         dtype, shape = specs[name]
-        begin, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
+        begin, end = end, end + nbytes(dtype, shape)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

@@ -128,6 +128,12 @@ class Reader:
         if first < last:
             self._maps[tensor.file].madvise(mmap.MADV_DONTNEED, first, last - first)
 
+    @property
+    def identity(self) -> list[tuple[str, ...]]:
+        """What tells the files apart from those of another checkpoint, or of this one after a change."""
+        files = {tensor.file for tensor in self._tensors.values()}
+        return sorted((os.path.realpath(file), *map(str, self._identities[file])) for file in files)
+
     def read_into(self, name: str, start: int, buffer: np.ndarray) -> None:
         """Fills a writable uint8 buffer with a tensor's bytes from `start` on; from several threads at once if need be.
 

@@ -3,10 +3,8 @@
 So tensors come in any order, in pieces, from several threads, and what a killed run has finished is known to the next.
 """
 
-import fcntl
 import hashlib
 import json
-import math
 import os
 import shutil
 import threading
@@ -17,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from fp8x.checkpoint.blocks import BlockFile, Disk
-from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_free, copy_companions, explained, fsync
-from fp8x.checkpoint.header import make_header
-from fp8x.checkpoint.reader import DTYPES, INDEX, SINGLE
+from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_free, copy_companions, explained, fsync, lock
+from fp8x.checkpoint.header import make_header, nbytes
+from fp8x.checkpoint.reader import INDEX, SINGLE
 from fp8x.errors import CheckpointError
 
 Specs = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor name -> dtype by safetensors' name, shape
@@ -44,6 +42,9 @@ class ResumableWriter:
         identity: what the bytes follow from. Files of a run with another are not used.
         max_shard_bytes: tensors go to several files, with an index, where one would be larger.
 
+    Attributes:
+        work: where the files lie until they are all there.
+
     Raises:
         CheckpointError: `path` exists and is not an empty directory (it stays untouched), can't be written, is being
             written by another process, or is larger than what is free on its disk.
@@ -52,8 +53,8 @@ class ResumableWriter:
     def __init__(self, path: str | Path, specs: Specs, identity: Any, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES):
         self.path = Path(os.path.realpath(Path(path).expanduser()))
         check_free(self.path)
-        self._work = self.path.with_name(f".{self.path.name}.partial")
-        self._out = self._work / "out"
+        self.work = self.path.with_name(f".{self.path.name}.partial")
+        self._out = self.work / "out"
         self._shards = _deal(specs, max_shard_bytes)
         self._shard_of = {name: shard for shard in self._shards for name in shard.offsets}
         self._plan = hashlib.sha256(
@@ -68,26 +69,27 @@ class ResumableWriter:
 
     def __enter__(self) -> "ResumableWriter":
         with explained(self.path):
+            check_free(self.path)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._work.mkdir(exist_ok=True)
-            self._descriptor = os.open(self._work, os.O_RDONLY)
+            self._descriptor = self._take()
         try:
-            try:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CheckpointError(f"{self.path}: another process is writing it ({self._work})") from None
             with explained(self.path):
                 self._continue()
-            self._check_space()
+                self._check_space()
         except BaseException:
-            os.close(self._descriptor)
+            self._let_go()
             raise
         self._disk = Disk()
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        is_finished = False
+        is_kept = kind is KeyboardInterrupt
         try:
+            if kind is None:
+                for shard in self._shards:
+                    if shard.is_empty and not shard.is_finished:
+                        with explained(self.path):
+                            shard.open(self._out, self._disk)
             self._disk.close()
             for shard in self._shards:
                 shard.close()
@@ -95,18 +97,24 @@ class ResumableWriter:
                 with explained(self.path):
                     self._disk.check()
                     self._finish()
-                is_finished = True
+        except BaseException as raised:
+            kind, is_kept = type(raised), isinstance(raised, KeyboardInterrupt)
+            raise
         finally:
-            if not is_finished and kind is not KeyboardInterrupt:
-                shutil.rmtree(self._work, ignore_errors=True)
-            os.close(self._descriptor)
+            if kind is not None and not is_kept:
+                shutil.rmtree(self.work, ignore_errors=True)
+            self._let_go()
 
     def has(self, name: str) -> bool:
         """Whether a tensor lies in a file that an earlier run finished."""
-        return self._shard_of[name].is_finished
+        return self._shard_of[name].is_taken_over
 
     def write(self, name: str, start: int, values: np.ndarray) -> None:
-        """Writes a part of a tensor, `start` bytes from its beginning. Each byte is to be written once."""
+        """Writes a part of a tensor, `start` bytes from its beginning. Each byte is to be written once; nothing happens
+        where an earlier run has done it.
+        """
+        if self.has(name):
+            return
         shard, data = self._shard_of[name], np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         with explained(self.path):
             with self._lock:
@@ -123,26 +131,44 @@ class ResumableWriter:
         with explained(self.path):
             copy_companions(source, self._out)
 
+    def _take(self) -> int | None:
+        """Makes the working directory and locks it; None on a file system without locks."""
+        while True:
+            self.work.mkdir(exist_ok=True)
+            try:
+                return lock(self.work)
+            except BlockingIOError:
+                raise CheckpointError(f"{self.path}: another process is writing it ({self.work})") from None
+            except FileNotFoundError:
+                continue  # another process has just finished
+            except OSError:
+                return None
+
+    def _let_go(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
     def _continue(self) -> None:
         """Takes over what a run with the same plan has finished, and removes anything else."""
-        plan = self._work / "plan"
-        is_same = plan.is_file() and plan.read_text() == self._plan
-        finals = {shard.file for shard in self._shards}
-        if not is_same:
-            shutil.rmtree(self._out, ignore_errors=True)
+        plan = self.work / "plan"
+        if not (plan.is_file() and plan.read_text() == self._plan):
+            if self._out.exists():
+                shutil.rmtree(self._out)
             plan.write_text(self._plan)
         self._out.mkdir(exist_ok=True)
+        sizes = {shard.file: shard.size for shard in self._shards}
         for file in self._out.iterdir():
-            if file.name not in finals:
+            if sizes.get(file.name) != file.stat().st_size:
                 file.unlink()
         for shard in self._shards:
-            shard.is_finished = (self._out / shard.file).is_file()
+            shard.is_taken_over = shard.is_finished = (self._out / shard.file).is_file()
 
     def _check_space(self) -> None:
         needed = sum(shard.size for shard in self._shards if not shard.is_finished)
         free = shutil.disk_usage(self._out).free
         if needed > free:
-            shutil.rmtree(self._work, ignore_errors=True)
+            if not any(shard.is_finished for shard in self._shards):
+                shutil.rmtree(self.work)
             raise CheckpointError(
                 f"{self.path}: needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on its disk"
             )
@@ -160,7 +186,7 @@ class ResumableWriter:
         check_free(self.path)
         os.rename(self._out, self.path)
         fsync(self.path.parent)
-        shutil.rmtree(self._work, ignore_errors=True)
+        shutil.rmtree(self.work, ignore_errors=True)
 
 
 class _Shard:
@@ -171,14 +197,16 @@ class _Shard:
         offsets: where each tensor begins in the file.
         start: where the first does: after the header.
         size: of the file.
+        is_finished: whether it has its name; is_taken_over: from an earlier run.
     """
 
     def __init__(self, file: str, specs: Specs):
         self.file = file
         self._header, self.offsets = make_header(specs)
         self.start = len(self._header)
-        self.size = self.start + sum(math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape in specs.values())
-        self.is_finished = False
+        self.size = self.start + sum(nbytes(*spec) for spec in specs.values())
+        self.is_empty = self.size == self.start
+        self.is_finished = self.is_taken_over = False
         self._open: BlockFile | None = None
 
     def open(self, directory: Path, disk: Disk) -> BlockFile:
@@ -207,7 +235,7 @@ def _deal(specs: Specs, max_bytes: int) -> list[_Shard]:
     parts: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
     size = 0
     for name, (dtype, shape) in specs.items():
-        needed = math.prod(shape) * DTYPES[dtype].itemsize
+        needed = nbytes(dtype, shape)
         if parts[-1] and size + needed > max_bytes:
             parts.append({})
             size = 0

@@ -18,7 +18,7 @@ CHUNK_BYTES = 1 << 21  # what is computed from it stays in cache, and a call cos
 
 def chunks(n: int, k: int, *schemes: Scheme | None) -> Iterator[slice]:
     """Rows at a time, in whole blocks of these schemes; the last may reach beyond `n`, into zeros."""
-    whole = math.lcm(*(scheme.block[0] or 1 for scheme in schemes if scheme is not None))
+    whole = math.lcm(*(min(scheme.block[0] or 1, max(n, 1)) for scheme in schemes if scheme is not None))
     # Powers of two, and few of them: matrices of unlike heights share a compiled program.
     most = 1 << max(CHUNK_BYTES // (2 * max(k, 1) * whole), 1).bit_length() - 1
     rows = whole * (most if 8 * n >= most * whole else 1 << max(math.ceil(n / whole) - 1, 0).bit_length())

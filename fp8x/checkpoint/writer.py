@@ -1,7 +1,6 @@
 """`Writer`: a Hugging Face directory that is there completely or not at all."""
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_free, copy_companions, explained, fsync
+from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_free, copy_companions, explained, fsync, lock
 from fp8x.checkpoint.header import DTYPE_NAMES, make_header
 from fp8x.checkpoint.reader import INDEX, SINGLE
 from fp8x.errors import CheckpointError
@@ -140,7 +139,7 @@ def _make_temporary(path: Path) -> tuple[Path, int | None]:
         temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
         temporary.mkdir()
         try:
-            return temporary, _lock(temporary)
+            return temporary, lock(temporary)
         except (BlockingIOError, FileNotFoundError):
             pass  # a sweeping writer came between
         except OSError:
@@ -152,27 +151,9 @@ def _sweep(path: Path) -> None:
     pattern = re.compile(re.escape(f".{path.name}.tmp-") + "[0-9a-f]{8}")
     for left in [other for other in path.parent.iterdir() if pattern.fullmatch(other.name)]:
         with contextlib.suppress(OSError):  # held by a living writer, or no directory
-            lock = _lock(left)
+            descriptor = lock(left)
             shutil.rmtree(left, ignore_errors=True)
-            os.close(lock)
-
-
-def _lock(directory: Path) -> int:
-    """Locks a directory until the descriptor is closed.
-
-    Raises:
-        BlockingIOError: another process holds it.
-        FileNotFoundError: another process has removed it.
-        OSError: it can't be locked.
-    """
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        directory.stat()
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
+            os.close(descriptor)
 
 
 def _shard_name(number: int) -> str:
