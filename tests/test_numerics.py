@@ -729,3 +729,17 @@ class TestProperties:
         once = _dequantize(_quantize(random_array((40, 96)), scheme))
         twice = _dequantize(_quantize(once, scheme))
         np.testing.assert_array_equal(once, twice)
+
+
+@pytest.mark.parametrize("block", [(1, 256), (1, None), (128, 128)])
+@pytest.mark.parametrize("shape", [(0, 256), (0, 64), (3, 0)])
+def test_no_values_have_no_amax(block, shape):
+    q = quantize(jnp.zeros(shape, jnp.bfloat16), Scheme("e4m3", block=block))
+    assert q.shape == shape
+
+
+def test_a_block_larger_than_the_array_takes_no_more_room():
+    x = jnp.ones((3, 64), jnp.bfloat16)
+    q = jax.eval_shape(lambda x: quantize(x, Scheme("e4m3", block=(2**40, 2**40))), x)
+    assert q.scale.shape == (1, 1)
+    assert quantize(x, Scheme("e4m3", block=(2**40, 2**40))).scale == np.float32(1 / 448)

@@ -107,6 +107,36 @@ def test_an_interrupted_run_goes_on(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
+def test_what_lies_in_a_finished_file_is_not_written_again(tmp_path):
+    first = ResumableWriter(tmp_path / "out", SPECS, "x", max_shard_bytes=SHARD)
+    with pytest.raises(KeyboardInterrupt), first as writer:
+        write(writer, ["a"])
+        raise KeyboardInterrupt
+    with ResumableWriter(tmp_path / "out", SPECS, "x", max_shard_bytes=SHARD) as writer:
+        writer.write("a", 0, values("a"))  # as a job does whose other tensors are missing
+        write(writer)
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_ctrl_c_at_the_end_keeps_the_files_too(tmp_path, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumableWriter, "_finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out")
+    with ResumableWriter(tmp_path / "out", SPECS, "x", max_shard_bytes=SHARD) as writer:
+        assert all(map(writer.has, SPECS))
+
+
+@pytest.mark.parametrize("specs", [{}, {"none": ("F32", (0, 3))}], ids=str)
+def test_nothing_to_write(tmp_path, specs):
+    with ResumableWriter(tmp_path / "out", specs, "x") as writer:
+        writer.add_json("config.json", {})
+    assert set(Reader(tmp_path / "out")) == set(specs)
+
+
 def test_files_of_another_run_are_not_used(tmp_path):
     with (
         pytest.raises(KeyboardInterrupt),

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -183,6 +185,66 @@ def test_nonfinite_values(tmp_path, code, chunk_bytes):
     fp8x.convert(tmp_path / "a", tmp_path / "b", code, allow_nonfinite=True)
     expected = fp8x.quantize(jnp.asarray(values), RECIPES[code].weight)
     assert contents(tmp_path / "b")["fc.weight"][2] == np.asarray(expected.data).tobytes()
+
+
+def test_another_source_of_the_same_name_size_and_time_is_another(tmp_path):
+    for index, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        other_model(tmp_path / name / "m", {f"fc{i}.weight": np.full((64, 64), index, np.float16) for i in range(8)})
+        os.utime(tmp_path / name / "m" / "model.safetensors", (1, 1))
+
+    def interrupt(done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fp8x.convert(tmp_path / "a" / "m", tmp_path / "out", "e4m3_f16", max_shard_bytes=5000, progress=interrupt)
+    done = fp8x.convert(tmp_path / "b" / "m", tmp_path / "out", "e4m3_f16", max_shard_bytes=5000)
+    assert done.bytes_resumed == 0
+    assert all(value[2] != bytes(4096) for name, value in contents(tmp_path / "out").items() if name.endswith("weight"))
+
+
+@pytest.mark.parametrize("code", [code for code in CODES if "e5m2" in code or "e4m3" in code])
+@pytest.mark.parametrize("shape", [(0, 128), (3, 0)])
+def test_empty_matrices(tmp_path, code, shape):
+    other_model(tmp_path / "a", {"fc.weight": np.zeros(shape, np.float16)})
+    fp8x.convert(tmp_path / "a", tmp_path / "b", code)
+    assert contents(tmp_path / "b")["fc.weight"][1] == shape
+
+
+def test_types_that_numpy_lacks_are_copied(tmp_path):
+    other_model(tmp_path / "a", {"fc.weight": np.zeros((4, 64), np.float16), "packed": np.arange(12, dtype=np.uint8)})
+    file = tmp_path / "a" / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"dtype":"U8","shape":[12]', b'"dtype":"F4","shape":[24]'))
+    fp8x.convert(tmp_path / "a", tmp_path / "b", "e4m3_f16")
+    stored = Reader(tmp_path / "b").stored("packed")
+    assert (stored.dtype, stored.shape) == ("F4", (24,))
+    assert bytes(range(12)) in (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_another_scale_rule_makes_other_scales(tiny_checkpoint, tmp_path):
+    code = "fp8_e4m3fn_bf16_block_scale"
+    fp8x.convert(tiny_checkpoint, tmp_path / "a", code)
+    weight, activation = RECIPES[code].weight, RECIPES[code].activation
+    pow2 = [dataclasses.replace(scheme, scale_rule="pow2") for scheme in (weight, activation)]
+    fp8x.convert(tmp_path / "a", tmp_path / "b", fp8x.Recipe(*pow2, "dynamic"), "fp8")
+    scale = np.asarray(matrix(tmp_path / "b", "model.layers.0.self_attn.q_proj").scale)
+    assert np.all(np.frexp(scale)[0] == 0.5)
+
+
+def test_the_processor_does_the_work_wherever_arrays_go(tiny_checkpoint, tmp_path):
+    with jax.default_device(jax.devices()[-1]):
+        fp8x.convert(tiny_checkpoint, tmp_path / "a", "e4m3_bf16")
+    fp8x.convert(tiny_checkpoint, tmp_path / "b", "e4m3_bf16")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_source_in_the_way(tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    other_model(tmp_path / ".out.partial" / "m", {"fc.weight": np.zeros((4, 64), np.float16)})
+    with pytest.raises(CheckpointError, match="which is cleared; move it"):
+        fp8x.convert(tmp_path / ".out.partial" / "m", tmp_path / "out", "e4m3_f16")
+    assert (tmp_path / ".out.partial" / "m" / "config.json").exists()
 
 
 def test_progress_counts_bytes(tiny_checkpoint, tmp_path, chunk_bytes):
