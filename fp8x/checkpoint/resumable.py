@@ -170,7 +170,7 @@ class ResumableWriter:
             if not any(shard.is_finished for shard in self._shards):
                 shutil.rmtree(self.work)
             raise CheckpointError(
-                f"{self.path}: needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on its disk"
+                f"{self.path}: needs {needed:,} bytes, but {free:,} are free on its disk; make room, or write elsewhere"
             )
 
     def _finish(self) -> None:

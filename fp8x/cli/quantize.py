@@ -91,18 +91,22 @@ def quantize(
         calibrate.warn_undersampled(report, min_tokens)
         found = calibrate.sidecar(report, recipe, arguments, samples)
         del model
-    with terminal.progress(f"writing {destination.name}", unit="bytes") as update:
-        done = fp8x.convert(
-            source,
-            destination,
-            chosen,
-            format,
-            rules=rules,
-            calibration=found or calibration,
-            allow_nonfinite=allow_nonfinite,
-            beside=None if found is None else {SIDECAR: found.to_json()},
-            progress=update,
-        )
+    try:
+        with terminal.progress(f"writing {destination.name}", unit="bytes") as update:
+            done = fp8x.convert(
+                source,
+                destination,
+                chosen,
+                format,
+                rules=rules,
+                calibration=found or calibration,
+                allow_nonfinite=allow_nonfinite,
+                beside=None if found is None else {SIDECAR: found.to_json()},
+                progress=update,
+            )
+    except KeyboardInterrupt:
+        terminal.warn(f"interrupted; the same command goes on where it was, or remove .{destination.name}.partial")
+        raise
     rows = []
     if verify or (planned.source_format is not None and recipe is not None):
         with terminal.progress("reading back", unit="bytes") as update:
@@ -188,7 +192,8 @@ def _show(summary: dict[str, Any], source: Path, destination: Path) -> None:
     sizes = terminal.size(summary["bytes_before"]), terminal.size(summary["bytes_after"])
     table.add_row("all", str(sum(found["tensors"] for found in schemes.values())), *sizes, "")
     rate = f"{terminal.size(summary['bytes_per_second'])}/s"
-    line = f"recipe {summary['recipe']}, format {summary['format']}, {summary['seconds']} s, converted at {rate}"
+    recipe, format = summary["recipe"] or "as it was", summary["format"] or "unquantized"
+    line = f"recipe {recipe}, format {format}, {summary['seconds']} s, converted at {rate}"
     if summary["bytes_resumed"]:
         line += f", {terminal.size(summary['bytes_resumed'])} were there from a run that was stopped"
     if summary["calibration"]:

@@ -21,6 +21,8 @@ from fp8x.recipe import OUT_DTYPES, Recipe, Rules, as_recipe
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 
+SCALES = ("weight_scale", "weight_scale_inv", "input_scale", "activation_scale")
+
 # Matrices of other models that are no linear layers, by the last part of their name.
 LOOKUPS = re.compile(r"(.*\.)?([^.]*embed[^.]*|wte|wpe|shared|relative_attention_bias|[^.]*norm)", re.IGNORECASE)
 
@@ -55,6 +57,10 @@ def plan(
     source_format, out_dtype = format_of(reader.config), _dtype(reader.config)
     modules = _modules(reader)
     prefixes = [prefix for names in modules.values() for prefix in names]
+    for name in reader if source_format is not None else ():
+        prefix, _, kind = name.rpartition(".")
+        if kind in SCALES and f"{prefix}.weight" not in reader:
+            raise CheckpointError(f"{name} in {reader.stored(name).file}: the matrix that it scales is missing")
     stored: dict[str, Recipe | None] = dict.fromkeys(prefixes)
     if source_format is not None:
         stored |= source_format.from_config(reader.config["quantization_config"], prefixes, out_dtype)
@@ -100,8 +106,8 @@ def convert(
     Arguments:
         src: a directory with config.json and safetensors files, quantized or not.
         dst: the directory to make; it must not exist, or be empty.
-        recipe: a `Recipe` or its code; or "bf16", "f16", "f32", which dequantize to that type. None keeps every matrix
-            as it is stored: for another format alone.
+        recipe: a `Recipe` or its code; or "bf16", "f16", "f32", which dequantize what is in 8 bits to that type. None
+            keeps every matrix as it is stored: for another format alone.
         format: "compressed-tensors", "fp8" or "modelopt"; by default the first that can hold the result.
         rules: exceptions to `recipe`, by module, as `fp8x.quantize_model` takes them. Modules have the paths that
             `fp8x.load` gives them where it knows the model, else their names in the checkpoint.

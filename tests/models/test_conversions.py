@@ -15,7 +15,7 @@ import fp8x
 from fp8x import RECIPES, Scheme
 from fp8x.calibrate import CalibrationReport, LayerStatistics, Sidecar
 from fp8x.calibrate.statistics import static_layers
-from fp8x.checkpoint import Reader, format_of, rows
+from fp8x.checkpoint import Reader, Writer, format_of, rows
 from fp8x.checkpoint.reader import DTYPES
 from fp8x.errors import CalibrationError, CheckpointError, RecipeError, RuleError, ShapeError
 
@@ -284,6 +284,19 @@ def test_missing_tensors_are_named(tiny_checkpoint, tmp_path):
     save_file(tensors, tmp_path / "a" / "model.safetensors")
     with pytest.raises(CheckpointError, match=f"{name} is missing, which config.json calls for"):
         fp8x.convert(tmp_path / "a", tmp_path / "b", "e4m3_bf16")
+
+
+def test_a_scale_without_its_matrix(tmp_path):
+    other_model(tmp_path / "a", {f"fc{i}.weight": np.ones((128, 128), np.float16) for i in range(2)})
+    fp8x.convert(tmp_path / "a", tmp_path / "b", "fp8_e4m3fn_bf16_block_scale", "fp8")
+    reader = Reader(tmp_path / "b")
+    tensors = {name: read(reader, name)[2] for name in reader if name != "fc1.weight"}
+    with Writer(tmp_path / "c") as writer:
+        writer.add_json("config.json", reader.config)
+        for name, value in tensors.items():
+            writer.add(name, value)
+    with pytest.raises(CheckpointError, match=r"fc1.weight_scale_inv in .*: the matrix that it scales is missing"):
+        fp8x.convert(tmp_path / "c", tmp_path / "d", "bf16")
 
 
 def test_the_recipe_is_its_out_dtype_too(tiny_checkpoint, tmp_path):
