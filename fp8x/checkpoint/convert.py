@@ -1,7 +1,7 @@
 """Checkpoint to checkpoint: no model is built, and memory holds some rows of a few matrices, whatever their size.
 
-Each matrix is read through its mapped file, quantized rows by rows in a core's cache, and written to its place at once,
-by one thread a core: nobody waits for a reader or a writer.
+Each matrix is read into a buffer, quantized there some rows at a time, in a core's cache, and written to its place at
+once, by one thread a core: nobody waits for a reader or a writer.
 """
 
 import concurrent.futures
@@ -23,14 +23,13 @@ from fp8x.array import ScaledArray
 from fp8x.checkpoint import rows
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES
 from fp8x.checkpoint.format import Format, Layout
-from fp8x.checkpoint.header import nbytes
+from fp8x.checkpoint.header import UNQUANTIZED, nbytes
 from fp8x.checkpoint.reader import CONFIG, DTYPE_NAMES, DTYPES, Reader
 from fp8x.checkpoint.resumable import ResumableWriter
 from fp8x.errors import CalibrationError, CheckpointError, some
 from fp8x.recipe import Recipe
 from fp8x.scheme import Scheme
 
-UNQUANTIZED = ("BF16", "F32", "F16")
 MAX_THREADS = 16
 
 Spec = tuple[str, tuple[int, ...]]  # dtype by safetensors' name, shape

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from fp8x.array import ScaledArray
+from fp8x.checkpoint.header import UNQUANTIZED
 from fp8x.checkpoint.reader import DTYPE_NAMES, DTYPES, Reader
 from fp8x.errors import CheckpointError
 from fp8x.recipe import Recipe
@@ -132,6 +133,25 @@ class Format(abc.ABC):
         input_scale = _as_scale(layout.input_scale.read(prefix, reader), FLOAT32)
         _check_scale(input_scale, layout.input_scale.name(prefix, reader), reader)
         return weight, input_scale.reshape(recipe.activation.scale_shape((1, shape[1])))
+
+
+def stored_recipes(
+    format: Format, reader: Reader, prefixes: Iterable[str], out_dtype: np.dtype
+) -> dict[str, Recipe | None]:
+    """The recipe of every prefix of a quantized checkpoint.
+
+    What lies in 16 bits stays so, also without a word in the config: others leave out routers, lm_head and
+    (transformers 5, to which they are no Linear) experts.
+
+    Raises:
+        CheckpointError: a field of the config that is missing or not supported.
+    """
+    recipes = dict(format.from_config(reader.config["quantization_config"], prefixes, out_dtype))
+    for prefix in recipes:
+        name = f"{prefix}.weight"
+        if name in reader and reader.stored(name).dtype in UNQUANTIZED:
+            recipes[prefix] = None
+    return recipes
 
 
 def weight_spec(recipe: Recipe, shape: tuple[int, int]) -> TensorSpec:

@@ -31,6 +31,10 @@ DTYPES: dict[str, np.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+# What a matrix's values may be stored in.
+UNQUANTIZED = ("BF16", "F32", "F16")
+FLOAT8 = ("F8_E4M3", "F8_E5M2")
+
 # Bits of an element: of these types, and of those that numpy lacks and nobody here computes with.
 BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
     "F4": 4,

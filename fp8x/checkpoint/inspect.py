@@ -15,13 +15,14 @@ from jaxtyping import Array
 from fp8x import numerics
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import Format, format_of
-from fp8x.checkpoint.reader import DTYPES, Reader
+from fp8x.checkpoint.header import DTYPES, FLOAT8
+from fp8x.checkpoint.reader import Reader
+from fp8x.checkpoint.rows import block_amax, scale_rows
 from fp8x.errors import CheckpointError
 from fp8x.recipe import Recipe, Rules, as_recipe
 from fp8x.scheme import Scheme
 
 FLOATS = ("F32", "F16", "BF16")
-FLOAT8 = ("F8_E4M3", "F8_E5M2")
 CHUNK = 2**20  # values at a time
 
 
@@ -188,8 +189,7 @@ def _part(weight: ScaledArray) -> tuple[Part, int | None]:
     block = _block_rows(weight.shape, weight.scheme)
 
     def part(rows: slice) -> ScaledArray:
-        scale_rows = slice(None) if block is None else slice(rows.start // block, math.ceil(rows.stop / block))
-        return ScaledArray(weight.data[rows], weight.scale[scale_rows], weight.scheme)
+        return ScaledArray(weight.data[rows], scale_rows(weight.scale, weight.scheme, rows), weight.scheme)
 
     return part, block
 
@@ -250,7 +250,7 @@ def _row_of_recipe(name: str, scheme: Scheme, reader: Reader) -> TensorRow:
     if block is None:
         amax = np.zeros(scheme.scale_shape(shape), np.float32)
         for rows in _chunks(shape, block):
-            amax = np.maximum(amax, _block_amax(values[rows], scheme))
+            amax = np.maximum(amax, block_amax(values[rows], scheme))
             _release(reader, name, rows, shape[1])
         scale = numerics.compute_scale(jnp.asarray(amax), scheme)
     size = math.prod(shape) + math.prod(scheme.scale_shape(shape)) * scheme.scale_dtype.itemsize
@@ -300,11 +300,6 @@ def _release(reader: Reader, name: str, rows: slice, k: int) -> None:
     """Lets go of some rows of `k` values."""
     width = k * DTYPES[reader.stored(name).dtype].itemsize
     reader.release(name, rows.start * width, rows.stop * width)
-
-
-@functools.partial(jax.jit, static_argnames="scheme")
-def _block_amax(values: Array, scheme: Scheme) -> Array:
-    return numerics.block_amax(values, scheme)
 
 
 @functools.partial(jax.jit, static_argnames="scheme")

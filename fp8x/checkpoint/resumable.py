@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 
 from fp8x.checkpoint.blocks import BlockFile, Disk
-from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_free, copy_companions, explained, fsync, lock
+from fp8x.checkpoint.destination import (
+    DEFAULT_SHARD_BYTES,
+    check_free,
+    copy_companions,
+    explained,
+    fsync,
+    lock,
+    write_json,
+)
 from fp8x.checkpoint.header import make_header, nbytes
 from fp8x.checkpoint.reader import INDEX, SINGLE
 from fp8x.errors import CheckpointError
@@ -124,7 +132,7 @@ class ResumableWriter:
     def add_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Adds a JSON file."""
         with explained(self.path):
-            (self._out / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+            write_json(self._out / name, value)
 
     def copy_companions(self, source: Path) -> None:
         """Copies tokenizer, generation settings and licence from another checkpoint's directory."""

@@ -1,7 +1,6 @@
 """`Writer`: a Hugging Face directory that is there completely or not at all."""
 
 import contextlib
-import json
 import os
 import re
 import secrets
@@ -13,7 +12,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_free, copy_companions, explained, fsync, lock
+from fp8x.checkpoint.destination import (
+    DEFAULT_SHARD_BYTES,
+    check_free,
+    copy_companions,
+    explained,
+    fsync,
+    lock,
+    write_json,
+)
 from fp8x.checkpoint.header import DTYPE_NAMES, make_header
 from fp8x.checkpoint.reader import INDEX, SINGLE
 from fp8x.errors import CheckpointError
@@ -89,7 +96,7 @@ class Writer:
     def add_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Adds a JSON file."""
         with explained(self.path):
-            (self._temporary / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+            write_json(self._temporary / name, value)
 
     def copy_companions(self, source: Path) -> None:
         """Copies tokenizer, generation settings and licence from another checkpoint's directory."""

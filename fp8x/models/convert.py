@@ -11,15 +11,15 @@ import numpy as np
 
 from fp8x.calibrate import Sidecar, sidecar
 from fp8x.checkpoint import Format, Reader, choose_format, format_of
-from fp8x.checkpoint.convert import UNQUANTIZED, Conversion, Target, convert_tensors
+from fp8x.checkpoint.convert import Conversion, Target, convert_tensors
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES
+from fp8x.checkpoint.format import stored_recipes
+from fp8x.checkpoint.header import FLOAT8, UNQUANTIZED
 from fp8x.errors import CheckpointError, RuleError, some
 from fp8x.models.config import MODEL_TYPES, DecoderConfig
 from fp8x.models.hf_names import linear_names, param_names
 from fp8x.models.loading import HARMLESS, flat
 from fp8x.recipe import OUT_DTYPES, Recipe, Rules, as_recipe
-
-FLOAT8 = ("F8_E4M3", "F8_E5M2")
 
 SCALES = ("weight_scale", "weight_scale_inv", "input_scale", "activation_scale")
 
@@ -63,9 +63,7 @@ def plan(
             raise CheckpointError(f"{name} in {reader.stored(name).file}: the matrix that it scales is missing")
     stored: dict[str, Recipe | None] = dict.fromkeys(prefixes)
     if source_format is not None:
-        stored |= source_format.from_config(reader.config["quantization_config"], prefixes, out_dtype)
-        # What lies in 16 bits stays so, also without a word in the config.
-        stored |= {prefix: None for prefix in prefixes if reader.stored(f"{prefix}.weight").dtype in UNQUANTIZED}
+        stored = stored_recipes(source_format, reader, prefixes, out_dtype)
     if recipe is None and rules:
         raise RuleError("rules: are exceptions to a recipe, but none was given; give a recipe too")
     if recipe is None:

@@ -13,7 +13,8 @@ from jaxtyping import Array
 from fp8x import numerics
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import Format, Reader
-from fp8x.checkpoint.header import DTYPE_NAMES
+from fp8x.checkpoint.format import stored_recipes
+from fp8x.checkpoint.header import DTYPE_NAMES, UNQUANTIZED
 from fp8x.errors import CheckpointError, some
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
@@ -23,8 +24,6 @@ from fp8x.nn.grouped import GroupedLinear, weight_scheme
 from fp8x.nn.linear import Linear
 from fp8x.nn.quantized import QuantizedLayer
 from fp8x.recipe import Recipe
-
-UNQUANTIZED = ("BF16", "F32", "F16")
 
 # Tensors that say nothing a decoder needs: old rotary tables, and the scales of an fp8 KV cache (ours is in 16 bits).
 HARMLESS = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.([qkv]|kv|attn)_scale|[kv]_proj\.(output|[kv])_scale)")
@@ -51,13 +50,7 @@ class Loader:
     def _stored_recipes(self, format: Format) -> dict[str, Recipe | None]:
         """The recipe of every module of a quantized checkpoint."""
         prefixes = [prefix for names in self.names.values() for _, prefix in flat(names)]
-        by_prefix = dict(format.from_config(self.reader.config["quantization_config"], prefixes, self.dtype))
-        for prefix in prefixes:
-            # What lies in 16 bits stays so, also without a word in the config: others leave out routers, lm_head and
-            # (transformers 5, to which they are no Linear) experts.
-            name = f"{prefix}.weight"
-            if name in self.reader and self.reader.stored(name).dtype in UNQUANTIZED:
-                by_prefix[prefix] = None
+        by_prefix = stored_recipes(format, self.reader, prefixes, self.dtype)
         recipes: dict[str, Recipe | None] = {}
         for path, names in self.names.items():
             first, *others = [prefix for _, prefix in flat(names)]

@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import Format, Reader
+from fp8x.checkpoint.header import UNQUANTIZED
 from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import Names, param_names
-from fp8x.models.loading import UNQUANTIZED, Loader, flat, get
+from fp8x.models.loading import Loader, flat, get
 from fp8x.nn.convert import set_module
 from fp8x.nn.grouped import GroupedLinear
 from fp8x.nn.linear import Linear
