@@ -8,7 +8,8 @@ a GPU machine runs. That function asks libcuda for the compute capability and gi
 place, built from the C below, answers 9.0 and writes the cubin to a file. It has no other use of a driver.
 
 Needs, of jax's own version, `jax-cuda13-plugin` and `jax-cuda13-pjrt` (`pip install --no-deps`); `nvidia-cuda-nvcc`,
-`nvidia-nvvm` and `nvidia-cuda-nvdisasm` for ptxas, libdevice and SASS; and a C compiler.
+`nvidia-nvvm` and `nvidia-cuda-nvdisasm` for ptxas, libdevice and SASS; and a C compiler. `./setup.sh compile` puts the
+wheels into a directory that Python does not import from: where there is no GPU, jax meets its plugin with a traceback.
 """
 
 import collections
@@ -191,14 +192,17 @@ def _toolkit() -> Path:
     return _file("nvidia-cuda-nvcc", "bin/ptxas").parents[1]
 
 
+def _distribution(name: str) -> importlib.metadata.Distribution | None:
+    path = [*sys.path, str(Path(sys.prefix) / "cuda-compiler")]
+    return next(iter(importlib.metadata.distributions(name=name, path=path)), None)
+
+
 def _is_installed(name: str, version: str | None = None) -> bool:
-    try:
-        return version in (None, importlib.metadata.version(name))
-    except importlib.metadata.PackageNotFoundError:
-        return False
+    found = _distribution(name)
+    return found is not None and version in (None, found.version)
 
 
 def _file(distribution: str, suffix: str) -> Path:
     """The file of an installed wheel whose path ends so."""
-    files = importlib.metadata.files(distribution) or ()
+    files = _distribution(distribution).files or ()
     return next(Path(file.locate()).resolve() for file in files if str(file).endswith(suffix))

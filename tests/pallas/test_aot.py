@@ -1,6 +1,7 @@
 """The kernels' code for sm_90a: the instructions it is for, no register spilled, shared memory within bounds."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -83,3 +84,14 @@ def test_what_is_missing_is_named(monkeypatch):
     assert aot.missing() == "not installed: jax-cuda13-plugin, jax-cuda13-pjrt"
     with pytest.raises(aot.CompileError, match="not installed: jax-cuda13-plugin"):
         aot.compile_sm90(lambda x: x, 1.0)
+
+
+def test_wheels_beside_pythons_path(monkeypatch, tmp_path):
+    wheel = tmp_path / "cuda-compiler" / "nvidia_nvvm-13.5.dist-info"
+    wheel.mkdir(parents=True)
+    (wheel / "METADATA").write_text("Name: nvidia-nvvm\nVersion: 13.5\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "prefix", str(tmp_path))
+        patch.setattr(sys, "path", [])
+        found = [aot._is_installed("nvidia-nvvm", version) for version in (None, "13.5", "13.6")]
+    assert found == [True, True, False]
