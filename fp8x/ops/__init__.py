@@ -17,12 +17,12 @@ from jaxtyping import Array, Float, Int
 from fp8x.array import ScaledArray
 from fp8x.errors import ShapeError
 from fp8x.ops.dispatch import Call, Choice, backend, choose, explain
-from fp8x.ops.groups import check_group_sizes, group_sizes_from_indptr
+from fp8x.ops.groups import check_experts, check_group_sizes, group_sizes_from_indptr
 from fp8x.ops.product import product
 from fp8x.recipe import OUT_DTYPES
 from fp8x.scheme import Scheme, as_dtype
 
-__all__ = ["Choice", "backend", "explain", "group_sizes_from_indptr", "grouped_matmul", "matmul"]
+__all__ = ["Choice", "backend", "expert_matmul", "explain", "group_sizes_from_indptr", "grouped_matmul", "matmul"]
 
 
 def matmul(
@@ -90,6 +90,39 @@ def grouped_matmul(
     _check_bias(bias, w.shape[:2])
     call = _call("grouped_matmul", x, w, activation, bias, out_dtype)
     return product(choose(call), activation, call.out_dtype, x, activation_scale, w, group_sizes, bias)
+
+
+def expert_matmul(
+    x: Float[Array, "r k"] | ScaledArray,
+    w: ScaledArray,
+    experts: Int[Array, " r"],
+    *,
+    activation: Scheme | None = None,
+    activation_scale: Float[Array, "..."] | None = None,
+    bias: Float[Array, "e n"] | None = None,
+    out_dtype=None,
+) -> Float[Array, "r n"]:
+    """`matmul` of each row by the matrix of the expert that it names: for a few rows, in any order.
+
+    `grouped_matmul` reads a matrix once for all of an expert's rows; this reads one for every row.
+
+    Arguments:
+        x: `[R, K]`; an Array or a ScaledArray.
+        w: `[E, N, K]`.
+        experts: int32 `[R]`. A row whose expert is not in 0 … E-1 comes out zero, and enters no activation scale.
+        activation, activation_scale, out_dtype: as in `matmul`.
+        bias: `[E, N]`.
+
+    Raises:
+        ShapeError: shapes or dtypes that do not fit; the message names the argument.
+        BackendError: a backend was asked for that can't run this call.
+    """
+    _check_weight(w, 3)
+    _check_input(x, w, activation, activation_scale)
+    experts = check_experts(experts, w.shape[0], x.shape[0])
+    _check_bias(bias, w.shape[:2])
+    call = _call("expert_matmul", x, w, activation, bias, out_dtype)
+    return product(choose(call), activation, call.out_dtype, x, activation_scale, w, experts, bias)
 
 
 def _rows(x: Float[Array, "... k"] | ScaledArray) -> Float[Array, "m k"] | ScaledArray:

@@ -41,7 +41,7 @@ class Kernel:
     """One implementation of an op.
 
     Attributes:
-        op: `"matmul"` or `"grouped_matmul"`.
+        op: `"matmul"`, `"grouped_matmul"` or `"expert_matmul"`.
         backend: one of `BACKENDS`.
         unsupported: the reason why the kernel can't do a call, or None if it can.
         run: takes what the op's reference takes.
@@ -69,6 +69,7 @@ KERNELS: tuple[Kernel, ...] = (
     *_sm90("sm90_fp8_block", mosaic.unsupported_by_blocks, mosaic.grouped_matmul_by_blocks),
     Kernel("matmul", "xla_matmul", "xla", lambda call: None, xla.matmul),
     Kernel("grouped_matmul", "xla_grouped_matmul", "xla", lambda call: None, xla.grouped_matmul),
+    Kernel("expert_matmul", "xla_expert_matmul", "xla", lambda call: None, xla.expert_matmul),
 )
 
 

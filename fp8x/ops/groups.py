@@ -65,6 +65,20 @@ def check_group_sizes(group_sizes: Int[Array, " e"], num_groups: int, rows: int)
     return group_sizes
 
 
+def check_experts(experts: Int[Array, " r"], num_experts: int, rows: int) -> Int[Array, " r"]:
+    """The expert of each row in int32; `num_experts` for one that is not in 0 … num_experts - 1.
+
+    Raises:
+        ShapeError: not one integer for each of `rows` rows.
+    """
+    experts = jnp.asarray(experts)
+    if experts.shape != (rows,):
+        raise ShapeError(f"experts: shape is {experts.shape}, but x has {rows} rows; use [{rows}]")
+    if not jnp.issubdtype(experts.dtype, jnp.integer):
+        raise ShapeError(f"experts: dtype is {experts.dtype}; use int32")
+    return jnp.where((experts >= 0) & (experts < num_experts), experts, num_experts).astype(jnp.int32)
+
+
 def row_mask(group_sizes: Int[Array, " e"], m: int) -> Array:
     """Bool `[m]`: which rows belong to a group. Rows past the sum come out zero and enter no amax."""
     return jnp.arange(m) < jnp.sum(group_sizes)

@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fp8x import numerics
 from fp8x.array import ScaledArray
@@ -23,38 +23,46 @@ def _product(
     x: Float[Array, "m k"] | ScaledArray,
     scale: Float[Array, "..."] | None,
     w: ScaledArray,
-    group_sizes: Int[Array, " e"] | None,
+    groups: Int[Array, "..."] | None,
     bias: Float[Array, "..."] | None,
 ) -> Float[Array, "m n"]:
     """Quantizes `x` in `activation`, if there is one, and runs `kernel`.
 
+    `groups` is what its op takes: nothing, group sizes `[E]`, or the expert of each row, E for none.
+
     Without a rule of its own, JAX would round the gradient of `x` to an 8-bit float without a scale: to zero, mostly.
     """
     if activation is not None:
-        if group_sizes is not None:
+        if groups is not None:
             # What lies past the groups may be anything, uninitialized memory too.
-            x = jnp.where(row_mask(group_sizes, x.shape[0])[:, None], x, 0)
+            x = jnp.where(_is_row(kernel, x, w, groups)[:, None], x, 0)
         x = numerics.quantize(x, activation) if scale is None else numerics.quantize_with_scale(x, scale, activation)
-    groups = () if group_sizes is None else (group_sizes,)
-    return kernel.run(x, w, *groups, bias, out_dtype)
+    return kernel.run(x, w, *(() if groups is None else (groups,)), bias, out_dtype)
 
 
-def _forward(kernel, activation, out_dtype, x, scale, w, group_sizes, bias):
-    y = _product(kernel, activation, out_dtype, x, scale, w, group_sizes, bias)
+def _is_row(kernel: Kernel, x: Float[Array, "m k"], w: ScaledArray, groups: Int[Array, "..."]) -> Bool[Array, " m"]:
+    """Which rows of `x` are an expert's."""
+    return groups < w.shape[0] if kernel.op == "expert_matmul" else row_mask(groups, x.shape[0])
+
+
+def _forward(kernel, activation, out_dtype, x, scale, w, groups, bias):
+    y = _product(kernel, activation, out_dtype, x, scale, w, groups, bias)
     clipped = None if scale is None else numerics.is_clipped(x, scale, activation)
     like = None if isinstance(x, ScaledArray) else jnp.zeros(0, x.dtype)
-    return y, (clipped, like, w, group_sizes, bias)
+    return y, (clipped, like, w, groups, bias)
 
 
 def _backward(kernel, activation, out_dtype, residuals, dy):
-    clipped, like, w, group_sizes, bias = residuals
+    clipped, like, w, groups, bias = residuals
     dy = dy.astype(jnp.float32)
-    if group_sizes is None:
+    if kernel.op == "matmul":
         dx = jnp.matmul(dy, as_float32(w), precision="highest")
         dbias = jnp.sum(dy, axis=0)
     else:
-        dx = xla.grouped_matmul_transposed(dy, w, group_sizes)
-        dbias = jax.ops.segment_sum(dy, row_groups(group_sizes, dy.shape[0]), num_segments=w.shape[0])
+        is_grouped = kernel.op == "grouped_matmul"
+        dx = (xla.grouped_matmul_transposed if is_grouped else xla.expert_matmul_transposed)(dy, w, groups)
+        group = row_groups(groups, dy.shape[0]) if is_grouped else groups
+        dbias = jax.ops.segment_sum(dy, group, num_segments=w.shape[0])
     if clipped is not None:
         dx = jnp.where(clipped, 0, dx)
     dx = None if like is None else dx.astype(like.dtype)

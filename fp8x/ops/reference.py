@@ -34,3 +34,18 @@ def grouped_matmul(
         y = jnp.matmul(x, w[e].T, precision="highest")
         out = jnp.where(group == e, y if bias is None else y + bias[e].astype(jnp.float32), out)
     return out.astype(out_dtype)
+
+
+def expert_matmul(
+    x: Float[Array, "r k"] | ScaledArray,
+    w: ScaledArray,
+    experts: Int[Array, " r"],
+    bias: Float[Array, "e n"] | None,
+    out_dtype,
+) -> Float[Array, "r n"]:
+    """`matmul` of row r by the matrix of `experts[r]`; rows of the expert E are zero."""
+    x, w = as_float32(x), as_float32(w)
+    y = jnp.einsum("rk,rnk->rn", x, jnp.take(w, experts, axis=0, mode="fill", fill_value=0), precision="highest")
+    if bias is not None:
+        y += jnp.take(bias.astype(jnp.float32), experts, axis=0, mode="fill", fill_value=0)
+    return y.astype(out_dtype)

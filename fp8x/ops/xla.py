@@ -45,6 +45,41 @@ def grouped_matmul_transposed(
     return _by_tile(multiply, as_float32(y), group_sizes, w.shape[2], jnp.float32)
 
 
+def expert_matmul(
+    x: Float[Array, "r k"] | ScaledArray,
+    w: ScaledArray,
+    experts: Int[Array, " r"],
+    bias: Float[Array, "e n"] | None,
+    out_dtype,
+) -> Float[Array, "r n"]:
+    """Row by row: each dequantizes its expert's matrix."""
+
+    def multiply(row, expert):
+        return matmul(row, _expert(w, expert), None if bias is None else _take(bias, expert), out_dtype)
+
+    return _by_row(multiply, as_float32(x), experts, w.shape[:2], out_dtype)
+
+
+def expert_matmul_transposed(y: Float[Array, "r n"], w: ScaledArray, experts: Int[Array, " r"]) -> Float[Array, "r k"]:
+    """`y @ dequantize(w)` of each row, in float32: what the gradient of `expert_matmul` needs."""
+
+    def multiply(row, expert):
+        return jnp.matmul(row, as_float32(_expert(w, expert)), precision="highest")
+
+    return _by_row(multiply, as_float32(y), experts, (w.shape[0], w.shape[2]), jnp.float32)
+
+
+def _by_row(multiply: Callable, x: Float[Array, "r k"], experts, shape: tuple[int, int], dtype) -> Float[Array, "r n"]:
+    """`multiply(row [1, K], expert) -> [1, n]` of one row after another; zero where there is no such expert."""
+    e, n = shape
+
+    def row(_, index):
+        x, expert = index
+        return None, jax.lax.cond(expert < e, lambda: multiply(x[None], expert)[0], lambda: jnp.zeros(n, dtype))
+
+    return jax.lax.scan(row, None, (x, experts))[1]
+
+
 def _by_tile(multiply: Callable, x: Float[Array, "m k"], group_sizes, n: int, dtype) -> Float[Array, "m n"]:
     """`multiply(rows [block_m, K], group) -> [block_m, n]` of one tile of rows after another."""
     m, e = x.shape[0], group_sizes.shape[0]
