@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import logging
 import os
 from collections.abc import Callable, Iterator
 
@@ -13,6 +15,8 @@ from fp8x.ops import mosaic, xla
 from fp8x.scheme import Scheme
 
 BACKENDS = ("xla", "mosaic_gpu")
+
+logger = logging.getLogger("fp8x.ops")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,12 +136,20 @@ def choose(call: Call) -> Kernel:
         if reason is None and wanted is None and not kernel.measured:
             reason = f"never measured on a GPU; taken where backend {kernel.backend!r} is asked for"
         if reason is None:
+            choice = Choice(call, kernel.name, tuple(rejected))
             if _record.value is not None:
-                _record.value.choices.append(Choice(call, kernel.name, tuple(rejected)))
+                _record.value.choices.append(choice)
+            elif logger.isEnabledFor(logging.INFO):
+                _log(choice)
             return kernel
         rejected.append((kernel.name, reason))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected)
     raise BackendError(f"no kernel of backend {wanted!r} runs {call} ({reasons})")
+
+
+@functools.cache  # once a process for each distinct call
+def _log(choice: Choice) -> None:
+    logger.info("%s", "; ".join(line.strip() for line in str(choice).splitlines()))
 
 
 def explain(fn: Callable, *args) -> list[Choice]:

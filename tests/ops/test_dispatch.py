@@ -193,3 +193,35 @@ class TestExplain:
         layer = fp8x.nn.Linear(64, 8, recipe="e4m3_e4m3_bf16_max_calibrate", rngs=nnx.Rngs(0))
         assert len(ops.explain(lambda layer, x: layer(x), layer, X)) == 1
         assert not np.any(layer.amax[...])
+
+
+class TestLog:
+    """One line for each distinct call of a process: which kernel, and why not those before it."""
+
+    def lines(self, caplog, *calls):
+        dispatch._log.cache_clear()
+        with caplog.at_level("INFO", logger="fp8x.ops"):
+            for run in calls:
+                run()
+        return [record.getMessage() for record in caplog.records if record.name == "fp8x.ops"]
+
+    def test_once_a_shape(self, doubling, caplog):
+        lines = self.lines(caplog, call, call, lambda: call(X[:2]), lambda: call(activation=None), call)
+        assert lines[0] == "matmul [4, 64] x [8, 64]: e4m3 1×· f32 by e4m3 1×· f32 -> bfloat16: sm90_doubling"
+        assert lines[1].startswith("matmul [2, 64] x [8, 64]: ")
+        assert lines[2].startswith(
+            "matmul [4, 64] x [8, 64]: bfloat16 by e4m3 1×· f32 -> bfloat16: xla_matmul; "
+            "not sm90_doubling: takes per-token activations, not bfloat16; not sm90_fp8: "
+        )
+        assert len(lines) == 3
+
+    def test_another_backend_is_another_line(self, doubling, caplog):
+        def with_xla():
+            with fp8x.backend("xla"):
+                call()
+
+        first, second = self.lines(caplog, call, with_xla)
+        assert first.endswith(": sm90_doubling") and "not sm90_doubling: backend 'xla' was asked for" in second
+
+    def test_explaining_is_not_calling(self, caplog):
+        assert not self.lines(caplog, lambda: ops.explain(call, X))
