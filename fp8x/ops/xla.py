@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fp8x.array import ScaledArray
-from fp8x.ops.groups import row_groups
+from fp8x.ops.groups import row_groups, row_mask
 from fp8x.ops.reference import as_float32, matmul
 from fp8x.pallas.schedule import TileTable, tile_table
 
@@ -125,7 +125,7 @@ def ragged_dot(
 
 def _ragged_dot_native(x, w, group_sizes, out_dtype):
     y = jax.lax.ragged_dot(x, w.swapaxes(1, 2), group_sizes, preferred_element_type=jnp.float32)
-    return jnp.where((row_groups(group_sizes, x.shape[0]) < w.shape[0])[:, None], y, 0).astype(out_dtype)
+    return jnp.where(row_mask(group_sizes, x.shape[0])[:, None], y, 0).astype(out_dtype)
 
 
 def _ragged_dot_tiles(x, w, group_sizes, out_dtype):
