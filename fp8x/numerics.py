@@ -109,25 +109,37 @@ def block_max(x: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
 def _block_max(x: Float[Array, "..."], scheme: Scheme, finite: bool) -> Float[Array, "..."]:
     counts = scheme.scale_shape(x.shape)
     blocks = [b if c > 1 else max(n, 1) for n, b, c in zip(x.shape, scheme.block_of(x.shape), counts)]
-    has_rows, is_long = any(block > 1 for block in blocks[:-1]), blocks[-1] > 2 * _LANES and blocks[-1] % _LANES == 0
-    # XLA's CPU backend reduces in whole vectors what lies at least a vector's width apart, best in 16 bits; neighbours
-    # only in 32. So in steps: over rows, then over strides of a long row, then what is left.
-    x = x if (has_rows or is_long) and x.dtype.itemsize <= 4 else _float32(x)
-    # Magnitudes compare like their bits, and as integers XLA does not flush the subnormal ones.
-    integer = np.dtype(f"int{8 * x.dtype.itemsize}")
-    bits = jax.lax.bitcast_convert_type(x, integer) & np.iinfo(integer).max
-    if finite:
-        bits = jnp.where(bits < np.array(np.inf, x.dtype).view(integer), bits, 0)
-    bits = jnp.pad(bits, [(0, c * b - n) for n, b, c in zip(bits.shape, blocks, counts)])
-    bits = bits.reshape([extent for pair in zip(counts, blocks) for extent in pair])
-    bits = jnp.max(bits, axis=tuple(range(1, bits.ndim - 1, 2)), initial=0)
-    if is_long:
-        bits = jnp.max(bits.reshape(*counts, blocks[-1] // _LANES, _LANES), axis=-2, initial=0)
-    bits = jnp.max(bits, axis=-1, initial=0)
-    if x.dtype == jnp.bfloat16:
-        # The upper half of a float32; a conversion may flush.
-        return jax.lax.bitcast_convert_type(bits.astype(jnp.int32) << 16, jnp.float32)
-    return jax.lax.bitcast_convert_type(bits, x.dtype).astype(jnp.float32)
+
+    def magnitudes(x):
+        # They compare like their bits, and as integers XLA does not flush the subnormal ones.
+        integer = np.dtype(f"int{8 * x.dtype.itemsize}")
+        bits = jax.lax.bitcast_convert_type(x, integer) & np.iinfo(integer).max
+        if finite:
+            bits = jnp.where(bits < np.array(np.inf, x.dtype).view(integer), bits, 0)
+        bits = jnp.pad(bits, [(0, c * b - n) for n, b, c in zip(bits.shape, blocks, counts)])
+        return bits.reshape([extent for pair in zip(counts, blocks) for extent in pair])
+
+    def at_once(x):
+        bits = jnp.max(magnitudes(_float32(x)), axis=tuple(range(1, 2 * x.ndim, 2)), initial=0)
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+    def in_steps(x):
+        # XLA's CPU backend reduces in whole vectors what lies at least a vector's width apart, best in 16 bits;
+        # neighbours only in 32. So over rows, then over strides of a long row, then what is left.
+        has_rows = any(block > 1 for block in blocks[:-1])
+        is_long = blocks[-1] > 2 * _LANES and blocks[-1] % _LANES == 0
+        x = x if (has_rows or is_long) and x.dtype.itemsize <= 4 else _float32(x)
+        bits = magnitudes(x)
+        bits = jnp.max(bits, axis=tuple(range(1, bits.ndim - 1, 2)), initial=0)
+        if is_long:
+            bits = jnp.max(bits.reshape(*counts, blocks[-1] // _LANES, _LANES), axis=-2, initial=0)
+        bits = jnp.max(bits, axis=-1, initial=0)
+        if x.dtype == jnp.bfloat16:
+            # The upper half of a float32; a conversion may flush.
+            return jax.lax.bitcast_convert_type(bits.astype(jnp.int32) << 16, jnp.float32)
+        return jax.lax.bitcast_convert_type(bits, x.dtype).astype(jnp.float32)
+
+    return jax.lax.platform_dependent(x, cpu=in_steps, default=at_once)
 
 
 def compute_scale(amax: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
@@ -183,7 +195,8 @@ def _power_of_two(biased_exponent: Array) -> Float[Array, "..."]:
 def _inverse(scale: Float[Array, "..."]) -> Float[Array, "..."]:
     """`1 / scale` in float32. e8m0: from bits, since XLA flushes 2^-127 on CPU and 1/0 would be Inf."""
     if scale.dtype == jnp.float32:
-        return np.float32(1.0) / scale
+        # XLA's GPU backend divides by an approximation (PTX `rcp.approx`), which may be off by a last bit.
+        return jax.lax.platform_dependent(scale, cpu=lambda scale: np.float32(1.0) / scale, default=reciprocal)
     byte = _byte(scale).astype(jnp.int32)
     # Bytes 254 and 255 (2^127, NaN) have no normal reciprocal; amax / max never reaches either.
     return jnp.where(
@@ -191,6 +204,28 @@ def _inverse(scale: Float[Array, "..."]) -> Float[Array, "..."]:
         _power_of_two(jnp.maximum(254 - byte, 1)),
         jnp.where(byte == 254, np.float32(0.0), np.float32(np.nan)),
     )
+
+
+def reciprocal(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`1 / x` in float32, rounded to nearest, by integer arithmetic alone: what every processor gives.
+
+    As where XLA flushes subnormals: of a subnormal or zero it is Inf, and where it would be subnormal itself, zero.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    exponent, mantissa = (bits & _EXPONENT) >> 23, (bits & _MANTISSA | 2**23).astype(jnp.uint32)
+    # 2^47 / mantissa, 24 bits of it, by long division in digits of 8 bits. It is never halfway between two integers:
+    # an odd number times a mantissa is no power of two.
+    quotient, rest = jnp.zeros_like(mantissa), np.uint32(2**23)
+    for _ in range(3):
+        digit, rest = (rest << 8) // mantissa, (rest << 8) % mantissa
+        quotient = (quotient << 8) + digit
+    quotient += (2 * rest >= mantissa).astype(jnp.uint32)
+    # The quotient's leading bit adds one to the exponent; that of a power of two lies a bit further up, and adds two.
+    result = ((252 - exponent) << 23) + quotient.astype(jnp.int32)
+    result = jnp.where(jnp.abs(x) > np.float32(2.0**126), 0, result)
+    result = jnp.where(exponent == 0, _EXPONENT, result)
+    result = jax.lax.bitcast_convert_type(result | (bits & _SIGN), jnp.float32)
+    return jnp.where(jnp.isnan(x), x, result)
 
 
 def _cast(y: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:

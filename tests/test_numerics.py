@@ -25,6 +25,7 @@ from fp8x.numerics import (
     quantize,
     quantize_weight,
     quantize_with_scale,
+    reciprocal,
 )
 from fp8x.scheme import E8M0, Scheme, mx, per_row, per_tensor
 
@@ -647,6 +648,48 @@ class TestEagerEqualsJit:
         assert_same(jax.jit(jax.vmap(one, in_axes=1, out_axes=1))(x.swapaxes(0, 1)).data, whole.data.swapaxes(0, 1))
         assert_same(jax.lax.scan(lambda carry, row: (carry, one(row)), 0, x)[1], whole)
         assert_same(jax.jit(jax.vmap(dequantize))(whole), _dequantize(whole))
+
+
+class TestOtherProcessors:
+    """What is computed where XLA's CPU backend isn't: here by the same backend, in their place."""
+
+    @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+    def test_same_bits(self, scheme, monkeypatch):
+        x = (
+            jnp.asarray(random_array((40, 1280), dtype=jnp.bfloat16))
+            .at[3, 5:9]
+            .set(np.nan)
+            .at[4]
+            .set(0)
+            .at[5, 0]
+            .set(np.inf)
+        )
+        expected = quantize(x, scheme)
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, cpu, default: default(*operands))
+        assert_same(jax.jit(lambda x: quantize(x, scheme))(x), expected)
+
+    def test_reciprocal_is_rounded_to_nearest(self):
+        mantissas = np.arange(2**23, dtype=np.int32)
+        for exponent in (1, 127, 252):
+            x = (mantissas | exponent << 23).view(np.float32)
+            np.testing.assert_array_equal(jax.jit(reciprocal)(x), np.float32(1) / x)
+        ends = np.float32(
+            [0.0, -0.0, np.inf, -np.inf, np.nan, 2.0**126, -(2.0**126), F32_MAX, -3.0, 2.0**-126, 2.0**-127]
+        )
+        expected = [
+            np.inf,
+            -np.inf,
+            0.0,
+            -0.0,
+            np.nan,
+            2.0**-126,
+            -(2.0**-126),
+            0.0,
+            -np.float32(1 / 3),
+            2.0**126,
+            np.inf,
+        ]
+        assert_same(np.asarray(reciprocal(ends)), np.float32(expected))
 
 
 # Error bounds. With v = |x| / scale, an element type of p mantissa bits, emin its smallest normal exponent:
