@@ -86,7 +86,7 @@ def row_mask(group_sizes: Int[Array, " e"], m: int) -> Array:
 
 def row_groups(group_sizes: Int[Array, " e"], m: int) -> Int[Array, " m"]:
     """The group of each row; the number of groups for rows past the sum."""
-    return jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(m), side="right")
+    return jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(m), side="right", method="scan_unrolled")
 
 
 def concrete(x: Array) -> np.ndarray | None:
