@@ -12,6 +12,7 @@ scales are frozen, and so is an `x` that is quantized already. Reverse mode only
 import dataclasses
 import math
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fp8x.array import ScaledArray
@@ -55,15 +56,16 @@ def matmul(
     _check_input(rows, w, activation, activation_scale)
     _check_bias(bias, w.shape[:1])
     call = _call("matmul", rows, w, activation, bias, out_dtype)
-    y = product(choose(call), activation, call.out_dtype, rows, activation_scale, w, None, bias)
+    y = product(choose(call), activation, call.out_dtype, rows, None, activation_scale, w, None, bias)
     return y.reshape(*x.shape[:-1], w.shape[0])
 
 
 def grouped_matmul(
-    x: Float[Array, "m k"] | ScaledArray,
+    x: Float[Array, "t k"] | ScaledArray,
     w: ScaledArray,
     group_sizes: Int[Array, " e"],
     *,
+    rows: Int[Array, " m"] | None = None,
     activation: Scheme | None = None,
     activation_scale: Float[Array, "..."] | None = None,
     bias: Float[Array, "e n"] | None = None,
@@ -73,6 +75,8 @@ def grouped_matmul(
 
     Arguments:
         x: `[M, K]`, rows sorted by expert; an Array or a ScaledArray.
+        rows: int32 `[M]`, the row of `x` that each row of the product is made of, where `x` is `[T, K]` in another
+            order. A row that several experts visit is quantized once, so blocks of `activation` have one row, or all.
         w: `[E, N, K]`.
         group_sizes: int32 `[E]`, rows of each expert, as `jax.lax.ragged_dot` has it. Empty experts, one hot expert and
             M = 0 are ordinary. Rows past the sum come out zero, and enter no activation scale. Outside of jit they
@@ -86,10 +90,11 @@ def grouped_matmul(
     """
     _check_weight(w, 3)
     _check_input(x, w, activation, activation_scale)
-    group_sizes = check_group_sizes(group_sizes, w.shape[0], x.shape[0])
+    m = x.shape[0] if rows is None else _check_rows(rows, x, activation)
+    group_sizes = check_group_sizes(group_sizes, w.shape[0], m)
     _check_bias(bias, w.shape[:2])
-    call = _call("grouped_matmul", x, w, activation, bias, out_dtype)
-    return product(choose(call), activation, call.out_dtype, x, activation_scale, w, group_sizes, bias)
+    call = _call("grouped_matmul", x, w, activation, bias, out_dtype, m)
+    return product(choose(call), activation, call.out_dtype, x, rows, activation_scale, w, group_sizes, bias)
 
 
 def expert_matmul(
@@ -122,7 +127,7 @@ def expert_matmul(
     experts = check_experts(experts, w.shape[0], x.shape[0])
     _check_bias(bias, w.shape[:2])
     call = _call("expert_matmul", x, w, activation, bias, out_dtype)
-    return product(choose(call), activation, call.out_dtype, x, activation_scale, w, experts, bias)
+    return product(choose(call), activation, call.out_dtype, x, None, activation_scale, w, experts, bias)
 
 
 def _rows(x: Float[Array, "... k"] | ScaledArray) -> Float[Array, "m k"] | ScaledArray:
@@ -141,7 +146,17 @@ def _rows(x: Float[Array, "... k"] | ScaledArray) -> Float[Array, "m k"] | Scale
     return ScaledArray(x.data.reshape(shape), x.scale.reshape(scheme.scale_shape(shape)), scheme)
 
 
-def _call(op: str, x, w: ScaledArray, activation: Scheme | None, bias, out_dtype) -> Call:
+def _check_rows(rows, x, activation: Scheme | None) -> int:
+    """The number of rows that `rows` takes of `x`."""
+    if rows.ndim != 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
+        raise ShapeError(f"rows: {rows.dtype}{list(rows.shape)} does not fit; use int32[M], rows of x")
+    scheme = x.scheme if isinstance(x, ScaledArray) else activation
+    if scheme is not None and (1, *scheme.block)[-2] not in (1, None):
+        raise ShapeError(f"rows: they cut the blocks of {scheme}; use blocks of one row, or give x in order")
+    return rows.shape[0]
+
+
+def _call(op: str, x, w: ScaledArray, activation: Scheme | None, bias, out_dtype, m: int | None = None) -> Call:
     if out_dtype is None:
         out_dtype = OUT_DTYPES["bf16"] if isinstance(x, ScaledArray) else x.dtype
     out_dtype = as_dtype(out_dtype, "out_dtype")
@@ -149,7 +164,8 @@ def _call(op: str, x, w: ScaledArray, activation: Scheme | None, bias, out_dtype
         raise ShapeError(f"out_dtype: {out_dtype} does not fit; use one of {', '.join(map(str, OUT_DTYPES.values()))}")
     kind = x.scheme if isinstance(x, ScaledArray) else activation or x.dtype
     groups = w.shape[0] if w.ndim == 3 else 1
-    return Call(op, x.shape[0], w.shape[-2], w.shape[-1], groups, kind, w.scheme, bias is not None, out_dtype)
+    m = x.shape[0] if m is None else m
+    return Call(op, m, w.shape[-2], w.shape[-1], groups, kind, w.scheme, bias is not None, out_dtype)
 
 
 def _check_weight(w, ndim: int) -> None:

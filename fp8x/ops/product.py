@@ -20,24 +20,35 @@ def _product(
     kernel: Kernel,
     activation: Scheme | None,
     out_dtype,
-    x: Float[Array, "m k"] | ScaledArray,
+    x: Float[Array, "t k"] | ScaledArray,
+    rows: Int[Array, " m"] | None,
     scale: Float[Array, "..."] | None,
     w: ScaledArray,
     groups: Int[Array, "..."] | None,
     bias: Float[Array, "..."] | None,
 ) -> Float[Array, "m n"]:
-    """Quantizes `x` in `activation`, if there is one, and runs `kernel`.
+    """Quantizes `x` in `activation`, if there is one, takes `rows` of it, and runs `kernel`.
 
     `groups` is what its op takes: nothing, group sizes `[E]`, or the expert of each row, E for none.
 
     Without a rule of its own, JAX would round the gradient of `x` to an 8-bit float without a scale: to zero, mostly.
     """
     if activation is not None:
-        if groups is not None:
+        if groups is not None and rows is None:
             # What lies past the groups may be anything, uninitialized memory too.
             x = jnp.where(_is_row(kernel, x, w, groups)[:, None], x, 0)
         x = numerics.quantize(x, activation) if scale is None else numerics.quantize_with_scale(x, scale, activation)
+    x = x if rows is None else take_rows(x, rows)
     return kernel.run(x, w, *(() if groups is None else (groups,)), bias, out_dtype)
+
+
+def take_rows(x: Float[Array, "t k"] | ScaledArray, rows: Int[Array, " m"]) -> Float[Array, "m k"] | ScaledArray:
+    """`x[rows]`, of an array whose scales belong to one row each, or to all."""
+    take = functools.partial(jnp.take, indices=rows, axis=0, mode="clip")
+    if not isinstance(x, ScaledArray):
+        return take(x)
+    is_shared = (1, *x.scheme.block)[-2] is None
+    return ScaledArray(take(x.data), x.scale if is_shared else take(x.scale), x.scheme)
 
 
 def _is_row(kernel: Kernel, x: Float[Array, "m k"], w: ScaledArray, groups: Int[Array, "..."]) -> Bool[Array, " m"]:
@@ -45,15 +56,15 @@ def _is_row(kernel: Kernel, x: Float[Array, "m k"], w: ScaledArray, groups: Int[
     return groups < w.shape[0] if kernel.op == "expert_matmul" else row_mask(groups, x.shape[0])
 
 
-def _forward(kernel, activation, out_dtype, x, scale, w, groups, bias):
-    y = _product(kernel, activation, out_dtype, x, scale, w, groups, bias)
+def _forward(kernel, activation, out_dtype, x, rows, scale, w, groups, bias):
+    y = _product(kernel, activation, out_dtype, x, rows, scale, w, groups, bias)
     clipped = None if scale is None else numerics.is_clipped(x, scale, activation)
-    like = None if isinstance(x, ScaledArray) else jnp.zeros(0, x.dtype)
-    return y, (clipped, like, w, groups, bias)
+    like = None if isinstance(x, ScaledArray) else jnp.zeros((x.shape[0], 0), x.dtype)
+    return y, (clipped, like, rows, w, groups, bias)
 
 
 def _backward(kernel, activation, out_dtype, residuals, dy):
-    clipped, like, w, groups, bias = residuals
+    clipped, like, rows, w, groups, bias = residuals
     dy = dy.astype(jnp.float32)
     if kernel.op == "matmul":
         dx = jnp.matmul(dy, as_float32(w), precision="highest")
@@ -63,11 +74,13 @@ def _backward(kernel, activation, out_dtype, residuals, dy):
         dx = (xla.grouped_matmul_transposed if is_grouped else xla.expert_matmul_transposed)(dy, w, groups)
         group = row_groups(groups, dy.shape[0]) if is_grouped else groups
         dbias = jax.ops.segment_sum(dy, group, num_segments=w.shape[0])
+    if rows is not None and like is not None:
+        dx = jnp.zeros((like.shape[0], dx.shape[1]), dx.dtype).at[rows].add(dx)
     if clipped is not None:
         dx = jnp.where(clipped, 0, dx)
     dx = None if like is None else dx.astype(like.dtype)
     dbias = None if bias is None else dbias.astype(bias.dtype)
-    return dx, None, None, None, dbias
+    return dx, None, None, None, None, dbias
 
 
 _product.defvjp(_forward, _backward)

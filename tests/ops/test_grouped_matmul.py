@@ -91,6 +91,28 @@ def test_static_scale_ignores_rows_past_the_groups():
     np.testing.assert_array_equal(y, expected)
 
 
+@pytest.mark.parametrize(("weight", "activation"), [PAIRS[0], PAIRS[1], PAIRS[3]], ids=str)
+def test_rows_of_an_input_in_another_order(weight, activation):
+    """As if they were taken first; the gradient of a row that is taken twice is the sum."""
+    shape = GROUPED[6]
+    given, rows = operands(shape, weight, dtype=jnp.float32), np.arange(127) * 5 % 31
+    x, scale = jnp.nan_to_num(given.x[:31]), None
+    if activation is not None and activation.block[0] is None:
+        scale = quantize(x, activation).scale
+
+    def run(x, rows):
+        options = dict(activation=activation, activation_scale=scale, bias=given.bias)
+        return ops.grouped_matmul(x, given.w, given.group_sizes, rows=rows, **options)
+
+    y, gradient = jax.vjp(lambda x: run(x, rows), x)
+    expected, expected_gradient = jax.vjp(lambda x: run(x[rows], None), x)
+    np.testing.assert_array_equal(y, expected)
+    assert_close(gradient(y)[0], float64(expected_gradient(y)[0]))
+    q = x if activation is None else quantize(x, activation)
+    quantized = ops.grouped_matmul(q, given.w, given.group_sizes, rows=rows, bias=given.bias, out_dtype=jnp.float32)
+    np.testing.assert_array_equal(quantized, expected)
+
+
 def test_traced_sizes_compile_once(compilations):
     given = operands(MIXED, per_row())
     call = jax.jit(lambda x, w, sizes: ops.grouped_matmul(x, w, sizes, activation=per_row()))
@@ -177,6 +199,12 @@ X, W, SIZES = jnp.zeros((4, 64)), fp8x.quantize(jnp.zeros((3, 8, 64)), per_row()
         (dict(group_sizes=SIZES + 1), "group_sizes: they sum to 6, but x has 4 rows"),
         (dict(group_sizes=SIZES - 1), "group_sizes: group 1 is -1"),
         (dict(bias=jnp.zeros(8)), r"bias: shape is \(8,\), but w needs \(3, 8\)"),
+        (dict(rows=jnp.zeros(2)), r"rows: float32\[2\] does not fit; use int32\[M\], rows of x"),
+        (dict(rows=jnp.arange(2)), "group_sizes: they sum to 3, but x has 2 rows"),
+        (
+            dict(rows=jnp.arange(3), activation=Scheme("e4m3", block=(128, 128))),
+            "rows: they cut the blocks of e4m3 128×128 f32; use blocks of one row",
+        ),
     ],
 )
 def test_errors_name_the_argument(changed, match):
