@@ -117,10 +117,11 @@ def ragged_dot(
 ) -> Float[Array, "m n"]:
     """`jax.lax.ragged_dot` with K-major weights, for layers that are not quantized. Differentiable.
 
-    On CPU, where XLA multiplies every row by every expert, tiles of rows meet a gathered matrix each instead.
+    That multiplies every row by every expert on CPU and, in jax 0.11.2, on GPUs; there, tiles of rows meet a gathered
+    matrix each instead.
     """
     tiles, native = (functools.partial(f, out_dtype=out_dtype) for f in (_ragged_dot_tiles, _ragged_dot_native))
-    return jax.lax.platform_dependent(x, w, group_sizes, cpu=tiles, default=native)
+    return jax.lax.platform_dependent(x, w, group_sizes, tpu=native, default=tiles)
 
 
 def _ragged_dot_native(x, w, group_sizes, out_dtype):
