@@ -25,11 +25,9 @@ def unsupported_by_blocks(call) -> str | None:
     """Why `grouped_matmul_by_blocks` can't run a `dispatch.Call`; None if it can."""
     if reason := _not_fp8(call):
         return reason
-    for name, scheme, dims in (("x", call.x, 1), ("w", call.w, 2)):
-        if any(
-            b is not None and b % 128 for b in (1, *scheme.block)[-dims:]
-        ):  # a block that names K alone has rows of 1
-            return f"reads blocks of 128, or multiples, along K and w's rows; {name} is {scheme}"
+    for name, scheme in (("x", call.x), ("w", call.w)):
+        if (scheme.block[-1] or 0) % 128:
+            return f"reads blocks of 128, or multiples, along K; {name} is {scheme}"
     return None
 
 
@@ -65,7 +63,12 @@ def grouped_matmul_by_factors(
 def grouped_matmul_by_blocks(
     x: ScaledArray, w: ScaledArray, group_sizes: Int[Array, " e"] | None, bias: Float[Array, "e n"] | None, out_dtype
 ) -> Float[Array, "m n"]:
-    x_scale, w_scale = _scale_of_blocks(x, (1, 128)).T, _scale_of_blocks(w, (1, 128, 128))
+    n, rows = w.shape[1], w.scheme.block_of(w.shape)[1]
+    if rows % 128 == 0 or rows >= n:
+        w_scale = _scale_of_blocks(w, (1, 128, 128))
+    else:
+        w_scale = _scale_of_blocks(w, (1, 1, 128)).swapaxes(1, 2)
+    x_scale = _scale_of_blocks(x, (1, 128)).T
     return _kernel()(x.data, w.data, x_scale, w_scale, bias, group_sizes, out_dtype=out_dtype)
 
 

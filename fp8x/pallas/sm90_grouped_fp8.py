@@ -15,7 +15,8 @@ Blocks in a pair (a cluster of two) have the same rows and neighboring columns, 
 
 Scales come in one of two forms, and the kernel is compiled for one of them:
 - a factor for each row and for each column (per tensor, token, channel or expert), multiplied with `total`;
-- block scales, multiplied with `part`: a factor for each row of x and each 128×128 block of w, at every 128 of K.
+- block scales, multiplied with `part`: at every 128 of K a factor for each row of x, and one for each 128 columns of
+  w, or for each column.
 """
 
 import dataclasses
@@ -59,11 +60,12 @@ class Tiling:
     cluster: int = 1
 
 
-def choose_tiling(m: int, n: int, groups: int) -> Tiling:
+def choose_tiling(m: int, n: int, groups: int, *, by_column: bool = False) -> Tiling:
     """The tiling with the least estimated time, the larger tile where two are equal.
 
     A step of K takes a tile the longer of its `block_m * block_n / 32` cycles of tensor work (8192 FLOP a cycle and
-    SM) and what it fetches at L2_BYTES. Rows are taken as spread evenly over the groups.
+    SM) and what it fetches at L2_BYTES. Rows are taken as spread evenly over the groups. `by_column`: the kernel
+    holds a scale for each column and 128 of K, for which 128×256 has no registers left.
     """
 
     def cost(tiling: Tiling) -> float:
@@ -74,14 +76,15 @@ def choose_tiling(m: int, n: int, groups: int) -> Tiling:
         return pl.cdiv(row_tiles * column_tiles, SMS // tiling.cluster) * step
 
     shapes = itertools.product((128, 64), (256, 128), (2, 1))
-    return min((Tiling(m, n, cluster=cluster) for m, n, cluster in shapes), key=cost)
+    tilings = [Tiling(m, n, cluster=cluster) for m, n, cluster in shapes if not (by_column and m == 128 and n == 256)]
+    return min(tilings, key=cost)
 
 
 def grouped_fp8(
     x: Float[Array, "m k"],
     w: Float[Array, "e n k"],
     x_scale: Float[Array, "m"] | Float[Array, "k/128 m"],
-    w_scale: Float[Array, "e n"] | Float[Array, "e n/128 k/128"],
+    w_scale: Float[Array, "e n"] | Float[Array, "e n/128 k/128"] | Float[Array, "e k/128 n"],
     bias: Float[Array, "e n"] | None,
     group_sizes: Int[Array, " e"] | None,
     *,
@@ -93,7 +96,8 @@ def grouped_fp8(
 
     Arguments:
         x, w: float8_e4m3fn or float8_e5m2 each.
-        x_scale, w_scale: float32, both of rank one a matrix (row and column factors), or both of rank two (blocks).
+        x_scale, w_scale: float32, both of rank one a matrix (row and column factors), or both of rank two (blocks, of
+            128 columns of w or of one).
         bias: any float type.
         group_sizes: int32; None means that there is one group and it has all rows, which needs no table.
         out_dtype: bfloat16, float16 or float32.
@@ -103,14 +107,16 @@ def grouped_fp8(
     (m, k), (e, n, _) = x.shape, w.shape
     if m == 0 or n == 0:
         return jnp.zeros((m, n), out_dtype)
-    tiling = tiling or choose_tiling(m, n, e)
+    steps_of_k = pl.cdiv(k, BLOCK_K)
+    block_scaled = x_scale.ndim == 2
+    by_column = w_scale.shape[1:] == (steps_of_k, n)
+    tiling = tiling or choose_tiling(m, n, e, by_column=by_column)
     block_m, block_n, stages = tiling.block_m, tiling.block_n, tiling.stages
     waves, width = block_m // WAVE, block_n // 2
-    panel = min(128 // jnp.dtype(out_dtype).itemsize, width)  # columns of the output that are 128 bytes wide
+    panel = 128 // jnp.dtype(out_dtype).itemsize  # columns of the output that are 128 bytes wide
     panels = width // panel
-    steps_of_k, column_tiles = pl.cdiv(k, BLOCK_K), pl.cdiv(n, block_n * tiling.cluster)
+    column_tiles = pl.cdiv(n, block_n * tiling.cluster)
     padded_n = column_tiles * tiling.cluster * block_n
-    block_scaled = x_scale.ndim == 2
     grouped = group_sizes is not None
 
     if grouped:
@@ -132,7 +138,9 @@ def grouped_fp8(
     w = _pad(w, (0, -n % ROW_ALIGN, -k % BLOCK_K))
     spare_n = padded_n - n
     x_scale = _pad(x_scale, (0, block_m) if block_scaled else (block_m,))
-    if block_scaled:
+    if by_column:
+        w_scale = _pad(w_scale, (int(grouped), 0, spare_n))
+    elif block_scaled:
         w_scale = _pad(w_scale, (int(grouped), pl.cdiv(padded_n, 128) - w_scale.shape[1], 0))
     else:
         w_scale = _pad(w_scale, (int(grouped), spare_n))
@@ -205,7 +213,11 @@ def grouped_fp8(
                         return ()
                     waves_of_x = [pl.ds(start + wave * WAVE, WAVE) for wave in range(waves)]
                     x_factors = [_load(x_scale.at[i, rows_of_wave], ROW_OF_WGMMA) for rows_of_wave in waves_of_x]
-                    return w_scale[group, lax.div(column + half, 128), i], *x_factors
+                    if by_column:
+                        w_factor = _load(w_scale.at[group, i, pl.ds(column + half, width)], COLUMN_OF_WGMMA)
+                    else:
+                        w_factor = w_scale[group, lax.div(column + half, 128), i]
+                    return w_factor, *x_factors
 
                 def multiply(i, carry):
                     step, totals, factors = carry
@@ -229,7 +241,12 @@ def grouped_fp8(
                             plgpu.barrier_arrive(empty.at[slot])
                         if block_scaled:
                             w_factor, *x_factors = factors
-                            part = part * lax.broadcast_in_dim(x_factors[wave] * w_factor, part.shape, [0])
+                            x_factor = x_factors[wave]
+                            if by_column:
+                                part = part * lax.broadcast_in_dim(w_factor, part.shape, [1])
+                            else:
+                                x_factor = x_factor * w_factor
+                            part = part * lax.broadcast_in_dim(x_factor, part.shape, [0])
                         promoted.append(totals[wave] + part)
                     return step + 1, tuple(promoted), next_factors
 

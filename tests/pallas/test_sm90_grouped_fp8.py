@@ -22,6 +22,8 @@ PAIRS = [
     (BLOCK, GROUP),
     (Scheme("e5m2", block=(None, None, None)), Scheme("e5m2", block=(None, 128))),
     (Scheme("e4m3", block=(256, 128)), per_row("e5m2")),
+    (GROUP, GROUP),
+    (Scheme("e5m2", block=(32, 256)), Scheme("e4m3", block=(None, 128))),
 ]
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
@@ -73,7 +75,9 @@ def test_dense(interpreted, shape, weight, activation, dtype, use_bias):
     ("tiling", "pair", "dtype"),
     [
         (Tiling(128, 256, 2, cluster=2), (BLOCK, GROUP), jnp.float32),  # waves, panels, pairs, a ring that wraps
+        (Tiling(64, 256, 2), (GROUP, GROUP), jnp.bfloat16),
         pytest.param(Tiling(128, 128, 3), (BLOCK, GROUP), jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(Tiling(128, 128, 3, cluster=2), (GROUP, GROUP), jnp.float16, marks=pytest.mark.slow),
         pytest.param(Tiling(64, 256, 1), (per_row(), per_row()), jnp.bfloat16, marks=pytest.mark.slow),
         pytest.param(Tiling(64, 128, 2, cluster=2), (per_row(), per_row()), jnp.bfloat16, marks=pytest.mark.slow),
         pytest.param(Tiling(128, 256, 4), (per_row(), per_row()), jnp.float16, marks=pytest.mark.slow),
@@ -85,7 +89,8 @@ def test_tilings(interpreted, tiling, pair, dtype):
     shape = Shape((100, 0, 29, 200, 7), 328, 416, spare=20)
     given = operands(shape, pair[0])
     x = quantize(jnp.where(row_mask(given.group_sizes, shape.m)[:, None], given.x, 0), pair[1])
-    scales = (x.scale.T, given.w.scale) if pair[0] is BLOCK else (x.scale[:, 0], given.w.scale[:, :, 0])
+    w_scale = given.w.scale if pair[0] is BLOCK else given.w.scale.swapaxes(1, 2)
+    scales = (x.scale.T, w_scale) if pair[1] is GROUP else (x.scale[:, 0], given.w.scale[:, :, 0])
     with interpreted():
         y = grouped_fp8(
             x.data, given.w.data, *scales, given.bias, given.group_sizes, out_dtype=dtype, tiling=tiling, programs=2
@@ -121,6 +126,10 @@ def test_nan_past_the_groups_stays_there(interpreted):
 def test_choice_of_tiling(m, n, groups, expected):
     tiling = choose_tiling(m, n, groups)
     assert (tiling.block_m, tiling.block_n, tiling.cluster) == expected
+
+
+def test_scales_by_column_have_no_largest_tile():
+    assert choose_tiling(8 * 4096, 4096, 8, by_column=True) == Tiling(128, 128, cluster=2)
 
 
 def test_lowers_for_cuda_in_transformations():
