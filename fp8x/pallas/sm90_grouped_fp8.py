@@ -320,7 +320,7 @@ def grouped_fp8(
         scratch_types=dict(
             x_smem=plgpu.SMEM((stages, waves, WAVE, BLOCK_K), x.dtype, transforms=swizzled),
             w_smem=plgpu.SMEM((stages, block_n, BLOCK_K), w.dtype, transforms=swizzled),
-            out_smem=plgpu.SMEM((2, 2, WAVE, panel), out_dtype),
+            out_smem=plgpu.SMEM((2, 2, WAVE, panel), out_dtype, transforms=(plgpu.SwizzleTransform(128),)),
             full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             full_wave=plgpu.Barrier(num_arrivals=max(waves - 1, 1), num_barriers=stages),
             empty=plgpu.ClusterBarrier(collective_axes=("pair",), **empty) if shared else plgpu.Barrier(**empty),
