@@ -10,13 +10,26 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fp8x.array import ScaledArray
+from fp8x.ops import reference
 from fp8x.ops.groups import row_groups, row_mask
-from fp8x.ops.reference import as_float32, matmul
+from fp8x.ops.operand import Operand, as_operand, common_dtype, multiply
+from fp8x.ops.reference import as_float32
 from fp8x.pallas.schedule import TileTable, tile_table
 
 # Rows a tile: an expert's mean number of rows, so that an even load multiplies little padding, within these bounds.
 # Dequantizing a matrix costs about as much as multiplying 16 rows by it; 128 hide that.
 MIN_BLOCK_M, MAX_BLOCK_M = 16, 128
+
+
+def matmul(
+    x: Float[Array, "m k"] | ScaledArray, w: ScaledArray, bias: Float[Array, " n"] | None, out_dtype
+) -> Float[Array, "m n"]:
+    """The whole matrix, dequantized."""
+
+    def product(x, w, bias, dtype):
+        return multiply(as_operand(x, dtype), as_operand(w, dtype), bias, out_dtype)
+
+    return _in_best_dtype(product, x, w, bias)
 
 
 def grouped_matmul(
@@ -26,12 +39,22 @@ def grouped_matmul(
     bias: Float[Array, "e n"] | None,
     out_dtype,
 ) -> Float[Array, "m n"]:
-    """Tile by tile: each dequantizes its expert's matrix, so that one matrix at most exists in float32."""
+    """Tile by tile: each dequantizes its expert's matrix, so that one matrix at most exists dequantized."""
 
-    def multiply(rows, group):
-        return matmul(rows, _expert(w, group), None if bias is None else _take(bias, group), out_dtype)
+    def product(x, w, bias, dtype):
+        def tile(rows, group):
+            bias_of_group = None if bias is None else _take(bias, group)
+            return multiply(rows, as_operand(_expert(w, group), dtype), bias_of_group, out_dtype)
 
-    return _by_tile(multiply, as_float32(x), group_sizes, w.shape[1], out_dtype)
+        return _by_tile(tile, as_operand(x, dtype), group_sizes, w.shape[1], out_dtype)
+
+    return _in_best_dtype(product, x, w, bias)
+
+
+def _in_best_dtype(product: Callable, x: Float[Array, "m k"] | ScaledArray, w: ScaledArray, bias) -> Array:
+    """`product(x, w, bias, dtype)`: in the operands' common type where there are tensor cores, in float32 on CPU."""
+    float32, best = (functools.partial(product, dtype=dtype) for dtype in (jnp.dtype(jnp.float32), common_dtype(x, w)))
+    return jax.lax.platform_dependent(x, w, bias, cpu=float32, default=best)
 
 
 def grouped_matmul_transposed(
@@ -55,7 +78,7 @@ def expert_matmul(
     """Row by row: each dequantizes its expert's matrix."""
 
     def multiply(row, expert):
-        return matmul(row, _expert(w, expert), None if bias is None else _take(bias, expert), out_dtype)
+        return reference.matmul(row, _expert(w, expert), None if bias is None else _take(bias, expert), out_dtype)
 
     return _by_row(multiply, as_float32(x), experts, w.shape[:2], out_dtype)
 
@@ -80,9 +103,9 @@ def _by_row(multiply: Callable, x: Float[Array, "r k"], experts, shape: tuple[in
     return jax.lax.scan(row, None, (x, experts))[1]
 
 
-def _by_tile(multiply: Callable, x: Float[Array, "m k"], group_sizes, n: int, dtype) -> Float[Array, "m n"]:
+def _by_tile(multiply: Callable, x: Float[Array, "m k"] | Operand, group_sizes, n: int, dtype) -> Float[Array, "m n"]:
     """`multiply(rows [block_m, K], group) -> [block_m, n]` of one tile of rows after another."""
-    m, e = x.shape[0], group_sizes.shape[0]
+    m, e = jax.tree.leaves(x)[0].shape[0], group_sizes.shape[0]
     if m == 0:
         return jnp.zeros((0, n), dtype)
     block_m = min(max(-(-m // e), MIN_BLOCK_M), MAX_BLOCK_M)
@@ -91,9 +114,10 @@ def _by_tile(multiply: Callable, x: Float[Array, "m k"], group_sizes, n: int, dt
 
     def tile(_, index):
         group, start, used = index
+        at = _tile_rows(start, rows, m)
         return None, jax.lax.cond(
             used > 0,
-            lambda: multiply(x[_tile_rows(start, rows, m)], group),
+            lambda: multiply(jax.tree.map(lambda x: x[at], x), group),
             lambda: jnp.zeros((rows, n), dtype),
         )
 
