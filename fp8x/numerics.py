@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from fp8x.array import ScaledArray
 from fp8x.errors import RecipeError, ShapeError
@@ -164,6 +164,11 @@ def compute_scale(amax: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..
 
 
 def _e8m0_scale(amax: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
+    return jax.lax.bitcast_convert_type(e8m0_byte(amax, scheme).astype(jnp.uint8), scheme.scale_dtype)
+
+
+def e8m0_byte(amax: Float[Array, "..."], scheme: Scheme) -> Int[Array, "..."]:
+    """The e8m0 scale of `compute_scale` as int32: what a kernel, without e8m0 registers, computes with."""
     element = ELEMENTS[scheme.element]
     bits = jax.lax.bitcast_convert_type(amax, jnp.int32)
     exponent, mantissa = bits >> 23, bits & _MANTISSA
@@ -174,8 +179,7 @@ def _e8m0_scale(amax: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."
         # Rounding amax to the element's mantissa carries into the exponent from here on.
         "even": mantissa >= _mantissa_field(2.0 - 2.0 ** -(element.mantissa_bits + 1)),
     }[scheme.scale_rule]
-    byte = jnp.clip(exponent - element.emax + beyond.astype(jnp.int32), 0, 254)
-    return jax.lax.bitcast_convert_type(byte.astype(jnp.uint8), scheme.scale_dtype)
+    return jnp.clip(exponent - element.emax + beyond.astype(jnp.int32), 0, 254)
 
 
 def _mantissa_field(mantissa: float) -> int:
@@ -197,7 +201,11 @@ def _inverse(scale: Float[Array, "..."]) -> Float[Array, "..."]:
     if scale.dtype == jnp.float32:
         # XLA's GPU backend divides by an approximation (PTX `rcp.approx`), which may be off by a last bit.
         return jax.lax.platform_dependent(scale, cpu=lambda scale: np.float32(1.0) / scale, default=reciprocal)
-    byte = _byte(scale).astype(jnp.int32)
+    return reciprocal_of_byte(_byte(scale).astype(jnp.int32))
+
+
+def reciprocal_of_byte(byte: Int[Array, "..."]) -> Float[Array, "..."]:
+    """`1 / scale` of an e8m0 byte."""
     # Bytes 254 and 255 (2^127, NaN) have no normal reciprocal; amax / max never reaches either.
     return jnp.where(
         byte < 254,
