@@ -1,6 +1,8 @@
 """`GroupedLinear`: one matrix per expert, in 8 bits."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -8,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from fp8x import numerics, ops
 from fp8x.array import ScaledArray
-from fp8x.errors import ShapeError
+from fp8x.errors import CalibrationError, ShapeError
 from fp8x.nn.quantized import QuantizedLayer, initial_weight, weight_scheme
 from fp8x.nn.unquantized import UnquantizedGroupedLinear, features, once
 from fp8x.ops.groups import check_group_sizes
@@ -85,32 +87,63 @@ class GroupedLinear(QuantizedLayer):
         bias = None if source.bias is None else source.bias[...]
         return cls.from_arrays(weight, recipe, bias=bias)
 
-    def __call__(self, x: Float[Array, "m k"], group_sizes: Int[Array, " e"]) -> Float[Array, "m ..."]:
+    def __call__(
+        self, x: Float[Array, "t k"], group_sizes: Int[Array, " e"], rows: Int[Array, " m"] | None = None
+    ) -> Float[Array, "m ..."]:
         """One product, of the recipe's output type; rows sorted by expert, rows past `sum(group_sizes)` come out zero.
 
-        Where K is split over `k_axes`, float32 of which the sum over these axes is the product: `MoE` weighs and adds
-        up its experts' rows before it sums.
+        `rows` are the rows of `x` in that order; None where `x` is in it. Where K is split over `k_axes`, float32 of
+        which the sum over these axes is the product: `MoE` weighs and adds up its experts' rows before it sums.
 
         Raises:
-            ShapeError: `x` is not `[M, K]`, or group sizes that do not fit.
+            ShapeError: `x` is not `[T, K]`, or group sizes that do not fit.
             CalibrationError: a static activation scale is not calibrated; inside jit the result is NaN instead.
         """
-        shape = self.weight.shape
-        if x.ndim != 2 or x.shape[1] != shape[-1]:
-            raise ShapeError(f"x: shape is {x.shape}, but the layer takes [M, {shape[-1]}], rows sorted by expert")
-        group_sizes = check_group_sizes(group_sizes, shape[0], x.shape[0])
+        self._check_input(x)
+        if rows is not None and not self._quantizes_in_any_order:
+            x, rows = x[rows], None
+        group_sizes = check_group_sizes(group_sizes, self.weight.shape[0], (x if rows is None else rows).shape[0])
+        options = self._activation(x, group_sizes if rows is None else None)
+        return self._multiply(functools.partial(ops.grouped_matmul, group_sizes=group_sizes, rows=rows), x, options)
+
+    def by_expert(self, x: Float[Array, "r k"], experts: Int[Array, " r"]) -> Float[Array, "r ..."]:
+        """`__call__` of a few rows in any order, each by the matrix of its expert; zero where that is not here.
+
+        Raises:
+            ShapeError: `x` is not `[R, K]`, or not an expert for each row.
+            CalibrationError: as `__call__`; or the layer is in calibration, which takes rows by group.
+        """
+        self._check_input(x)
+        if self.is_calibrating:
+            raise CalibrationError("layer: it is in calibration, which takes sorted rows; call it with group sizes")
+        return self._multiply(functools.partial(ops.expert_matmul, experts=experts), x, self._activation(x))
+
+    @property
+    def _quantizes_in_any_order(self) -> bool:
+        """Whether a row's codes depend on no other row, nor on how many there are."""
+        if self.is_calibrating:
+            return False
+        return self.recipe.activation is None or self.recipe.is_static or self.recipe.activation.block[0] == 1
+
+    def _check_input(self, x: Float[Array, "m k"]) -> None:
+        k = self.weight.shape[-1]
+        if x.ndim != 2 or x.shape[1] != k:
+            raise ShapeError(f"x: shape is {x.shape}, but the layer takes [M, {k}], rows sorted by expert")
+
+    def _multiply(self, op: Callable, x: Float[Array, "t k"], options: dict) -> Float[Array, "m ..."]:
+        """`op` by each of the P matrices: by all at once, where their scales admit it."""
         weight, bias = self.quantized_weight, None if self.bias is None else self.bias[...]
-        options = self._activation(x, group_sizes) | {"out_dtype": self.recipe.out_dtype}
+        options = options | {"out_dtype": self.recipe.out_dtype}
         if self.k_axes:
             bias, options["out_dtype"] = once(bias, self.k_axes), jnp.float32
         if weight.ndim == 3:
-            return ops.grouped_matmul(x, weight, group_sizes, bias=bias, **options)
+            return op(x, weight, bias=bias, **options)
         if (merged := merge_rows(weight)) is not None:
             flat_bias = None if bias is None else bias.reshape(bias.shape[0], -1)
-            return ops.grouped_matmul(x, merged, group_sizes, bias=flat_bias, **options).reshape(-1, *shape[1:-1])
+            return op(x, merged, bias=flat_bias, **options).reshape(-1, *weight.shape[1:-1])
         parts = [
-            ops.grouped_matmul(x, _part(weight, p), group_sizes, bias=None if bias is None else bias[:, p], **options)
-            for p in range(shape[1])
+            op(x, _part(weight, p), bias=None if bias is None else bias[:, p], **options)
+            for p in range(weight.shape[1])
         ]
         return jnp.stack(parts, axis=1)
 

@@ -10,8 +10,13 @@ from jaxtyping import Array, Float, Int
 from fp8x.errors import ShapeError
 from fp8x.nn.convert import quantize_model
 from fp8x.nn.grouped import GroupedLinear
+from fp8x.nn.routing import Scores, check_scores, choose_experts, sort_by_expert
 from fp8x.nn.unquantized import GatedMLP, UnquantizedGroupedLinear, gate_activation
 from fp8x.recipe import Recipe, as_recipe
+
+
+class CorrectionBias(nnx.Variable):
+    """Evens out the load of experts, float32. No `nnx.Param`: it has no gradient, and no decay should move it."""
 
 
 class MoE(nnx.Module):
@@ -24,7 +29,10 @@ class MoE(nnx.Module):
         recipe: a `Recipe` or its code quantizes the experts, the shared one too; None leaves them in `param_dtype`.
             The router never is.
         activation: of the gate, by its Hugging Face name.
-        normalize_top_k: whether the chosen experts' probabilities are scaled to sum to one.
+        scores: of the experts, from the router's logits: "softmax", or a "sigmoid" each.
+        normalize_top_k: whether the chosen experts' scores are scaled to sum to one.
+        routed_scale: a factor on their weights after that.
+        use_correction_bias: whether a bias is added to the scores to choose by, and to nothing else.
         use_bias: whether every expert's matrices add a bias.
         shared_intermediate: gives a shared expert of that width, which every token visits with weight one.
         dtype: computation type; None takes the parameters'.
@@ -32,6 +40,7 @@ class MoE(nnx.Module):
 
     Attributes:
         router: `nnx.Linear`, hidden -> num_experts, without bias.
+        correction_bias: `CorrectionBias` `[E]`, or None.
         w13: weights `[E, 2, intermediate, hidden]`: gate (w1), then up (w3).
         w2: weights `[E, hidden, intermediate]`.
         shared: a `GatedMLP`, or None.
@@ -40,7 +49,8 @@ class MoE(nnx.Module):
         sum_axes: those over which its outputs are summed: `expert_axes`, and those over which w2's K is split.
 
     Raises:
-        ShapeError: `top_k` over `num_experts`, or sizes that the recipe's blocks do not fit (MX: multiples of 32).
+        ShapeError: `top_k` over `num_experts`, an unknown name, or sizes that the recipe's blocks do not fit (MX:
+            multiples of 32).
     """
 
     expert_axes: tuple[str, ...] = ()
@@ -55,7 +65,10 @@ class MoE(nnx.Module):
         *,
         recipe: Recipe | str | None = None,
         activation: str = "silu",
+        scores: Scores = "softmax",
         normalize_top_k: bool = True,
+        routed_scale: float = 1.0,
+        use_correction_bias: bool = False,
         use_bias: bool = False,
         shared_intermediate: int | None = None,
         dtype=None,
@@ -68,7 +81,9 @@ class MoE(nnx.Module):
         self.top_k, self.num_experts, self.normalize_top_k = top_k, num_experts, normalize_top_k
         gate_activation(activation)
         self.activation = activation
+        self.scores, self.routed_scale = check_scores(scores), routed_scale
         self.router = nnx.Linear(hidden, num_experts, use_bias=False, **options)
+        self.correction_bias = CorrectionBias(jnp.zeros(num_experts)) if use_correction_bias else None
         if recipe is None:
             make = functools.partial(UnquantizedGroupedLinear, num_experts, use_bias=use_bias, **options)
         else:
@@ -98,29 +113,51 @@ class MoE(nnx.Module):
         return y.astype(x.dtype).reshape(x.shape)
 
     def route(self, tokens: Float[Array, "t h"]) -> tuple[Float[Array, "t k"], Int[Array, "t k"]]:
-        """Router weights (float32) and experts of each token: softmax over all experts in float32, then top-k."""
-        probabilities = jax.nn.softmax(self.router(tokens).astype(jnp.float32), axis=-1)
-        weights, experts = jax.lax.top_k(probabilities, self.top_k)
-        if self.normalize_top_k:
-            weights /= jnp.sum(weights, axis=-1, keepdims=True)
-        return weights, experts
+        """Router weights (float32) and experts of each token."""
+        return choose_experts(
+            self.router(tokens),
+            self.top_k,
+            scores=self.scores,
+            bias=None if self.correction_bias is None else self.correction_bias[...],
+            normalize=self.normalize_top_k,
+            scale=self.routed_scale,
+        )
 
     def combine(
         self, tokens: Float[Array, "t h"], weights: Float[Array, "t k"], experts: Int[Array, "t k"]
     ) -> Float[Array, "t h"]:
         """Sends each token to its experts and sums what they return, in float32; over devices last."""
-        here, expert = self.w2.weight.shape[0], experts.reshape(-1)
-        if self.expert_axes:
-            # Counted from the first one here; what is elsewhere comes last, and bincount drops it.
-            expert = expert - here * jax.lax.axis_index(self.expert_axes)
-            expert = jnp.where((expert >= 0) & (expert < here), expert, here)
-        order = jnp.argsort(expert, stable=True)
-        group_sizes = jnp.bincount(expert, length=here).astype(jnp.int32)
-        rows = tokens.shape[0] * min(self.top_k, here)  # a token visits an expert once
-        gate_up = self.w13(tokens[order[:rows] // self.top_k], group_sizes)
-        y = self.w2(gate_activation(self.activation)(gate_up[:, 0]) * gate_up[:, 1], group_sizes)
-        # Back to token order: the inverse permutation gathers, where a scatter-add would sum in no fixed order.
-        row = jnp.argsort(order)
-        y = y[row] if rows == row.size else jnp.take(y, row, axis=0, mode="fill", fill_value=0)
+        y = (self._visit_unsorted if self._is_small(tokens) else self._visit)(tokens, experts)
         y = jnp.sum(y.reshape(*experts.shape, y.shape[-1]).astype(jnp.float32) * weights[..., None], axis=1)
         return jax.lax.psum(y, self.sum_axes) if self.sum_axes else y
+
+    def _visit(self, tokens: Float[Array, "t h"], experts: Int[Array, "t k"]) -> Float[Array, "tk h"]:
+        """What the experts return, a row for each token and expert."""
+        here = self.w2.weight.shape[0]
+        source, row, group_sizes = sort_by_expert(self._here(experts), here)
+        rows = tokens.shape[0] * min(self.top_k, here)  # a token visits an expert once
+        gate_up = self.w13(tokens, group_sizes, source[:rows] // self.top_k)
+        y = self.w2(self._gate(gate_up), group_sizes)
+        # Back to token order: the inverse permutation gathers, where a scatter-add would sum in no fixed order.
+        return y[row] if rows == row.size else jnp.take(y, row, axis=0, mode="fill", fill_value=0)
+
+    def _visit_unsorted(self, tokens: Float[Array, "1 h"], experts: Int[Array, "1 k"]) -> Float[Array, "k h"]:
+        """`_visit` of one token: its experts are distinct, so there is nothing to sort or to share."""
+        expert = self._here(experts)
+        gate_up = self.w13.by_expert(jnp.broadcast_to(tokens, (expert.size, tokens.shape[1])), expert)
+        return self.w2.by_expert(self._gate(gate_up), expert)
+
+    def _is_small(self, tokens: Float[Array, "t h"]) -> bool:
+        layers = (self.w13, self.w2)
+        return tokens.shape[0] == 1 and all(isinstance(x, GroupedLinear) and not x.is_calibrating for x in layers)
+
+    def _here(self, experts: Int[Array, "t k"]) -> Int[Array, " tk"]:
+        """Each row's expert, counted from the first one on this device; their number for one that is elsewhere."""
+        expert, here = experts.reshape(-1), self.w2.weight.shape[0]
+        if not self.expert_axes:
+            return expert
+        expert = expert - here * jax.lax.axis_index(self.expert_axes)
+        return jnp.where((expert >= 0) & (expert < here), expert, here)
+
+    def _gate(self, gate_up: Float[Array, "m 2 i"]) -> Float[Array, "m i"]:
+        return gate_activation(self.activation)(gate_up[:, 0]) * gate_up[:, 1]

@@ -55,12 +55,15 @@ class UnquantizedGroupedLinear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(shape[:-1], param_dtype)) if use_bias else None
         self.dtype = dtype
 
-    def __call__(self, x: Float[Array, "m k"], group_sizes: Int[Array, " e"]) -> Float[Array, "m ..."]:
-        """Rows sorted by expert; rows past `sum(group_sizes)` come out zero."""
+    def __call__(
+        self, x: Float[Array, "t k"], group_sizes: Int[Array, " e"], rows: Int[Array, " m"] | None = None
+    ) -> Float[Array, "m ..."]:
+        """Rows sorted by expert, or `rows` of `x` in that order; rows past `sum(group_sizes)` come out zero."""
         weight = self.weight[...]
         dtype = self.dtype or weight.dtype
         if x.ndim != 2 or x.shape[1] != weight.shape[-1]:
             raise ShapeError(f"x: shape is {x.shape}, but the layer takes [M, {weight.shape[-1]}]")
+        x = x if rows is None else x[rows]
         check_group_sizes(group_sizes, weight.shape[0], x.shape[0])
         flat = weight.reshape(weight.shape[0], -1, weight.shape[-1])
         out_dtype = jnp.dtype(jnp.float32 if self.k_axes else dtype)

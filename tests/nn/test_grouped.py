@@ -17,7 +17,7 @@ from fp8x.errors import CalibrationError, RecipeError, ShapeError
 from fp8x.nn.grouped import merge_rows
 from fp8x.nn.unquantized import UnquantizedGroupedLinear
 from fp8x.ops.groups import row_mask
-from fp8x.scheme import Scheme
+from fp8x.scheme import Scheme, per_tensor
 
 CODES = list(fp8x.RECIPES)
 forward = nnx.jit(lambda layer, x, sizes: layer(x, sizes))
@@ -125,6 +125,27 @@ def test_a_row_alone_is_the_row_in_a_batch():
         assert_close(alone[0], float64(y[row]))
 
 
+@pytest.mark.parametrize("n", [96, 128])
+def test_by_expert_is_the_row_of_a_group(n):
+    """Parts that merge and parts that do not, in any order; an expert that is not here gives zeros."""
+    shape = Shape((1, 0, 2), n, 160)
+    layer = layer_of(shape, "fp8_e4m3fn_bf16_block_scale", parts=2)
+    x, sizes = inputs(shape)
+    y = layer.by_expert(x[::-1], jnp.asarray([2, 3, 0]))
+    assert_close(y[::2], float64(layer(x, sizes)[::-2]))
+    assert not np.any(y[1])
+
+
+def test_rows_in_another_order():
+    """Blocks of one row are quantized before they are taken; one scale for all rows, after."""
+    shape = Shape((2, 0, 3), 96, 160)
+    rows = jnp.asarray([1, 1, 0, 2, 1])
+    for code in ("mxfp8_mxfp8_bf16", fp8x.Recipe(per_tensor(), per_tensor(), "dynamic")):
+        layer = layer_of(shape, code)
+        x, sizes = inputs(shape)
+        np.testing.assert_array_equal(layer(x, sizes, rows), layer(x[rows], sizes))
+
+
 def test_vmap():
     shape = Shape((2, 0, 3), 32, 64)
     layer = layer_of(shape, "e4m3_e4m3_bf16_dynamic", parts=2)
@@ -152,6 +173,11 @@ class TestCalibration:
         np.testing.assert_array_equal(layer.amax[...], [[rows[:, :128].max(), rows[:, 128:].max()]])
         layer(x[:4], jnp.asarray([0, 0, 4, 0, 0]))
         assert layer.tokens[...].tolist() == [1, 63, 4, 64, 65]
+
+    def test_takes_rows_by_group(self):
+        layer = layer_of(MIXED, self.CODE)
+        with pytest.raises(CalibrationError, match="it is in calibration, which takes sorted rows; call it with group"):
+            layer.by_expert(jnp.ones((1, MIXED.k)), jnp.zeros(1, jnp.int32))
 
     def test_uncalibrated(self):
         shape = Shape((2, 1), 32, 64)

@@ -25,6 +25,8 @@ def moe_of(recipe=None, *, hidden=HIDDEN, intermediate=INTERMEDIATE, **options) 
     moe = fp8x.nn.MoE(hidden, intermediate, EXPERTS, options.pop("top_k", TOP_K), rngs=nnx.Rngs(0), **options)
     for i, (_, bias) in enumerate(sorted(nnx.to_flat_state(nnx.state(moe, lambda path, _: path[-1] == "bias")))):
         bias[...] = jax.random.normal(jax.random.key(i), bias.shape)
+    if moe.correction_bias is not None:
+        moe.correction_bias[...] = jnp.linspace(0.3, -0.3, EXPERTS)
     if recipe is not None:
         fp8x.quantize_model(moe, recipe)
         if moe.w13.recipe.is_static and not moe.w13.is_calibrating:
@@ -41,12 +43,14 @@ def dense(moe, x) -> np.ndarray:
     x = float64(x)
     logits = x @ float64(moe.router.kernel[...])
     p = np.exp(logits - logits.max(-1, keepdims=True))
-    p /= p.sum(-1, keepdims=True)
-    chosen = np.argsort(-p, axis=-1, kind="stable")[:, : moe.top_k]
+    p = 1 / (1 + np.exp(-logits)) if moe.scores == "sigmoid" else p / p.sum(-1, keepdims=True)
+    bias = 0.0 if moe.correction_bias is None else float64(moe.correction_bias[...])
+    chosen = np.argsort(-(p + bias), axis=-1, kind="stable")[:, : moe.top_k]
     weights = np.zeros_like(p)
     np.put_along_axis(weights, chosen, np.take_along_axis(p, chosen, -1), -1)
     if moe.normalize_top_k:
         weights /= weights.sum(-1, keepdims=True)
+    weights *= moe.routed_scale
     y = np.zeros_like(x)
     for e in range(moe.num_experts):
         gate_up = product(moe.w13, e, x)
@@ -81,6 +85,7 @@ def product(layer, e, x) -> np.ndarray:
         dict(top_k=1, activation="gelu"),
         dict(top_k=EXPERTS, activation="relu", use_bias=True),
         dict(shared_intermediate=32, activation="gelu_pytorch_tanh"),
+        dict(scores="sigmoid", routed_scale=2.5, use_correction_bias=True),
     ],
     ids=str,
 )
@@ -146,6 +151,17 @@ def test_a_token_alone_is_the_token_in_a_batch(code):
         assert relative_error(forward(moe, x[i]), y[i]) < (4e-2 if code else 1e-6)
 
 
+@pytest.mark.parametrize("code", ["e4m3_bf16", "mxfp8_mxfp8_bf16"])
+def test_one_token_goes_unsorted_and_sees_the_same_experts(code):
+    moe = moe_of(dataclasses.replace(fp8x.recipe(code), out_dtype=jnp.float32), use_bias=True)
+    x = tokens(1, seed=3)
+    names = {choice.kernel for choice in fp8x.ops.explain(moe, x)}
+    assert names == {"xla_expert_matmul"}
+    alone, twice = forward(moe, x), forward(moe, jnp.concatenate([x, x]))
+    assert_close(alone, float64(twice[:1]), tolerance=1e-6)
+    assert_close(alone, dense(moe, x), tolerance=5e-6)
+
+
 def test_the_router_is_never_quantized_and_the_shared_expert_is():
     for moe in (
         moe_of("mxfp8_bf16", shared_intermediate=32),
@@ -191,6 +207,7 @@ def test_uncalibrated():
     [
         (dict(top_k=5), "top_k: 5 does not fit 4 experts; use 1 to 4"),
         (dict(top_k=0), "top_k: 0"),
+        (dict(scores="tanh"), "scores: 'tanh' is unknown; use one of 'softmax', 'sigmoid'"),
         (dict(activation="swiglu"), "activation: 'swiglu' is unknown; use one of 'silu'"),
         (
             dict(recipe="mxfp8_bf16", intermediate=48),
