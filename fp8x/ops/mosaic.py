@@ -32,7 +32,7 @@ def unsupported_by_blocks(call) -> str | None:
 
 
 def _not_fp8(call) -> str | None:
-    if reason := _no_hopper():
+    if reason := no_hopper():
         return reason
     if not call.k:
         return "multiplies rows of some K, not of 0"
@@ -44,7 +44,7 @@ def _not_fp8(call) -> str | None:
     return None
 
 
-def _no_hopper() -> str | None:
+def no_hopper() -> str | None:
     """Why the GPU here is none. Without any GPU the kernels still lower for CUDA, and run in Pallas' interpreter."""
     device = jax.devices()[0]
     if device.platform == "gpu" and device.compute_capability != "9.0":
