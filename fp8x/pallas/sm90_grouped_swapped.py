@@ -1,0 +1,415 @@
+"""Grouped GEMM for Hopper with swapped operands: `x [M, K] × w [E, N, K] -> [M, N]`, 8-bit weights on the 64-row side.
+
+For a reader who knows CUDA; sm90_grouped_fp8.py says what Pallas calls a thread, a ref and a barrier.
+
+A wgmma has 64 rows on its left side and 8 to 256 columns on its right. Here rows of `w` are its rows and tokens its
+columns: a few tokens waste nothing, and the left operand may come from registers, so 8-bit weights can be converted
+to 16 bits on their way from shared memory. A block has two compute warpgroups, each with one or two waves of 64 rows
+of `w` by `tokens` tokens, and a memory warpgroup that fills a ring of slots with 128 of K each by TMA.
+
+What is done with 128 of K follows from the types that come in; one of the three is compiled:
+- `x` in 16 bits, a scale a row of `w` or one e8m0 byte for 32 of K (bfloat16 only): the weights are converted
+  exactly, times 2^k where there is one, and added up by wgmma itself, which has float32 for 16-bit products. While
+  the tensor cores multiply a wave, the next one is converted.
+- `x` in 16 bits, other scales: each `depth` of K (128 for float32 scales of 128×128, 32 for e8m0 with float16, where
+  2^k may not fit) go to a fresh accumulator, `part`, and `total += part * scale` in float32.
+- `x` in 8 bits: both operands straight from shared memory, a fresh accumulator for 128 of K, whose sum in the tensor
+  cores is shorter than float32 (sm90_grouped_fp8.py), with row factors or block scales as there.
+
+Decode reads each active expert's weights once; that is its floor. 4.8 TB/s times an assumed 700 ns of latency are
+3.4 MB in flight (Little's law), 25 kB an SM. The ring has 140 kB and more, all of it requested ahead, so memory never
+waits for the tensor cores as long as a slot is consumed faster than it comes (docs/kernels.md counts both).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int, UInt8
+
+from fp8x.pallas.dequantize import interpreted, load_as_16_bits, power_of_two, scale_columns, wgmma_registers
+from fp8x.pallas.schedule import tile_table
+
+SMS = 132  # of an H100 or H200 SXM; another number costs balance, not correctness
+SHARED_MEMORY = 227 * 1024  # what a block may have
+BLOCK_K = 128  # one row of weights in a slot is 128 bytes, the widest swizzle
+MX_BLOCK = 32  # elements of K that share an e8m0 byte
+WAVE = 64  # rows of a wgmma
+ROW_ALIGN = 8  # rows of a swizzle atom: a TMA box into one starts at a multiple
+PANEL = 64  # tokens that leave at a time, at most
+RASTER = 16  # token tiles side by side in the order of tiles
+
+ROW_OF_WGMMA = plgpu.Layout.WGMMA.reduce(1)  # the registers for a value a row of an accumulator
+COLUMN_OF_WGMMA = plgpu.Layout.WGMMA.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """The shape of an output tile, and how its work is cut.
+
+    Arguments:
+        tokens: a multiple of 8 up to 128: the width of a wgmma.
+        rows: rows of w, 128 or 256.
+        stages: slots of the ring; None takes as many as fit, up to 12.
+        splits: parts of K whose sums are added afterwards, for balance where there are few tiles.
+    """
+
+    tokens: int
+    rows: int
+    stages: int | None = None
+    splits: int = 1
+
+
+def choose_tiling(m: int, n: int, k: int, groups: int, experts: bool = False) -> Tiling:
+    """Tokens: twice a group's mean, and the 7 rows before an aligned one, so that few groups need a second tile.
+
+    256 rows of w where a tile has 128 tokens: then L2 gives 32 bytes a cycle (docs/kernels.md). Fewer tokens are bound
+    by memory, and smaller tiles are better balanced.
+
+    Splits: as few as bring the SMs' share of work within a tenth of the best there is, with a part's own cost taken as
+    4 steps of K. All groups are taken as in use.
+    """
+    groups = min(groups, m)
+    mean = pl.cdiv(m, max(groups, 1))
+    needed = 8 if experts else m if groups == 1 else 2 * mean + ROW_ALIGN - 1
+    tokens = min(-(-needed // 8) * 8 if needed <= 16 else 1 << (needed - 1).bit_length(), 128)
+    rows = 256 if tokens == 128 else 128
+    tiles = (m if experts else groups * pl.cdiv(mean, tokens)) * pl.cdiv(n, rows)
+    steps = pl.cdiv(k, BLOCK_K)
+
+    def cost(splits):
+        return pl.cdiv(tiles * splits, SMS) * (pl.cdiv(steps, splits) + 4)
+
+    candidates = [splits for splits in (1, 2, 4, 8) if splits == 1 or (tokens <= PANEL and splits * 4 <= steps)]
+    best = min(map(cost, candidates))
+    return Tiling(tokens, rows, splits=next(splits for splits in candidates if cost(splits) <= 1.1 * best))
+
+
+def grouped_swapped(
+    x: Float[Array, "m k"],
+    w: Float[Array, "e n k"],
+    x_scale: Float[Array, "m"] | Float[Array, "k/128 m"] | None,
+    w_scale: Float[Array, "e n"] | Float[Array, "e n/128 k/128"] | UInt8[Array, "e n k/32"],
+    bias: Float[Array, "e n"] | None,
+    group_sizes: Int[Array, " e"] | None,
+    *,
+    experts: Int[Array, " m"] | None = None,
+    out_dtype,
+    tiling: Tiling | None = None,
+    programs: int = SMS,
+) -> Float[Array, "m n"]:
+    """Each group's rows of `x` by its own matrix of `w`, times scales, plus bias; rows past the groups are zero.
+
+    Arguments:
+        x: bfloat16 or float16, without scales; or float8.
+        w: float8_e4m3fn or float8_e5m2.
+        x_scale: of a float8 `x`, float32: of rows, or of 128 of K, as `w_scale` has factors or blocks.
+        w_scale: float32 of rows, or of blocks of 128×128; or e8m0 bytes, of a 16-bit `x`.
+        bias: any float type.
+        group_sizes: int32; None means that there is one group and it has all rows, which needs no table.
+        experts: int32, instead of group_sizes: the matrix of each row.
+        out_dtype: bfloat16, float16 or float32.
+        tiling: None chooses one.
+        programs: blocks in the grid, at most one an SM.
+    """
+    (m, k), (e, n, _) = x.shape, w.shape
+    if m == 0 or n == 0:
+        return jnp.zeros((m, n), out_dtype)
+    tiling = tiling or choose_tiling(m, n, k, e, experts is not None)
+    tokens, waves, splits = tiling.tokens, tiling.rows // (2 * WAVE), tiling.splits
+    is_mx, is_16_bit = w_scale.dtype == jnp.uint8, x.dtype.itemsize == 2
+    block_scaled = w_scale.ndim == 3 and not is_mx
+    in_place = is_16_bit and not block_scaled and not (is_mx and x.dtype == jnp.float16)
+    depth = MX_BLOCK if is_mx and not in_place else 128  # of K, from one promotion to the next
+    block_k = min(2 * depth, 128)  # in a slot
+    bytes_of_step = block_k // MX_BLOCK
+    out_type = jnp.dtype(jnp.float32 if splits > 1 else out_dtype)
+    panel = next(panel for panel in range(PANEL, 0, -ROW_ALIGN) if tokens % panel == 0)  # tokens that leave at a time
+    steps_of_k, column_tiles = pl.cdiv(k, block_k), pl.cdiv(n, tiling.rows)
+    steps_of_split = pl.cdiv(steps_of_k, splits)
+
+    grouped = group_sizes is not None
+    if grouped:
+        # Rows past the groups are a group too, number e, that takes no step of K: its tiles are written as zeros.
+        tiles = tile_table(jnp.append(group_sizes, m - jnp.sum(group_sizes)), m, tokens, ROW_ALIGN)
+        table = jnp.stack([tiles.group, tiles.start, tiles.skip, tiles.rows])
+        used = jnp.sum(tiles.rows > 0, dtype=jnp.int32)[None]
+        most_row_tiles = table.shape[1]
+    else:
+        table, used = experts, None
+        most_row_tiles = m if experts is not None else pl.cdiv(m, tokens)
+
+    # TMA has no ragged boxes but at the end of an array, and only where 16 bytes divide each row. K and N that 128
+    # and 8 do not divide cost a copy of the weights here. Scales and bias are read without bounds.
+    x = _pad(x, (-m % ROW_ALIGN, -k % BLOCK_K))
+    w = _pad(w, (0, -n % ROW_ALIGN, -k % BLOCK_K))
+    padded_n = n + -n % WAVE
+    if is_mx:
+        w_scale = _pad(w_scale, (0, padded_n - n, -(k // MX_BLOCK) % (block_k // MX_BLOCK)))
+    elif not block_scaled:
+        w_scale = _pad(w_scale, (0, padded_n - n))
+    if x_scale is not None:
+        x_scale = _pad(x_scale, (0,) * (x_scale.ndim - 1) + (tokens,))
+    bias = None if bias is None else _pad(bias.astype(jnp.float32), (0, padded_n - n))
+
+    # What shares the memory of a block: each warpgroup's buffers on the way out, used in turn, and the ring.
+    panels = tokens // panel
+    buffers = 2 if out_type.itemsize == 2 and waves * panels % 2 == 0 else 1
+    slot_bytes = tiling.rows * block_k + tokens * block_k * x.dtype.itemsize
+    free = SHARED_MEMORY - 2 * buffers * panel * WAVE * out_type.itemsize - 1024  # barriers
+    stages = tiling.stages or min(free // slot_bytes, 12)
+
+    def kernel(table, used, x, w, x_scale, w_scale, bias, out, x_smem, w_smem, out_smem, full, empty, a_smem):
+        """`full[slot]`: both operands came; `empty[slot]`: both compute warpgroups have read them."""
+        warpgroup = lax.axis_index("warpgroup")
+
+        def for_each_tile(do):
+            """`step = do(group, start, skip, rows, column, split, steps, step)` of this block's tiles: `rows` tokens
+            from `start + skip`, the rows of w from `column`; `step` counts slots."""
+            row_tiles = used[0] if grouped else most_row_tiles
+
+            def tile(loop, carry):
+                index, split = lax.div(loop.index[0], splits), lax.rem(loop.index[0], splits)
+                row_tile, column_tile = plgpu.planar_snake(index, (row_tiles, column_tiles), 0, RASTER)
+                steps = jnp.minimum(steps_of_k - split * steps_of_split, steps_of_split)
+                if grouped:
+                    group, start, skip, rows = (table[i, row_tile] for i in range(4))
+                    steps = jnp.where(group < e, steps, 0)
+                elif experts is not None:
+                    group, skip, rows = table[row_tile], lax.rem(row_tile, ROW_ALIGN), 1
+                    start = row_tile - skip
+                else:
+                    start = row_tile * tokens
+                    group, skip, rows = 0, 0, jnp.minimum(m - start, tokens)
+                start = pl.multiple_of(start, ROW_ALIGN)
+                return do(group, start, skip, rows, column_tile * tiling.rows, split, steps, carry)
+
+            tasks = row_tiles * column_tiles * splits
+            return plgpu.nd_loop((tasks,), collective_axes="block", init_carry=jnp.int32(0))(tile)
+
+        @pl.when(warpgroup == 2)
+        def _memory():
+            plgpu.set_max_registers(32, action="decrease")
+
+            def load_tile(group, start, skip, rows, column, split, steps, step):
+                def load(i, step):
+                    slot = lax.rem(step, stages)
+
+                    @pl.when(step >= stages)
+                    def _():
+                        plgpu.barrier_wait(empty.at[slot])
+
+                    at_k = pl.ds((split * steps_of_split + i) * block_k, block_k)
+                    weights = w.at[group, pl.ds(column, tiling.rows), at_k]
+                    plgpu.copy_gmem_to_smem(weights, w_smem.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(x.at[pl.ds(start, tokens), at_k], x_smem.at[slot], full.at[slot])
+                    return step + 1
+
+                return lax.fori_loop(0, steps, load, step)
+
+            step = for_each_tile(load_tile)
+
+            @pl.loop(jnp.maximum(step - stages, 0), step)
+            def _until_all_is_read(step):
+                plgpu.barrier_wait(empty.at[lax.rem(step, stages)])
+
+        @pl.when(warpgroup < 2)
+        def _compute():
+            plgpu.set_max_registers(240, action="increase")
+            spare = None if a_smem is None else a_smem.at[warpgroup]
+            own_rows = [(warpgroup * waves + wave) * WAVE for wave in range(waves)]  # in a tile
+
+            def release(step):
+                plgpu.commit_smem()  # plain loads, before TMA writes there (docs/kernels.md)
+                plgpu.barrier_arrive(empty.at[lax.rem(step, stages)])
+
+            def compute_tile(group, start, skip, rows, column, split, steps, step):
+                at_tokens = pl.ds(start, tokens)
+                last_group = jnp.minimum(group, e - 1)  # of the rows past the groups: read, not used
+
+                def rows_of(wave):
+                    # Waves past the last row read other rows' scales; what becomes of them is clipped.
+                    return jnp.minimum(column + own_rows[wave], padded_n - WAVE)
+
+                def load_scales(i, wave):
+                    """What is multiplied with at step `i`, straight from global memory (L2): bytes for 32 of K each, a
+                    factor, or a factor and those of the tokens."""
+                    i = jnp.maximum(split * steps_of_split + jnp.minimum(i, steps - 1), 0)
+                    if is_mx:
+                        own = w_scale.at[last_group, pl.ds(rows_of(wave), WAVE)]
+                        return tuple(
+                            _load(own.at[:, i * bytes_of_step + j], ROW_OF_WGMMA) for j in range(bytes_of_step)
+                        )
+                    if not block_scaled:
+                        return ()
+                    factor = w_scale[last_group, lax.div(rows_of(wave), 128), i]
+                    return (factor,) if is_16_bit else (factor, _load(x_scale.at[i, at_tokens], COLUMN_OF_WGMMA))
+
+                def first_scales():
+                    return tuple(load_scales(0, wave) for wave in range(waves))
+
+                def add_in_place(step):
+                    def multiply_all(*totals):
+                        def multiply(i, carry):
+                            step, scales = carry
+                            slot = lax.rem(step, stages)
+                            next_scales = []
+                            plgpu.barrier_wait(full.at[slot])
+                            for wave, (total, own_scales) in enumerate(zip(totals, scales)):
+                                a = load_as_16_bits(w_smem.at[slot, pl.ds(own_rows[wave], WAVE)], x.dtype)
+                                if is_mx:
+                                    a = scale_columns(a, [power_of_two(byte, x.dtype) for byte in own_scales])
+                                next_scales.append(load_scales(i + 1, wave))  # a step early, for they take time
+                                if wave == 0:
+                                    plgpu.wgmma_wait(0)  # the tensor cores worked on the step before until here
+                                    pl.when(i > 0)(lambda step=step: release(step - 1))
+                                wgmma_registers(total, a, x_smem.at[slot].T, spare)
+                            return step + 1, tuple(next_scales)
+
+                        step_after, _ = lax.fori_loop(0, steps, multiply, (step, first_scales()))
+                        plgpu.wgmma_wait(0)
+                        pl.when(steps > 0)(lambda: release(step_after - 1))
+                        return step_after, tuple(total[...] for total in totals)
+
+                    return pl.run_scoped(multiply_all, *[plgpu.ACC((WAVE, tokens), jnp.float32)] * waves)
+
+                def promote(step):
+                    def multiply(i, carry):
+                        step, totals, scales = carry
+                        slot = lax.rem(step, stages)
+                        next_scales = []
+                        plgpu.barrier_wait(full.at[slot])
+                        promoted = []
+                        for wave, (total, own_scales) in enumerate(zip(totals, scales)):
+                            next_scales.append(load_scales(i + 1, wave))
+                            weights = w_smem.at[slot, pl.ds(own_rows[wave], WAVE)]
+                            a = load_as_16_bits(weights, x.dtype) if is_16_bit else weights
+                            for j in range(block_k // depth):
+                                at_k = slice(j * depth, (j + 1) * depth)
+
+                                def mma(part, a=a, at_k=at_k, slot=slot):
+                                    b = x_smem.at[slot, :, at_k].T
+                                    if is_16_bit:
+                                        wgmma_registers(part, a[:, at_k], b, spare)
+                                    else:
+                                        plgpu.wgmma(part, a, b)
+                                    return part[...]  # waits for the tensor cores
+
+                                part = pl.run_scoped(mma, plgpu.ACC((WAVE, tokens), jnp.float32))
+                                if is_mx:
+                                    factor = power_of_two(own_scales[j], jnp.float32)
+                                    part = part * lax.broadcast_in_dim(factor, part.shape, [0])
+                                elif block_scaled and is_16_bit:
+                                    part = part * own_scales[0]
+                                elif block_scaled:
+                                    part = part * lax.broadcast_in_dim(own_scales[0] * own_scales[1], part.shape, [1])
+                                total = total + part
+                            promoted.append(total)
+                        release(step)
+                        return step + 1, tuple(promoted), tuple(next_scales)
+
+                    zeros = plgpu.layout_cast(jnp.zeros((WAVE, tokens), jnp.float32), plgpu.Layout.WGMMA)
+                    step, totals, _ = lax.fori_loop(0, steps, multiply, (step, (zeros,) * waves, first_scales()))
+                    return step, totals
+
+                step, totals = (add_in_place if in_place else promote)(step)
+
+                for wave, total in enumerate(totals):
+                    rows_of_w = pl.ds(rows_of(wave), WAVE)
+                    for i in range(panels):
+                        # The tokens [begin, end) of this panel are the group's.
+                        begin = jnp.clip(skip - i * panel, 0, panel)
+                        end = jnp.clip(skip + rows - i * panel, 0, panel)
+
+                        def finish(y, i=i, rows_of_w=rows_of_w):
+                            if w_scale.ndim == 2:
+                                row_factor = _load(w_scale.at[last_group, rows_of_w], ROW_OF_WGMMA)
+                                y = y * lax.broadcast_in_dim(row_factor, y.shape, [0])
+                                if not is_16_bit:
+                                    at = pl.ds(start + i * panel, panel)
+                                    y = y * lax.broadcast_in_dim(_load(x_scale.at[at], COLUMN_OF_WGMMA), y.shape, [1])
+                            if bias is None:
+                                return y
+
+                            def add_bias():
+                                b = _load(bias.at[last_group, rows_of_w], ROW_OF_WGMMA)
+                                return y + lax.broadcast_in_dim(b, y.shape, [0])
+
+                            return add_bias() if splits == 1 else lax.cond(split == 0, add_bias, lambda: y)
+
+                        def store(wave=wave, i=i, total=total, begin=begin, end=end, finish=finish):
+                            y = total[:, i * panel : (i + 1) * panel]
+                            y = lax.cond(group < e, finish, lambda y: y, y) if grouped else finish(y)
+                            at = out.at[split, pl.ds(start + i * panel, panel), pl.ds(column + own_rows[wave], WAVE)]
+                            _store_transposed(
+                                y, out_smem.at[warpgroup], at, begin, end, (wave * panels + i) % buffers, buffers
+                            )
+
+                        # Nothing to store: wait for the stores before, so that the buffers stay in turn.
+                        lax.cond(end > begin, store, lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True))
+                return step
+
+            for_each_tile(compute_tile)
+            plgpu.wait_smem_to_gmem(0)
+
+    def swizzled(bytes_of_k, dtype):
+        return plgpu.TilingTransform((ROW_ALIGN, bytes_of_k // dtype.itemsize)), plgpu.SwizzleTransform(bytes_of_k)
+
+    # Eight tokens of a store share four banks but for the swizzle, which is as wide as rows of 16 bits are here.
+    out_transforms = (plgpu.SwizzleTransform(128),) if out_type.itemsize == 2 else ()
+    run = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((splits, m, padded_n), out_type),
+        grid=(min(programs, most_row_tiles * column_tiles * splits),),
+        grid_names=("block",),
+        num_threads=3,
+        thread_name="warpgroup",
+        scratch_types=dict(
+            x_smem=plgpu.SMEM(
+                (stages, tokens, block_k), x.dtype, transforms=swizzled(min(depth * x.dtype.itemsize, 128), x.dtype)
+            ),
+            w_smem=plgpu.SMEM((stages, tiling.rows, block_k), w.dtype, transforms=swizzled(block_k, w.dtype)),
+            out_smem=plgpu.SMEM((2, buffers, panel, WAVE), out_type, transforms=out_transforms),
+            a_smem=plgpu.SMEM((2, WAVE, block_k), x.dtype) if is_16_bit and interpreted() else None,
+            full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            empty=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        ),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    )
+    y = run(table, used, x, w, x_scale, w_scale, bias)[:, :, :n]
+    return y[0] if splits == 1 else jnp.sum(y, axis=0).astype(out_dtype)
+
+
+def _store_transposed(y, buffers_smem, out, begin, end, buffer, buffers):
+    """The columns [begin, end) of `y [64, tokens]` as rows of `out [tokens, 64]`: registers, shared memory, TMA."""
+    plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
+    y = plgpu.layout_cast(y.astype(out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+    buffers_smem.at[buffer].T[...] = y
+    plgpu.commit_smem()
+    # TMA boxes have static shapes: any number of rows is a sum of some of these.
+    at = begin
+    for length in (64, 32, 16, 8, 4, 2, 1):
+        if length > y.shape[1]:
+            continue
+        take = (end - begin) & length
+
+        @pl.when(take != 0)
+        def _(at=at, length=length):
+            rows = pl.ds(at, length)
+            plgpu.copy_smem_to_gmem(buffers_smem.at[buffer, rows], out.at[rows], commit_group=False)
+
+        at = at + take
+    plgpu.commit_smem_to_gmem_group()
+
+
+def _load(ref, layout) -> Array:
+    """Registers in the layout of an accumulator's rows or columns: each thread reads its own, a few lanes the same."""
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def _pad(x: Array, after: tuple[int, ...]) -> Array:
+    """Zeros after the end of each dim."""
+    return jnp.pad(x, [(0, count) for count in after]) if any(after) else x
