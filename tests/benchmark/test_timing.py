@@ -93,3 +93,26 @@ def test_results_outlive_the_run(tmp_path):
     assert document["facts"] == {"device": "a"}
     assert [result["case"] for result in document["results"]] == ["x", "y", "z"]
     assert [result["case"] for result in again] == ["x", "y", "z"] and np.isfinite(document["results"][0]["seconds"])
+
+
+def test_attempts(tmp_path):
+    path = tmp_path / "out.json"
+    results = Results(path, {})
+    results.attempt({"case": 1}, lambda: {"seconds": 1.0})
+    results.attempt({"case": 1}, lambda: pytest.fail("it is there"))
+    results.attempt({"case": 2}, lambda: 1 / 0)
+    with pytest.raises(KeyboardInterrupt):
+        results.attempt({"case": 3}, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    again = Results(path, {})  # of the next process
+    assert list(again) == [
+        {"case": 1, "seconds": 1.0},
+        {"case": 2, "failure": "ZeroDivisionError: division by zero"},
+        {"case": 3, "failure": "the process did not survive it, or was killed"},
+    ]
+
+    def lose_the_gpu():
+        raise ValueError("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    with pytest.raises(RuntimeError, match="ILLEGAL_ADDRESS"):
+        again.attempt({"case": 4}, lose_the_gpu)
+    assert len(list(Results(path, {}))) == 4
