@@ -144,9 +144,9 @@ def _compile(module: bytes) -> Report:
         (work / "module").write_bytes(module)
         (work / "cuda_sdk_lib").symlink_to(_toolkit())  # where the plugin looks for libdevice
         environment = {key: value for key, value in os.environ.items() if not key.startswith("MOSAIC_GPU_")}
-        environment["MOSAIC_GPU_RUNTIME_LIB_PATH"] = str(_file("jax-cuda13-plugin", "libmosaic_gpu_runtime.so"))
+        environment["MOSAIC_GPU_RUNTIME_LIB_PATH"] = str(wheel_file("jax-cuda13-plugin", "libmosaic_gpu_runtime.so"))
         environment["MOSAIC_GPU_DUMP_PTXAS"] = "1"
-        plugin = _file("jax-cuda13-pjrt", "xla_cuda_plugin.so")
+        plugin = wheel_file("jax-cuda13-pjrt", "xla_cuda_plugin.so")
         child = subprocess.run(
             [sys.executable, "-c", _COMPILE, plugin], cwd=work, env=environment, capture_output=True, text=True
         )
@@ -189,7 +189,7 @@ def _stub() -> Path:
 @functools.cache
 def _toolkit() -> Path:
     """The directory with bin/ptxas, bin/nvdisasm and nvvm/, which several wheels share."""
-    return _file("nvidia-cuda-nvcc", "bin/ptxas").parents[1]
+    return wheel_file("nvidia-cuda-nvcc", "bin/ptxas").parents[1]
 
 
 def _distribution(name: str) -> importlib.metadata.Distribution | None:
@@ -202,7 +202,7 @@ def _is_installed(name: str, version: str | None = None) -> bool:
     return found is not None and version in (None, found.version)
 
 
-def _file(distribution: str, suffix: str) -> Path:
+def wheel_file(distribution: str, suffix: str) -> Path:
     """The file of an installed wheel whose path ends so."""
     files = _distribution(distribution).files or ()
     return next(Path(file.locate()).resolve() for file in files if str(file).endswith(suffix))

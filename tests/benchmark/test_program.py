@@ -1,0 +1,49 @@
+"""What XLA launches for an H200, counted without one."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import fp8x
+from fp8x import ops
+from fp8x.benchmark.program import Launch, launches
+from fp8x.pallas import aot
+from fp8x.scheme import Scheme
+
+X = jax.ShapeDtypeStruct((4096, 256), jnp.float32)
+needs_compiler = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+
+
+@needs_compiler
+def test_fused_and_not():
+    # A sort reads memory, and gives its operand's indices too.
+    product, sort, softmax = launches(
+        lambda tree: jax.nn.softmax(tree["x"] - jnp.argsort(tree["x"] * 2, axis=1)), {"x": X}
+    )
+    assert (product.shape, sort.shape, softmax.shape) == (
+        "f32[4096,256]",
+        "(f32[4096,256], s32[4096,256])",
+        "f32[4096,256]",
+    )
+    assert sort.bytes == 2 * product.bytes == 2 * 4096 * 256 * 4
+    assert product == Launch("fusion", product.name, "f32[4096,256]", 4096 * 256 * 4)
+    assert str(product) == f"fusion {product.name}: f32[4096,256]"
+
+
+@needs_compiler
+def test_loops_and_kernels():
+    def steps(x):
+        return jax.lax.fori_loop(0, x[0, 0].astype(int), lambda _, x: 2 * x, x)
+
+    assert "while" in [launch.kind for launch in launches(steps, X)]
+    block = Scheme("e4m3", block=(128, 128))
+    w = jax.eval_shape(lambda: fp8x.quantize(jnp.zeros((512, 256)), block))
+    with fp8x.backend("mosaic_gpu"):
+        found = launches(lambda x, w: ops.matmul(x, w, activation=Scheme("e4m3", block=(1, 128))), X, w)
+    assert [launch.shape for launch in found if "mosaic" in launch.kind] == ["f32[4096,512]"]
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr("fp8x.benchmark.program.missing", lambda: "not installed: ptxas")
+    with pytest.raises(aot.CompileError, match="not installed: ptxas"):
+        launches(jnp.sin, X)
