@@ -125,7 +125,7 @@ def _scaled_mm(torch, given: Operands, *, fast: bool) -> Callable:
                 return kinds.RowWise, scale.reshape(1, -1) if of_weight else scale.reshape(-1, 1)
             case (1, 128):  # the rows lie next to each other
                 return kinds.BlockWise1x128, scale.t().contiguous().t()
-        return kinds.BlockWise128x128, scale.contiguous()
+        return kinds.BlockWise128x128, scale.t()  # cuBLAS wants K / 128 in multiples of 4
 
     kind_x, x_scale = kind_and_scale(given.x.scheme, x_scale, False)
     kind_w, w_scale = kind_and_scale(given.w.scheme, w_scale, True)
