@@ -24,7 +24,7 @@ from peers import floor_in_16_bits, peers, peers_in_16_bits
 import fp8x
 from fp8x import Recipe, Scheme
 from fp8x.benchmark import Floor, Results, copy_bandwidth, facts
-from fp8x.benchmark.grouped import Operands, Shape, floor, inputs, measure
+from fp8x.benchmark.grouped import Operands, Shape, floor, gemm_seconds, inputs, measure
 from fp8x.ops.dispatch import BACKENDS
 from fp8x.scheme import mx, per_row, per_tensor
 
@@ -162,13 +162,6 @@ def _row(result: dict[str, Any], copy: float) -> str:
         cells += [f"{result['floor_seconds'] / seconds:.0%}", f"{result['flops'] / seconds / 1e12:.0f}"]
         cells += [f"{rate / 1e9:.0f}", f"{rate / copy:.0%}", f"{result['relative_error']:.1e}"]
     return f"| {' | '.join(cells)} |"
-
-
-def gemm_seconds(result: dict[str, Any]) -> float | None:
-    """The product's kernel without what surrounds it: Mosaic's, or the longest of a peer's."""
-    kernels = result["kernels"] or {}
-    mosaic = [seconds for name, seconds in kernels.items() if "mosaic" in name]
-    return sum(mosaic) if mosaic else max(kernels.values(), default=None)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -197,3 +197,10 @@ def candidates(shape: Shape, recipe: Recipe) -> tuning.Choice | None:
     with tuning.recorded() as choices:
         jax.eval_shape(product(shape, recipe), *given)
     return choices[-1] if choices else None
+
+
+def gemm_seconds(result: dict[str, Any]) -> float | None:
+    """Of what `measure` or a peer gave, the product's kernel without what surrounds it: Mosaic's, or the longest."""
+    kernels = result.get("kernels") or {}
+    mosaic = [seconds for name, seconds in kernels.items() if "mosaic" in name]
+    return sum(mosaic) if mosaic else max(kernels.values(), default=None)

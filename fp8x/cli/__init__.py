@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from fp8x.cli import calibrate, evaluate, generate, inspect, quantize, recipes
+from fp8x.cli import bench, calibrate, evaluate, generate, inspect, quantize, recipes
 from fp8x.cli.terminal import command
 
 app = typer.Typer(
@@ -30,6 +30,10 @@ app.command("eval", no_args_is_help=True)(command(evaluate.evaluate))
 app.command("generate", no_args_is_help=True)(command(generate.generate))
 app.command("inspect", no_args_is_help=True)(command(inspect.inspect))
 app.command("recipes")(command(recipes.recipes))
+
+benchmarks = typer.Typer(help="Measure products on this device, and tune kernels for it.", no_args_is_help=True)
+benchmarks.command("grouped", no_args_is_help=True)(command(bench.grouped))
+app.add_typer(benchmarks, name="bench")
 
 
 def _print_version(wanted: bool) -> None:
