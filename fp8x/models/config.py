@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from fp8x.errors import ConfigError
-from fp8x.nn.unquantized import ACTIVATIONS
+from fp8x.ops.gate import ACTIVATIONS
 
 ModelType = Literal["mixtral", "qwen3_moe"]
 

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fp8x.errors import ShapeError
+from fp8x.ops.gate import gate_activation
 from fp8x.ops.groups import check_group_sizes, row_groups
 from fp8x.ops.xla import ragged_dot
 
@@ -107,22 +108,3 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "... h"]) -> Float[Array, "... h"]:
         return self.down_proj(gate_activation(self.activation)(self.gate_proj(x)) * self.up_proj(x))
-
-
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_pytorch_tanh": jax.nn.gelu,
-    "relu": jax.nn.relu,
-}
-
-
-def gate_activation(name: str):
-    """The gate's activation by its Hugging Face name.
-
-    Raises:
-        ShapeError: an unknown name.
-    """
-    if name not in ACTIVATIONS:
-        raise ShapeError(f"activation: {name!r} is unknown; use one of {', '.join(map(repr, ACTIVATIONS))}")
-    return ACTIVATIONS[name]

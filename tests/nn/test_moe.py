@@ -12,7 +12,7 @@ from shapes import quantize, quantize_with_scale
 
 import fp8x
 from fp8x.errors import CalibrationError, ShapeError
-from fp8x.nn.unquantized import ACTIVATIONS
+from fp8x.ops.gate import ACTIVATIONS
 from fp8x.scheme import Scheme
 
 CODES = list(fp8x.RECIPES)
