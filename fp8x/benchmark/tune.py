@@ -1,7 +1,7 @@
 """Every tiling that a kernel could take, measured: what the tables of fp8x/pallas/tuning are made of."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -27,8 +27,8 @@ class Trial:
     failure: str | None = None
 
 
-def tune(shape: Shape, recipe: Recipe, progress: Callable[[int, int], None] | None = None) -> list[Trial]:
-    """A trial of each tiling, the fastest first and failures last.
+def tune(shape: Shape, recipe: Recipe) -> Iterator[Trial]:
+    """A trial of each tiling, as it is done.
 
     Raises:
         BackendError: the call takes a kernel that has no tilings.
@@ -37,7 +37,6 @@ def tune(shape: Shape, recipe: Recipe, progress: Callable[[int, int], None] | No
     if choice is None:
         raise BackendError(f"{shape}, {recipe}: takes a kernel without tilings; ask for backend 'mosaic_gpu'")
     sets = inputs(shape, recipe, quantized=recipe.activation is not None)
-    trials = []
     for tiling, estimate in choice.estimates.items():
         with tuning.forced(tiling):
             try:
@@ -45,9 +44,11 @@ def tune(shape: Shape, recipe: Recipe, progress: Callable[[int, int], None] | No
             except Exception as error:  # of the compiler: the others may do
                 found = {"failure": f"{type(error).__name__}: {error}"}
         seconds = None if "failure" in found else gemm_seconds(found) or found["seconds"]
-        trials.append(Trial(tiling, estimate, seconds, found.get("failure")))
-        if progress:
-            progress(len(trials), len(choice.estimates))
+        yield Trial(tiling, estimate, seconds, found.get("failure"))
+
+
+def ranked(trials: list[Trial]) -> list[Trial]:
+    """The fastest first, failures last."""
     return sorted(trials, key=lambda trial: (trial.seconds is None, trial.seconds))
 
 

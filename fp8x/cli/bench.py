@@ -125,17 +125,20 @@ def _explained(code: str, shape: "Shape", choice: Any) -> dict[str, Any]:
 def _tune(cases: Cases, path: Path | None, as_json: bool) -> None:
     import jax
 
-    from fp8x.benchmark.tune import entry, tune
+    from fp8x.benchmark.tune import entry, ranked, tune
     from fp8x.pallas import tuning
 
     kind = jax.devices()[0].device_kind
     path = path or tuning.table_path(kind)
     results = []
     for code, recipe, shape in cases:
+        trials = []
         with terminal.progress(f"{code}, {shape.tokens} tokens") as update:
-            trials = tune(shape, recipe, update)
-        if trials[0].seconds is not None:
-            tuning.write(path, kind, [entry(shape, recipe, trials[0])])  # at once: what comes next may hang
+            for trial in tune(shape, recipe):
+                trials = ranked([*trials, trial])
+                update(len(trials), None)
+                if trials[0].seconds is not None:  # at once: the next one may hang
+                    tuning.write(path, kind, [entry(shape, recipe, trials[0])])
         results.append({"recipe": code, **dataclasses.asdict(shape), "trials": list(map(dataclasses.asdict, trials))})
     if as_json:
         return terminal.show_json({"device": kind, "table": path, "results": results})

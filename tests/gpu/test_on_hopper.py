@@ -1,0 +1,136 @@
+"""The kernels on a Hopper GPU, against float64 by the one metric. benchmarks/on_gpu.py runs it."""
+
+import jax
+import jax.numpy as jnp
+import metric
+import numpy as np
+import pytest
+from metric import assert_close
+from shapes import DENSE, GROUPED, Shape, fits, operands, quantize
+
+import fp8x
+from fp8x import numerics, ops
+from fp8x.array import ScaledArray
+from fp8x.ops.groups import row_mask
+from fp8x.pallas import tuning
+from fp8x.scheme import Scheme, mx, per_row, per_tensor
+
+GROUP, BLOCK = Scheme("e4m3", block=(1, 128)), Scheme("e4m3", block=(128, 128))
+# A weight scheme and an activation scheme; None leaves activations in 16 bits.
+PAIRS = {
+    "factors": (per_row(), per_row()),
+    "blocks": (BLOCK, GROUP),
+    "tensor": (per_tensor(), per_tensor("e5m2")),
+    "groups": (GROUP, GROUP),
+    "w8a16": (per_row(), None),
+    "w8a16 blocks": (BLOCK, None),
+    "mx weights": (mx(), None),
+    "mx": (mx(), mx()),
+}
+DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+RAGGED = Shape((100, 0, 29, 200, 7), 328, 416, spare=20)  # several tiles for some groups, which end anywhere in one
+LARGE = Shape((700, 3, 0, 1345), 1024, 2048)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU"),
+]
+pairs = pytest.mark.parametrize("pair", PAIRS)
+
+
+@pytest.fixture(autouse=True)
+def mosaic_gpu():
+    with fp8x.backend("mosaic_gpu"):
+        yield
+
+
+def product(given, activation, bias=None, dtype=None):
+    return ops.grouped_matmul(
+        given.x, given.w, given.group_sizes, activation=activation, bias=bias, out_dtype=dtype or given.x.dtype
+    )
+
+
+def expected(given, shape, activation, bias=None):
+    x = jnp.where(row_mask(given.group_sizes, shape.m)[:, None], given.x, 0)
+    return metric.grouped_matmul(x if activation is None else quantize(x, activation), given.w, shape.group_sizes, bias)
+
+
+@pytest.mark.parametrize("index", range(16))
+@pairs
+def test_tilings(pair, index):
+    """Every tiling that a kernel could take, those without pairs of blocks first."""
+    weight, activation = PAIRS[pair]
+    given = operands(RAGGED, weight)
+    with tuning.recorded() as choices:
+        jax.eval_shape(lambda given: product(given, activation), given)
+    tilings = sorted(choices[-1].estimates, key=lambda tiling: getattr(tiling, "cluster", 1)) if choices else []
+    if index >= len(tilings):
+        pytest.skip("no such tiling")
+    with tuning.forced(tilings[index]):
+        y = np.asarray(product(given, activation))
+    assert_close(y, expected(given, RAGGED, activation))
+    assert not np.any(y[RAGGED.m - RAGGED.spare :]), "rows past the groups are zero"
+
+
+@pytest.mark.parametrize("shape", GROUPED, ids=str)
+@pairs
+def test_grouped(pair, shape):
+    weight, activation = PAIRS[pair]
+    if not fits(shape, weight, activation):
+        pytest.skip("blocks of MX are never ragged")
+    dtype = DTYPES[GROUPED.index(shape) % 3]
+    given = operands(shape, weight, dtype=dtype if activation or dtype != jnp.float32 else jnp.bfloat16)
+    bias = given.bias if GROUPED.index(shape) % 2 else None
+    y = np.asarray(product(given, activation, bias, dtype))
+    assert y.dtype == dtype
+    assert_close(y, expected(given, shape, activation, bias))
+    assert not np.any(y[shape.m - shape.spare :])
+
+
+@pytest.mark.parametrize("shape", DENSE, ids=str)
+@pairs
+def test_dense(pair, shape):
+    weight, activation = PAIRS[pair]
+    if not fits(shape, weight, activation):
+        pytest.skip("blocks of MX are never ragged")
+    given = operands(shape, weight)
+    w = ScaledArray(given.w.data[0], given.w.scale[0], weight)
+    y = np.asarray(ops.matmul(given.x, w, activation=activation, bias=given.bias[0]))
+    x = given.x if activation is None else quantize(given.x, activation)
+    assert_close(y, metric.matmul(x, w, given.bias[0]))
+
+
+@pairs
+def test_by_expert(pair):
+    weight, activation = PAIRS[pair]
+    shape = Shape((3, 0, 2, 3), 200, 256)
+    given, experts = operands(shape, weight), np.int32([3, 0, 2, 3, 0, 0, 3, 2])
+    try:
+        y = np.asarray(ops.expert_matmul(given.x, given.w, jnp.asarray(experts), activation=activation))
+    except fp8x.errors.BackendError as error:
+        pytest.skip(str(error))
+    x = metric.float64(given.x if activation is None else quantize(given.x, activation))
+    assert_close(y, np.einsum("mk,mnk->mn", x, metric.float64(given.w)[experts]))
+
+
+@pairs
+def test_the_same_bits_every_time(pair):
+    """A race shows as a result that changes."""
+    weight, activation = PAIRS[pair]
+    given = operands(LARGE, weight)
+    first = np.asarray(product(given, activation))
+    assert_close(first, expected(given, LARGE, activation))
+    for _ in range(20):
+        np.testing.assert_array_equal(first, np.asarray(product(given, activation)))
+
+
+@pytest.mark.parametrize("scheme", [per_tensor(), per_row("e5m2"), GROUP, mx()], ids=str)
+def test_quantized_as_on_a_cpu(scheme):
+    x = jnp.asarray(
+        np.random.default_rng(0).normal(size=(300, 1024)) * np.exp2(np.arange(1024) % 40 - 20), jnp.bfloat16
+    )
+    y = jax.jit(numerics.quantize, static_argnums=1)(x, scheme)
+    with jax.default_device(jax.devices("cpu")[0]):
+        other = jax.jit(numerics.quantize, static_argnums=1)(jnp.asarray(np.asarray(x)), scheme)
+    np.testing.assert_array_equal(metric.as_bits(y.scale), metric.as_bits(other.scale))
+    np.testing.assert_array_equal(metric.as_bits(y.data), metric.as_bits(other.data))
