@@ -132,7 +132,7 @@ _RMS = {"e4m3": 0.845, "e5m2": 0.573}
 def _codes(scheme: Scheme, shape: tuple[int, ...], key) -> Float[Array, "..."]:
     first = _FIRST
     if scheme.scale_rule == "unit":  # the codes themselves have to be as small as 1/sqrt(K)
-        octaves = min(round(math.log2(shape[-1]) / 2), (_FIRST >> ELEMENTS[scheme.element].mantissa_bits) - 1)
+        octaves = min(int(math.log2(shape[-1]) / 2), (_FIRST >> ELEMENTS[scheme.element].mantissa_bits) - 1)
         first -= octaves << ELEMENTS[scheme.element].mantissa_bits
     bits = jax.random.bits(key, shape, jnp.uint8)
     return jax.lax.bitcast_convert_type((bits & 0x80) | ((bits & _MASK) + np.uint8(first)), scheme.dtype)

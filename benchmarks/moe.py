@@ -41,6 +41,11 @@ from fp8x.ops.gate import gated
 
 TOKENS = [2**i for i in range(15)]
 BF16, TORCH = "bf16, jax.lax.ragged_dot", "bf16, torch._grouped_mm"
+QUICK = {
+    "mixtures": ["Qwen3-30B-A3B", "Mixtral 8x7B"],
+    "tokens": [1, 16, 64],
+    "who": [BF16, "fp8_e4m3fn_bf16_block_scale", "mxfp8_mxfp8_bf16", "e4m3_e4m3_bf16_dynamic"],
+}
 CHECKED = 256  # tokens whose result is compared
 LIMIT = 4e-2  # of the relative error: 16-bit roundings between the products put some inputs of w2 to another 8-bit step
 
@@ -239,7 +244,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, metavar="PNG", help="with --table: draw them too")
     parser.add_argument("--mixtures", default="", metavar="REGEX", help="only those in whose name it is found")
     parser.add_argument("--who", default="", metavar="REGEX", help="likewise: recipes, and bf16 peers")
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--tokens", type=int, nargs="+")
+    parser.add_argument("--quick", action="store_true", help=f"only {QUICK}")
     parser.add_argument("--load", choices=("uniform", "hot"), default="uniform")
     parser.add_argument("--parts", action="store_true", help="time each part by itself too")
     parser.add_argument("--backend", choices=BACKENDS, help="by default what fp8x.ops chooses")
@@ -254,11 +260,15 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.json:
         parser.error("--json or --table is needed")
     end = time.monotonic() + options.seconds
-    mixtures = {n: m for n, m in (TINY if options.tiny else MIXTURES).items() if re.search(options.mixtures, n)}
-    who = [name for name in (BF16, TORCH, *RECIPES) if re.search(options.who, name)]
+    known = TINY if options.tiny else MIXTURES
+    names, who, tokens = list(known), [BF16, TORCH, *RECIPES], TOKENS
+    if options.quick:
+        names, who, tokens = (QUICK[name] for name in ("mixtures", "who", "tokens"))
+    mixtures = {name: known[name] for name in names if name in known and re.search(options.mixtures, name)}
+    who = [name for name in who if re.search(options.who, name)]
     header = facts() | {"backend": options.backend, "copy_bandwidth": copy_bandwidth(2**20 if options.tiny else 2**31)}
     with fp8x.backend(options.backend) if options.backend else contextlib.nullcontext():
-        run(Results(options.json, header), mixtures, options.tokens, who, options.load, options.parts, end)
+        run(Results(options.json, header), mixtures, options.tokens or tokens, who, options.load, options.parts, end)
 
 
 if __name__ == "__main__":

@@ -38,9 +38,11 @@ def test_from_end_to_end(moe, tmp_path, capsys, monkeypatch, tokens, who, parts)
         assert "seconds" in result or "No module named 'torch'" in result["failure"]
         assert set(result.get("parts", {})) == ({"routing", "w13", "gate", "w2", "combine"} if parts else set())
 
+    assert not any(name not in moe.MIXTURES for name in moe.QUICK["mixtures"])
+    assert not any(name not in (moe.BF16, *moe.RECIPES) for name in moe.QUICK["who"])
     monkeypatch.setattr(moe.Mixture, "layer", lambda *_: pytest.fail("ran again"))
     moe.main(arguments)  # everything is there
-    moe.main([*arguments, "--load", "hot", "--seconds", "0"])  # and nothing begins after the end
+    moe.main([*arguments, "--quick", "--load", "hot", "--seconds", "0"])  # and nothing begins after the end
     assert json.loads(path.read_text())["results"] == results
     capsys.readouterr()
     moe.main(["--table", str(path), "--plot", str(picture)])
