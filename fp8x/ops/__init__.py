@@ -20,6 +20,7 @@ from fp8x.errors import ShapeError
 from fp8x.ops.dispatch import Call, Choice, backend, choose, explain
 from fp8x.ops.groups import check_experts, check_group_sizes, group_sizes_from_indptr
 from fp8x.ops.product import product
+from fp8x.ops.quantize import QuantizeCall
 from fp8x.recipe import OUT_DTYPES
 from fp8x.scheme import Scheme, as_dtype
 
@@ -56,7 +57,8 @@ def matmul(
     _check_input(rows, w, activation, activation_scale)
     _check_bias(bias, w.shape[:1])
     call = _call("matmul", rows, w, activation, bias, out_dtype)
-    y = product(choose(call), activation, call.out_dtype, rows, None, activation_scale, w, None, bias)
+    kernels = choose(call, _quantization(rows, activation, activation_scale))
+    y = product(*kernels, activation, call.out_dtype, rows, None, activation_scale, w, None, bias)
     return y.reshape(*x.shape[:-1], w.shape[0])
 
 
@@ -94,7 +96,8 @@ def grouped_matmul(
     group_sizes = check_group_sizes(group_sizes, w.shape[0], m)
     _check_bias(bias, w.shape[:2])
     call = _call("grouped_matmul", x, w, activation, bias, out_dtype, m)
-    return product(choose(call), activation, call.out_dtype, x, rows, activation_scale, w, group_sizes, bias)
+    kernels = choose(call, _quantization(x, activation, activation_scale))
+    return product(*kernels, activation, call.out_dtype, x, rows, activation_scale, w, group_sizes, bias)
 
 
 def expert_matmul(
@@ -127,7 +130,8 @@ def expert_matmul(
     experts = check_experts(experts, w.shape[0], x.shape[0])
     _check_bias(bias, w.shape[:2])
     call = _call("expert_matmul", x, w, activation, bias, out_dtype)
-    return product(choose(call), activation, call.out_dtype, x, None, activation_scale, w, experts, bias)
+    kernels = choose(call, _quantization(x, activation, activation_scale))
+    return product(*kernels, activation, call.out_dtype, x, None, activation_scale, w, experts, bias)
 
 
 def _rows(x: Float[Array, "... k"] | ScaledArray) -> Float[Array, "m k"] | ScaledArray:
@@ -166,6 +170,12 @@ def _call(op: str, x, w: ScaledArray, activation: Scheme | None, bias, out_dtype
     groups = w.shape[0] if w.ndim == 3 else 1
     m = x.shape[0] if m is None else m
     return Call(op, m, w.shape[-2], w.shape[-1], groups, kind, w.scheme, bias is not None, out_dtype)
+
+
+def _quantization(x, activation: Scheme | None, scale) -> QuantizeCall | None:
+    if activation is None:
+        return None
+    return QuantizeCall(x.shape[0], x.shape[-1], x.dtype, activation, scale is not None)
 
 
 def _check_weight(w, ndim: int) -> None:

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from fp8x.errors import BackendError
-from fp8x.ops import mosaic, xla
+from fp8x.ops import mosaic, mosaic_swapped, quantize, xla
+from fp8x.ops.quantize import QuantizeCall
 from fp8x.scheme import Scheme
 
 BACKENDS = ("xla", "mosaic_gpu")
@@ -45,8 +46,8 @@ class Kernel:
     """One implementation of an op.
 
     Attributes:
-        op: `"matmul"`, `"grouped_matmul"` or `"expert_matmul"`.
-        backend: one of `BACKENDS`.
+        op: `"matmul"`, `"grouped_matmul"`, `"expert_matmul"`, or `"quantize"`: what they do with their input first.
+        backend: one of `BACKENDS`; None is taken under each.
         unsupported: the reason why the kernel can't do a call, or None if it can.
         run: takes what the op's reference takes.
         measured: whether it ever ran on the hardware it is for; one that did not has to be asked for by its backend.
@@ -54,8 +55,8 @@ class Kernel:
 
     op: str
     name: str
-    backend: str
-    unsupported: Callable[[Call], str | None]
+    backend: str | None
+    unsupported: Callable[[Call], str | None] | Callable[[QuantizeCall], str | None]
     run: Callable
     measured: bool = True
 
@@ -67,28 +68,40 @@ def _sm90(name: str, unsupported: Callable[[Call], str | None], grouped: Callabl
     )
 
 
+def _swapped(name: str, unsupported: Callable[[Call], str | None]) -> tuple[Kernel, Kernel, Kernel]:
+    by_expert = Kernel("expert_matmul", name, "mosaic_gpu", unsupported, mosaic_swapped.expert_matmul, measured=False)
+    return (*_sm90(name, unsupported, mosaic_swapped.grouped_matmul), by_expert)
+
+
 # In order of preference; XLA, last, supports every call.
 KERNELS: tuple[Kernel, ...] = (
+    *_swapped("sm90_fp8_decode", mosaic_swapped.unsupported_few_rows),
     *_sm90("sm90_fp8", mosaic.unsupported_by_factors, mosaic.grouped_matmul_by_factors),
     *_sm90("sm90_fp8_block", mosaic.unsupported_by_blocks, mosaic.grouped_matmul_by_blocks),
+    *_swapped("sm90_w8a16", mosaic_swapped.unsupported_16_bit),
+    *_swapped("sm90_mx", mosaic_swapped.unsupported_mx),
     Kernel("matmul", "xla_matmul", "xla", lambda call: None, xla.matmul),
     Kernel("grouped_matmul", "xla_grouped_matmul", "xla", lambda call: None, xla.grouped_matmul),
     Kernel("expert_matmul", "xla_expert_matmul", "xla", lambda call: None, xla.expert_matmul),
+    Kernel("quantize", "sm90_quantize", "mosaic_gpu", quantize.unsupported, quantize.by_kernel, measured=False),
+    Kernel("quantize", "xla_quantize", None, lambda call: None, quantize.by_xla),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The kernel that a call takes, and the reasons why those before it do not."""
+    """The kernel that a call takes, and the reasons why those before it do not; and what quantizes its input."""
 
-    call: Call
+    call: Call | QuantizeCall
     kernel: str
     rejected: tuple[tuple[str, str], ...]
+    quantize: "Choice | None" = None
 
     def __str__(self) -> str:
-        return "\n".join(
-            [f"{self.call}: {self.kernel}", *(f"  not {name}: {reason}" for name, reason in self.rejected)]
-        )
+        lines = [f"{self.call}: {self.kernel}", *(f"  not {name}: {reason}" for name, reason in self.rejected)]
+        if self.quantize is not None:
+            lines += [f"  {line}" for line in str(self.quantize).splitlines()]
+        return "\n".join(lines)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,27 +134,36 @@ def _check_backend(name: str, source: str) -> str:
     return name
 
 
-def choose(call: Call) -> Kernel:
-    """The first kernel that supports `call`.
+def choose(call: Call, quantization: QuantizeCall | None = None) -> tuple[Kernel, Kernel | None]:
+    """The first kernel that supports `call`, and the first that quantizes its input, where that is to be done.
 
     Raises:
         BackendError: a backend was asked for and none of its kernels supports the call; the message says why.
     """
+    kernel, choice = _first(call)
+    quantizer = None
+    if quantization is not None:
+        quantizer, how = _first(quantization)
+        choice = dataclasses.replace(choice, quantize=how)
+    if _record.value is not None:
+        _record.value.choices.append(choice)
+    elif logger.isEnabledFor(logging.INFO):
+        _log(choice)
+    return kernel, quantizer
+
+
+def _first(call: Call | QuantizeCall) -> tuple[Kernel, Choice]:
     wanted = _backend.value
     if wanted is None and (variable := os.environ.get("FP8X_BACKEND")):
         wanted = _check_backend(variable, "FP8X_BACKEND")
     rejected = []
     for kernel in (kernel for kernel in KERNELS if kernel.op == call.op):
-        reason = kernel.unsupported(call) if wanted in (None, kernel.backend) else f"backend {wanted!r} was asked for"
+        is_wanted = wanted is None or kernel.backend in (None, wanted)
+        reason = kernel.unsupported(call) if is_wanted else f"backend {wanted!r} was asked for"
         if reason is None and wanted is None and not kernel.measured:
             reason = f"never measured on a GPU; taken where backend {kernel.backend!r} is asked for"
         if reason is None:
-            choice = Choice(call, kernel.name, tuple(rejected))
-            if _record.value is not None:
-                _record.value.choices.append(choice)
-            elif logger.isEnabledFor(logging.INFO):
-                _log(choice)
-            return kernel
+            return kernel, Choice(call, kernel.name, tuple(rejected))
         rejected.append((kernel.name, reason))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected)
     raise BackendError(f"no kernel of backend {wanted!r} runs {call} ({reasons})")

@@ -4,20 +4,21 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from fp8x import numerics
 from fp8x.array import ScaledArray
 from fp8x.ops import xla
 from fp8x.ops.dispatch import Kernel
-from fp8x.ops.groups import row_groups, row_mask
+from fp8x.ops.groups import row_groups
 from fp8x.ops.reference import as_float32
 from fp8x.scheme import Scheme
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _product(
     kernel: Kernel,
+    quantizer: Kernel | None,
     activation: Scheme | None,
     out_dtype,
     x: Float[Array, "t k"] | ScaledArray,
@@ -27,17 +28,21 @@ def _product(
     groups: Int[Array, "..."] | None,
     bias: Float[Array, "..."] | None,
 ) -> Float[Array, "m n"]:
-    """Quantizes `x` in `activation`, if there is one, takes `rows` of it, and runs `kernel`.
+    """Quantizes `x` in `activation` by `quantizer`, if there are, takes `rows` of it, and runs `kernel`.
 
     `groups` is what its op takes: nothing, group sizes `[E]`, or the expert of each row, E for none.
 
     Without a rule of its own, JAX would round the gradient of `x` to an 8-bit float without a scale: to zero, mostly.
     """
     if activation is not None:
+        used = None
         if groups is not None and rows is None:
-            # What lies past the groups may be anything, uninitialized memory too.
-            x = jnp.where(_is_row(kernel, x, w, groups)[:, None], x, 0)
-        x = numerics.quantize(x, activation) if scale is None else numerics.quantize_with_scale(x, scale, activation)
+            if kernel.op == "grouped_matmul":
+                used = jnp.sum(groups)
+            elif (1, *activation.block)[-2] != 1:
+                # A row of no expert has no part in the scale of others. By itself it may be anything.
+                x = jnp.where((groups < w.shape[0])[:, None], x, 0)
+        x = quantizer.run(x, activation, scale, used)
     x = x if rows is None else take_rows(x, rows)
     return kernel.run(x, w, *(() if groups is None else (groups,)), bias, out_dtype)
 
@@ -51,19 +56,14 @@ def take_rows(x: Float[Array, "t k"] | ScaledArray, rows: Int[Array, " m"]) -> F
     return ScaledArray(take(x.data), x.scale if is_shared else take(x.scale), x.scheme)
 
 
-def _is_row(kernel: Kernel, x: Float[Array, "m k"], w: ScaledArray, groups: Int[Array, "..."]) -> Bool[Array, " m"]:
-    """Which rows of `x` are an expert's."""
-    return groups < w.shape[0] if kernel.op == "expert_matmul" else row_mask(groups, x.shape[0])
-
-
-def _forward(kernel, activation, out_dtype, x, rows, scale, w, groups, bias):
-    y = _product(kernel, activation, out_dtype, x, rows, scale, w, groups, bias)
+def _forward(kernel, quantizer, activation, out_dtype, x, rows, scale, w, groups, bias):
+    y = _product(kernel, quantizer, activation, out_dtype, x, rows, scale, w, groups, bias)
     clipped = None if scale is None else numerics.is_clipped(x, scale, activation)
     like = None if isinstance(x, ScaledArray) else jnp.zeros((x.shape[0], 0), x.dtype)
     return y, (clipped, like, rows, w, groups, bias)
 
 
-def _backward(kernel, activation, out_dtype, residuals, dy):
+def _backward(kernel, quantizer, activation, out_dtype, residuals, dy):
     clipped, like, rows, w, groups, bias = residuals
     dy = dy.astype(jnp.float32)
     if kernel.op == "matmul":
@@ -86,4 +86,4 @@ def _backward(kernel, activation, out_dtype, residuals, dy):
 _product.defvjp(_forward, _backward)
 
 # Compiled also where the caller is not: the loop over tiles would otherwise compile anew with every call.
-product = jax.jit(_product, static_argnums=(0, 1, 2))
+product = jax.jit(_product, static_argnums=(0, 1, 2, 3))

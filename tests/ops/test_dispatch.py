@@ -62,24 +62,38 @@ def test_compiled_functions_follow_the_context(doubling):
 def test_a_backend_that_cannot_run_the_call_says_why(doubling):
     with (
         fp8x.backend("mosaic_gpu"),
-        pytest.raises(BackendError, match="sm90_doubling: takes per-token activations, not bfloat16; sm90_fp8"),
+        pytest.raises(BackendError, match="sm90_doubling: takes per-token activations, not float32; sm90_fp8"),
     ):
-        call(activation=None)
+        call(X.astype(jnp.float32), activation=None)
 
 
 @pytest.mark.parametrize(
     ("weight", "activation", "reasons"),
     [
-        (per_row(), None, "sm90_fp8: multiplies 8-bit activations, not bfloat16; .*sm90_fp8_block: multiplies 8-bit"),
-        (mx(), mx(), "sm90_fp8: reads float32 scales; those of x are e8m0"),
-        (mx(), per_row(), "sm90_fp8: reads float32 scales; those of w are e8m0"),
+        (
+            Scheme("e4m3", block=(1, 64)),
+            None,
+            "sm90_fp8_decode: multiplies 8-bit activations, not bfloat16; sm90_fp8: multiplies 8-bit.*"
+            "sm90_w8a16: reads blocks of 128, or multiples, along K; w is e4m3 1×64 f32; "
+            "sm90_mx: reads e8m0 scales of 32 along K; w is e4m3 1×64 f32",
+        ),
+        (
+            mx(),
+            per_row(),
+            "sm90_fp8_decode: reads float32 scales; those of w are e8m0.*sm90_fp8: reads float32 scales; those of w.*"
+            "sm90_mx: multiplies activations in 16 bits, or in MX, which 16 bits hold, not e4m3 1×· f32",
+        ),
         (
             Scheme("e4m3", block=(1, 64)),
             per_row(),
             "sm90_fp8: reads one scale for all of K; w is e4m3 1×64 f32; "
             "sm90_fp8_block: reads blocks of 128, or multiples, along K; w is e4m3 1×64 f32",
         ),
-        (per_row(), Scheme("e4m3", block=(1, 64)), "sm90_fp8_block: reads blocks of 128.*; x is e4m3 1×64 f32"),
+        (
+            per_row(),
+            Scheme("e4m3", block=(1, 64)),
+            "sm90_fp8_decode: reads blocks of 128.*; x is .*sm90_fp8_block: reads blocks of 128.*; x is e4m3 1×64 f32",
+        ),
     ],
     ids=str,
 )
@@ -110,12 +124,17 @@ def test_a_gpu_that_is_no_hopper(monkeypatch):
         (Scheme("e4m3", block=(8, 256)), Scheme("e4m3", block=(1, 128)), "sm90_fp8_block"),
         (per_tensor(), Scheme("e4m3", block=(1, 128)), "sm90_fp8_block"),
         (Scheme("e4m3", block=(128, 128)), per_row(), "sm90_fp8_block"),
+        (per_row("e5m2"), None, "sm90_w8a16"),
+        (Scheme("e4m3", block=(128, 128)), None, "sm90_w8a16"),
+        (per_row(), mx(), "sm90_w8a16"),
+        (mx("e5m2"), None, "sm90_mx"),
+        (mx(), mx(), "sm90_mx"),
     ],
     ids=str,
 )
 def test_hopper_kernels_where_they_are_asked_for(weight, activation, kernel):
     w = jax.eval_shape(lambda: fp8x.quantize(jnp.ones((256, 256)), weight))
-    x = jax.ShapeDtypeStruct((4, 256), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)
 
     def product(x, w):
         return ops.matmul(x, w, activation=activation)
@@ -126,6 +145,21 @@ def test_hopper_kernels_where_they_are_asked_for(weight, activation, kernel):
     (choice,) = ops.explain(product, x, w)
     assert choice.kernel == "xla_matmul"
     assert (kernel, "never measured on a GPU; taken where backend 'mosaic_gpu' is asked for") in choice.rejected
+
+
+@pytest.mark.parametrize(
+    ("m", "groups", "kernel"),
+    [(32, 1, "decode"), (33, 1, "fp8"), (8 * 32, 8, "decode"), (8 * 32 + 1, 8, "fp8"), (2, 128, "decode")],
+)
+def test_kernel_for_few_rows_a_group(m, groups, kernel):
+    w = jax.eval_shape(lambda: fp8x.quantize(jnp.ones((groups, 256, 256)), per_row()))
+    x, sizes = jax.ShapeDtypeStruct((m, 256), jnp.bfloat16), jax.ShapeDtypeStruct((groups,), jnp.int32)
+    with fp8x.backend("mosaic_gpu"):
+        (choice,) = ops.explain(lambda *arguments: ops.grouped_matmul(*arguments, activation=TOKEN), x, w, sizes)
+    assert choice.kernel.endswith(kernel)
+    if kernel == "fp8":
+        reason = f"is for 32 rows a group on average, or fewer; here are {-(-m // groups)}"
+        assert choice.rejected == (("sm90_fp8_decode", reason),)
 
 
 def test_unknown_names(monkeypatch):
@@ -169,7 +203,8 @@ class TestExplain:
         with fp8x.backend("xla"):
             (choice,) = ops.explain(call, X)
         assert set(choice.rejected) == {
-            (name, "backend 'xla' was asked for") for name in ("sm90_doubling", "sm90_fp8", "sm90_fp8_block")
+            (name, "backend 'xla' was asked for")
+            for name in ("sm90_doubling", "sm90_fp8_decode", "sm90_fp8", "sm90_fp8_block", "sm90_w8a16", "sm90_mx")
         }
 
     def test_sees_through_functions_that_are_compiled_already(self):
@@ -207,11 +242,14 @@ class TestLog:
 
     def test_once_a_shape(self, doubling, caplog):
         lines = self.lines(caplog, call, call, lambda: call(X[:2]), lambda: call(activation=None), call)
-        assert lines[0] == "matmul [4, 64] x [8, 64]: e4m3 1×· f32 by e4m3 1×· f32 -> bfloat16: sm90_doubling"
+        assert lines[0].startswith(
+            "matmul [4, 64] x [8, 64]: e4m3 1×· f32 by e4m3 1×· f32 -> bfloat16: sm90_doubling; "
+            "quantize bfloat16[4, 64] in e4m3 1×· f32: xla_quantize; not sm90_quantize: "
+        )
         assert lines[1].startswith("matmul [2, 64] x [8, 64]: ")
         assert lines[2].startswith(
             "matmul [4, 64] x [8, 64]: bfloat16 by e4m3 1×· f32 -> bfloat16: xla_matmul; "
-            "not sm90_doubling: takes per-token activations, not bfloat16; not sm90_fp8: "
+            "not sm90_doubling: takes per-token activations, not bfloat16; not sm90_fp8_decode: "
         )
         assert len(lines) == 3
 
@@ -221,7 +259,7 @@ class TestLog:
                 call()
 
         first, second = self.lines(caplog, call, with_xla)
-        assert first.endswith(": sm90_doubling") and "not sm90_doubling: backend 'xla' was asked for" in second
+        assert ": sm90_doubling; quantize" in first and "not sm90_doubling: backend 'xla' was asked for" in second
 
     def test_explaining_is_not_calling(self, caplog):
         assert not self.lines(caplog, lambda: ops.explain(call, X))
