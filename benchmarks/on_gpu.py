@@ -4,7 +4,7 @@
     OUT=out python benchmarks/on_gpu.py --steps tests,tune    # or some of the steps
 
 Steps: `tests`, the kernels against float64; `xla`, the tests of ops on XLA's GPU backend; `bench`, times beside other
-libraries; `tune`, the tilings. What hangs, crashes or loses the GPU costs its own process: that is killed, noted, and
+libraries; `tune`, the tilings; `eval`, a model's bits per byte. What hangs, crashes or loses the GPU costs its own process: that is killed, noted, and
 the rest goes on in a new one. Results are written as they come, and a second run into the same directory goes on.
 
     summary.json    what came of each step
@@ -30,6 +30,8 @@ XLA_TESTS = ["-m", "not slow", "tests/ops/test_matmul.py", "tests/ops/test_group
 # Rows, N, K and experts; those with published figures first.
 TUNED = [(32768, 4096, 7168, 8), (32768, 7168, 2048, 8), (4096, 7168, 16384, 1), (64, 4096, 7168, 8)]
 TUNED_RECIPES = ("fp8_e4m3fn_bf16_block_scale", "e4m3_e4m3_bf16_dynamic", "mxfp8_bf16")
+EVAL = ["examples/tiny_mixtral", "--data", "examples/heldout.jsonl"]
+EVAL += [word for recipe in TUNED_RECIPES for word in ("--recipe", recipe)]
 
 
 def bench(out: Path, log: Path, deadline: float) -> dict[str, str]:
@@ -60,7 +62,7 @@ def tune(table: Path, log: Path, deadline: float) -> dict[str, str]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", default="tests,xla,bench,tune", help="some of them")
+    parser.add_argument("--steps", default="tests,xla,bench,tune,eval", help="some of them")
     parser.add_argument("--seconds", type=float, default=570, help="for all steps together")
     options = parser.parse_args(arguments)
     out = Path(os.environ.get("OUT", "out")).absolute()
@@ -84,7 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
     step("tests", 0.3, lambda end: run_tests(["-m", "gpu", "tests/gpu"], outcomes, log, end))
     step("xla", 0.45, lambda end: run_tests(XLA_TESTS, outcomes, log, end, FP8X_BACKEND="xla"))
     step("bench", 0.8, lambda end: bench(out, log, end))
-    step("tune", 1.0, lambda end: tune(out / "tuning.json", log, end))
+    step("tune", 0.92, lambda end: tune(out / "tuning.json", log, end))
+    step("eval", 1.0, lambda end: run([sys.executable, "-m", "fp8x", "eval", *EVAL], log, end, lambda: None))
     for name, found in outcomes.of.items():
         if found["outcome"] not in ("passed", "skipped"):
             print(found["outcome"], name, *found.get("text", "").strip().splitlines()[-1:])
