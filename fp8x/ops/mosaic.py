@@ -56,7 +56,7 @@ def grouped_matmul_by_factors(
     x: ScaledArray, w: ScaledArray, group_sizes: Int[Array, " e"] | None, bias: Float[Array, "e n"] | None, out_dtype
 ) -> Float[Array, "m n"]:
     k = x.shape[1]
-    x_scale, w_scale = _scale_of_blocks(x, (1, k))[:, 0], _scale_of_blocks(w, (1, 1, k))[:, :, 0]
+    x_scale, w_scale = scale_of_blocks(x, (1, k))[:, 0], scale_of_blocks(w, (1, 1, k))[:, :, 0]
     return _kernel()(x.data, w.data, x_scale, w_scale, bias, group_sizes, out_dtype=out_dtype)
 
 
@@ -65,10 +65,10 @@ def grouped_matmul_by_blocks(
 ) -> Float[Array, "m n"]:
     n, rows = w.shape[1], w.scheme.block_of(w.shape)[1]
     if rows % 128 == 0 or rows >= n:
-        w_scale = _scale_of_blocks(w, (1, 128, 128))
+        w_scale = scale_of_blocks(w, (1, 128, 128))
     else:
-        w_scale = _scale_of_blocks(w, (1, 1, 128)).swapaxes(1, 2)
-    x_scale = _scale_of_blocks(x, (1, 128)).T
+        w_scale = scale_of_blocks(w, (1, 1, 128)).swapaxes(1, 2)
+    x_scale = scale_of_blocks(x, (1, 128)).T
     return _kernel()(x.data, w.data, x_scale, w_scale, bias, group_sizes, out_dtype=out_dtype)
 
 
@@ -89,7 +89,7 @@ def dense(grouped: Callable) -> Callable:
     return run
 
 
-def _scale_of_blocks(q: ScaledArray, block: tuple[int, ...]) -> Float[Array, "..."]:
+def scale_of_blocks(q: ScaledArray, block: tuple[int, ...]) -> Float[Array, "..."]:
     """The scales of `q` as if its blocks were the given smaller ones: each is repeated."""
     scale = q.scale
     for axis, (n, own, wanted) in enumerate(zip(q.shape, q.scheme.block_of(q.shape), block)):

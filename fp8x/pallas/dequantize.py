@@ -11,7 +11,7 @@ from jax import lax
 from jax._src import config
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 E8M0_NAN = 255
 
@@ -26,13 +26,13 @@ def load_as_16_bits(ref, dtype) -> Float[Array, "64 k"]:
     return q.astype(jnp.float16) if dtype == jnp.float16 else q.astype(jnp.float32).astype(dtype)
 
 
-def power_of_two(byte: UInt8[Array, " n"], dtype) -> Float[Array, " n"]:
-    """`2^(byte - 127)`, and NaN for 255, in bfloat16 or float32: the byte is their exponent.
+def power_of_two(scale: Float[Array, " n"], dtype) -> Float[Array, " n"]:
+    """An e8m0 scale in bfloat16 or float32, whose exponent is its byte, for Hopper can't convert it.
 
-    2^-127 is subnormal, a mantissa of 1/2.
+    2^-127, byte 0, is subnormal: a mantissa of 1/2. Byte 255 is NaN.
     """
     mantissa = {jnp.dtype(jnp.bfloat16): 7, jnp.dtype(jnp.float32): 23}[jnp.dtype(dtype)]
-    byte = byte.astype(jnp.int32)
+    byte = lax.bitcast_convert_type(scale, jnp.uint8).astype(jnp.int32)
     bits = jnp.maximum(byte << mantissa, 1 << (mantissa - 1))
     bits = jnp.where(byte == E8M0_NAN, bits | (1 << (mantissa - 1)), bits)
     if mantissa == 7:

@@ -21,21 +21,19 @@ Decode reads each active expert's weights once; that is its floor. 4.8 TB/s time
 waits for the tensor cores as long as a slot is consumed faster than it comes (docs/kernels.md counts both).
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
+from fp8x.pallas import tuning
 from fp8x.pallas.dequantize import interpreted, load_as_16_bits, power_of_two, scale_columns, wgmma_registers
 from fp8x.pallas.schedule import tile_table
+from fp8x.pallas.swapped_tiling import BLOCK_K, SMS, Tiling, estimates
 
-SMS = 132  # of an H100 or H200 SXM; another number costs balance, not correctness
 SHARED_MEMORY = 227 * 1024  # what a block may have
-BLOCK_K = 128  # one row of weights in a slot is 128 bytes, the widest swizzle
 MX_BLOCK = 32  # elements of K that share an e8m0 byte
 WAVE = 64  # rows of a wgmma
 ROW_ALIGN = 8  # rows of a swizzle atom: a TMA box into one starts at a multiple
@@ -46,53 +44,11 @@ ROW_OF_WGMMA = plgpu.Layout.WGMMA.reduce(1)  # the registers for a value a row o
 COLUMN_OF_WGMMA = plgpu.Layout.WGMMA.reduce(0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """The shape of an output tile, and how its work is cut.
-
-    Arguments:
-        tokens: a multiple of 8 up to 128: the width of a wgmma.
-        rows: rows of w, 128 or 256.
-        stages: slots of the ring; None takes as many as fit, up to 12.
-        splits: parts of K whose sums are added afterwards, for balance where there are few tiles.
-    """
-
-    tokens: int
-    rows: int
-    stages: int | None = None
-    splits: int = 1
-
-
-def choose_tiling(m: int, n: int, k: int, groups: int, experts: bool = False) -> Tiling:
-    """Tokens: twice a group's mean, and the 7 rows before an aligned one, so that few groups need a second tile.
-
-    256 rows of w where a tile has 128 tokens: then L2 gives 32 bytes a cycle (docs/kernels.md). Fewer tokens are bound
-    by memory, and smaller tiles are better balanced.
-
-    Splits: as few as bring the SMs' share of work within a tenth of the best there is, with a part's own cost taken as
-    4 steps of K. All groups are taken as in use.
-    """
-    groups = min(groups, m)
-    mean = pl.cdiv(m, max(groups, 1))
-    needed = 8 if experts else m if groups == 1 else 2 * mean + ROW_ALIGN - 1
-    tokens = min(-(-needed // 8) * 8 if needed <= 16 else 1 << (needed - 1).bit_length(), 128)
-    rows = 256 if tokens == 128 else 128
-    tiles = (m if experts else groups * pl.cdiv(mean, tokens)) * pl.cdiv(n, rows)
-    steps = pl.cdiv(k, BLOCK_K)
-
-    def cost(splits):
-        return pl.cdiv(tiles * splits, SMS) * (pl.cdiv(steps, splits) + 4)
-
-    candidates = [splits for splits in (1, 2, 4, 8) if splits == 1 or (tokens <= PANEL and splits * 4 <= steps)]
-    best = min(map(cost, candidates))
-    return Tiling(tokens, rows, splits=next(splits for splits in candidates if cost(splits) <= 1.1 * best))
-
-
 def grouped_swapped(
     x: Float[Array, "m k"],
     w: Float[Array, "e n k"],
     x_scale: Float[Array, "m"] | Float[Array, "k/128 m"] | None,
-    w_scale: Float[Array, "e n"] | Float[Array, "e n/128 k/128"] | UInt8[Array, "e n k/32"],
+    w_scale: Float[Array, "e n"] | Float[Array, "e n/128 k/128"] | Float[Array, "e n k/128"] | Float[Array, "e n k/32"],
     bias: Float[Array, "e n"] | None,
     group_sizes: Int[Array, " e"] | None,
     *,
@@ -106,11 +62,11 @@ def grouped_swapped(
     Arguments:
         x: bfloat16 or float16, without scales; or float8.
         w: float8_e4m3fn or float8_e5m2.
-        x_scale: of a float8 `x`, float32: of rows, or of 128 of K, as `w_scale` has factors or blocks.
-        w_scale: float32 of rows, or of blocks of 128×128; or e8m0 bytes, of a 16-bit `x`.
+        x_scale: of a float8 `x`, float32: of rows; or of 128 of K of each, where w_scale has some along K.
+        w_scale: float32: of rows, or of blocks of 128×128 or 1×128; or, with a 16-bit `x`, float8_e8m0fnu of 1×32.
         bias: any float type.
         group_sizes: int32; None means that there is one group and it has all rows, which needs no table.
-        experts: int32, instead of group_sizes: the matrix of each row.
+        experts: int32, instead of group_sizes: the matrix of each row; of E and above none, and the row is zero.
         out_dtype: bfloat16, float16 or float32.
         tiling: None chooses one.
         programs: blocks in the grid, at most one an SM.
@@ -118,14 +74,20 @@ def grouped_swapped(
     (m, k), (e, n, _) = x.shape, w.shape
     if m == 0 or n == 0:
         return jnp.zeros((m, n), out_dtype)
-    tiling = tiling or choose_tiling(m, n, k, e, experts is not None)
+    is_16_bit, is_mx = x.dtype.itemsize == 2, w_scale.dtype == jnp.float8_e8m0fnu
+    scaled_along_k = w_scale.ndim == 3
+    scaled_by_row = w_scale.shape[1] == n
+    in_place = is_16_bit and (x.dtype == jnp.bfloat16 if is_mx else not scaled_along_k)
+    widest = 128 if in_place else 64 if is_mx or not is_16_bit else 120  # with more, 256 rows would spill
+    if tiling is None:
+        name = "sm90_fp8_decode" if not is_16_bit else "sm90_mx" if is_mx else "sm90_w8a16"
+        name += ("" if in_place else "_promoted") + ("" if experts is None else "_by_expert")
+        choices = estimates(m, n, k, e, x_bytes=x.dtype.itemsize, widest=widest, by_expert=experts is not None)
+        tiling = tuning.choose(tuning.Problem(name, m, n, k, e), choices)
     tokens, waves, splits = tiling.tokens, tiling.rows // (2 * WAVE), tiling.splits
-    is_mx, is_16_bit = w_scale.dtype == jnp.uint8, x.dtype.itemsize == 2
-    block_scaled = w_scale.ndim == 3 and not is_mx
-    in_place = is_16_bit and not block_scaled and not (is_mx and x.dtype == jnp.float16)
-    depth = MX_BLOCK if is_mx and not in_place else 128  # of K, from one promotion to the next
-    block_k = min(2 * depth, 128)  # in a slot
-    bytes_of_step = block_k // MX_BLOCK
+    depth = MX_BLOCK if is_mx and not in_place else BLOCK_K  # of K, from one promotion to the next
+    block_k = min(2 * depth, BLOCK_K)  # in a slot
+    scales_of_step = block_k // (MX_BLOCK if is_mx else BLOCK_K)
     out_type = jnp.dtype(jnp.float32 if splits > 1 else out_dtype)
     panel = next(panel for panel in range(PANEL, 0, -ROW_ALIGN) if tokens % panel == 0)  # tokens that leave at a time
     steps_of_k, column_tiles = pl.cdiv(k, block_k), pl.cdiv(n, tiling.rows)
@@ -147,10 +109,9 @@ def grouped_swapped(
     x = _pad(x, (-m % ROW_ALIGN, -k % BLOCK_K))
     w = _pad(w, (0, -n % ROW_ALIGN, -k % BLOCK_K))
     padded_n = n + -n % WAVE
-    if is_mx:
-        w_scale = _pad(w_scale, (0, padded_n - n, -(k // MX_BLOCK) % (block_k // MX_BLOCK)))
-    elif not block_scaled:
-        w_scale = _pad(w_scale, (0, padded_n - n))
+    if scaled_by_row:
+        of_k = steps_of_k * scales_of_step - w_scale.shape[2] if scaled_along_k else 0
+        w_scale = _pad(w_scale, (0, padded_n - n, of_k)[: w_scale.ndim])
     if x_scale is not None:
         x_scale = _pad(x_scale, (0,) * (x_scale.ndim - 1) + (tokens,))
     bias = None if bias is None else _pad(bias.astype(jnp.float32), (0, padded_n - n))
@@ -181,6 +142,7 @@ def grouped_swapped(
                 elif experts is not None:
                     group, skip, rows = table[row_tile], lax.rem(row_tile, ROW_ALIGN), 1
                     start = row_tile - skip
+                    steps = jnp.where(group < e, steps, 0)
                 else:
                     start = row_tile * tokens
                     group, skip, rows = 0, 0, jnp.minimum(m - start, tokens)
@@ -235,18 +197,18 @@ def grouped_swapped(
                     return jnp.minimum(column + own_rows[wave], padded_n - WAVE)
 
                 def load_scales(i, wave):
-                    """What is multiplied with at step `i`, straight from global memory (L2): bytes for 32 of K each, a
-                    factor, or a factor and those of the tokens."""
-                    i = jnp.maximum(split * steps_of_split + jnp.minimum(i, steps - 1), 0)
-                    if is_mx:
-                        own = w_scale.at[last_group, pl.ds(rows_of(wave), WAVE)]
-                        return tuple(
-                            _load(own.at[:, i * bytes_of_step + j], ROW_OF_WGMMA) for j in range(bytes_of_step)
-                        )
-                    if not block_scaled:
+                    """What is multiplied with at step `i`, straight from global memory (L2): of each row, for 32 of K
+                    or all, or one of all rows; and of the tokens."""
+                    i = jnp.clip(split * steps_of_split + jnp.minimum(i, steps - 1), 0, steps_of_k - 1)
+                    if not scaled_along_k:
                         return ()
-                    factor = w_scale[last_group, lax.div(rows_of(wave), 128), i]
-                    return (factor,) if is_16_bit else (factor, _load(x_scale.at[i, at_tokens], COLUMN_OF_WGMMA))
+                    if scaled_by_row:
+                        own = w_scale.at[last_group, pl.ds(rows_of(wave), WAVE)]
+                        at_k = range(scales_of_step)
+                        scales = tuple(_load(own.at[:, i * scales_of_step + j], ROW_OF_WGMMA) for j in at_k)
+                    else:
+                        scales = (w_scale[last_group, lax.div(rows_of(wave), 128), i],)
+                    return scales if is_16_bit else (*scales, _load(x_scale.at[i, at_tokens], COLUMN_OF_WGMMA))
 
                 def first_scales():
                     return tuple(load_scales(0, wave) for wave in range(waves))
@@ -299,13 +261,16 @@ def grouped_swapped(
                                     return part[...]  # waits for the tensor cores
 
                                 part = pl.run_scoped(mma, plgpu.ACC((WAVE, tokens), jnp.float32))
-                                if is_mx:
-                                    factor = power_of_two(own_scales[j], jnp.float32)
-                                    part = part * lax.broadcast_in_dim(factor, part.shape, [0])
-                                elif block_scaled and is_16_bit:
-                                    part = part * own_scales[0]
-                                elif block_scaled:
-                                    part = part * lax.broadcast_in_dim(own_scales[0] * own_scales[1], part.shape, [1])
+                                if scaled_along_k:
+                                    of_w = power_of_two(own_scales[j], jnp.float32) if is_mx else own_scales[0]
+                                    of_x = None if is_16_bit else own_scales[1]
+                                    if not scaled_by_row and of_x is not None:
+                                        of_w, of_x = None, of_w * of_x  # a number: fewer multiplications
+                                    if of_w is not None:
+                                        dims = [0] if scaled_by_row else []
+                                        part = part * lax.broadcast_in_dim(of_w, part.shape, dims)
+                                    if of_x is not None:
+                                        part = part * lax.broadcast_in_dim(of_x, part.shape, [1])
                                 total = total + part
                             promoted.append(total)
                         release(step)
@@ -325,7 +290,7 @@ def grouped_swapped(
                         end = jnp.clip(skip + rows - i * panel, 0, panel)
 
                         def finish(y, i=i, rows_of_w=rows_of_w):
-                            if w_scale.ndim == 2:
+                            if not scaled_along_k:
                                 row_factor = _load(w_scale.at[last_group, rows_of_w], ROW_OF_WGMMA)
                                 y = y * lax.broadcast_in_dim(row_factor, y.shape, [0])
                                 if not is_16_bit:
@@ -342,7 +307,7 @@ def grouped_swapped(
 
                         def store(wave=wave, i=i, total=total, begin=begin, end=end, finish=finish):
                             y = total[:, i * panel : (i + 1) * panel]
-                            y = lax.cond(group < e, finish, lambda y: y, y) if grouped else finish(y)
+                            y = finish(y) if table is None else lax.cond(group < e, finish, lambda y: y, y)
                             at = out.at[split, pl.ds(start + i * panel, panel), pl.ds(column + own_rows[wave], WAVE)]
                             _store_transposed(
                                 y, out_smem.at[warpgroup], at, begin, end, (wave * panels + i) % buffers, buffers
@@ -411,5 +376,6 @@ def _load(ref, layout) -> Array:
 
 
 def _pad(x: Array, after: tuple[int, ...]) -> Array:
-    """Zeros after the end of each dim."""
-    return jnp.pad(x, [(0, count) for count in after]) if any(after) else x
+    """Zeros after the end of each dim; ones in e8m0, which has no zero."""
+    value = 1 if x.dtype == jnp.float8_e8m0fnu else 0
+    return jnp.pad(x, [(0, count) for count in after], constant_values=value) if any(after) else x

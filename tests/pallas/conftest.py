@@ -5,6 +5,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import fp8x
+from fp8x.ops import mosaic_swapped
 
 
 @pytest.fixture
@@ -25,3 +26,9 @@ def interpreted():
 
     yield context
     gpu_callbacks.reset_gpu_interpret_mode_state()  # after an exception in a kernel others would hang
+
+
+@pytest.fixture(autouse=True)
+def decode_kernel_only_where_it_is_tested(monkeypatch):
+    """The shapes of tests have few rows, which would all take sm90_fp8_decode; its own tests set this back."""
+    monkeypatch.setattr(mosaic_swapped, "FEW_ROWS", 0)
