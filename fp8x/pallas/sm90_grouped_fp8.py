@@ -7,40 +7,42 @@ is memory, indexed with `.at[...]`; an array is registers.
 A block has three warpgroups and takes tile after tile of the output, `block_m × block_n`:
 - the memory warpgroup fills a ring of `stages` slots in shared memory, 128 of K a slot, as far ahead as the ring is
   long, into the next tile too;
-- two compute warpgroups have half of the tile's columns each, and go through its rows in waves of 64, what one wgmma
-  has. The tensor cores add fp8 products up with fewer mantissa bits than float32 has, so every 128 of K get a fresh
-  accumulator, `part`, which is then added to `total` in float32 (DeepSeek-V3, arXiv:2412.19437, section 3.3.2).
-  While one of the two adds, the other keeps the tensor cores busy.
+- two compute warpgroups share the tile: 64 rows each, what one wgmma has, and both halves of the columns one after
+  the other; or, where the tile has no more rows than that, half of the columns each. The tensor cores add fp8
+  products up with fewer mantissa bits than float32 has, so every 128 of K get a fresh accumulator, `part`, which is
+  then added to `total` in float32 (DeepSeek-V3, arXiv:2412.19437, section 3.3.2). While one of the two adds, the
+  other keeps the tensor cores busy.
 Blocks in a pair (a cluster of two) have the same rows and neighboring columns, and share what they fetch of x.
 
 Scales come in one of two forms, and the kernel is compiled for one of them:
 - a factor for each row and for each column (per tensor, token, channel or expert), multiplied with `total`;
 - block scales, multiplied with `part`: at every 128 of K a factor for each row of x, and one for each 128 columns of
   w, or for each column.
+
+What becomes of the totals is in epilogue.py: the product, or with two matrices an expert (gate and up, whose columns
+are the halves of a tile's) the 8-bit input of the next product.
 """
 
 import dataclasses
 import itertools
+import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from fp8x.pallas import tuning
+from fp8x.pallas.epilogue import COLUMN_OF_WGMMA, ROW_OF_WGMMA, WAVE, Gated, Plain, Rows, load
 from fp8x.pallas.schedule import tile_table
 
 SMS = 132  # of an H100 or H200 SXM; another number costs balance, not correctness
-BLOCK_K = 128  # one row of a slot is 128 bytes: the widest swizzle, and the longest sum before promotion
-WAVE = 64  # rows of a wgmma
+CLOCK = 1.83e9  # Hz, at which 132 SMs do 1979 TFLOP/s in fp8, 8192 FLOP a cycle each
+BLOCK_K = 128  # the longest sum before promotion
 ROW_ALIGN = 8  # rows of a swizzle atom: a TMA box into one starts at a multiple
-OUT_ALIGN = 64  # columns: TMA boxes of the output tile it without a rest
 L2_BYTES = 34  # a cycle and SM: assumed (8.2 TB/s at 1.83 GHz), never measured
 RASTER = 16  # row tiles side by side in the order of tiles: 16 × 128 rows by 8 × 256 columns are in flight on 132 SMs
-
-ROW_OF_WGMMA = plgpu.Layout.WGMMA.reduce(1)  # the registers for a value a row of an accumulator
-COLUMN_OF_WGMMA = plgpu.Layout.WGMMA.reduce(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,24 +62,30 @@ class Tiling:
     cluster: int = 1
 
 
-def choose_tiling(m: int, n: int, groups: int, *, by_column: bool = False) -> Tiling:
-    """The tiling with the least estimated time, the larger tile where two are equal.
+def estimates(m: int, n: int, k: int, groups: int, *, by_column: bool = False, gated: bool = False) -> dict:
+    """Seconds that each tiling is estimated to take, the larger tiles first.
 
-    A step of K takes a tile the longer of its `block_m * block_n / 32` cycles of tensor work (8192 FLOP a cycle and
-    SM) and what it fetches at L2_BYTES. Rows are taken as spread evenly over the groups. `by_column`: the kernel
-    holds a scale for each column and 128 of K, for which 128×256 has no registers left.
+    A step of K takes a tile the longer of its `block_m * block_n / 32` cycles of tensor work and what it fetches at
+    L2_BYTES. Rows are taken as spread evenly over the groups.
+
+    Arguments:
+        n: columns, of gate and up together.
+        by_column: w has a scale for each column and 128 of K, for which 128×256 has no registers left.
+        gated: a block of h's scales, 128 columns, comes from one tile, and a warpgroup has all of them: 128×256.
     """
 
-    def cost(tiling: Tiling) -> float:
+    def seconds(tiling: Tiling) -> float:
         fetched = (tiling.block_m / tiling.cluster + tiling.block_n) * BLOCK_K
         step = max(tiling.block_m * tiling.block_n / 32, fetched / L2_BYTES)
         row_tiles = min(groups, m) * pl.cdiv(pl.cdiv(m, groups), tiling.block_m)
         column_tiles = pl.cdiv(n, tiling.block_n * tiling.cluster)
-        return pl.cdiv(row_tiles * column_tiles, SMS // tiling.cluster) * step
+        turns = pl.cdiv(row_tiles * column_tiles, SMS // tiling.cluster)
+        return turns * pl.cdiv(k, BLOCK_K) * step / CLOCK
 
-    shapes = itertools.product((128, 64), (256, 128), (2, 1))
-    tilings = [Tiling(m, n, cluster=cluster) for m, n, cluster in shapes if not (by_column and m == 128 and n == 256)]
-    return min(tilings, key=cost)
+    shapes = [(128, 256), (128, 128), (64, 256), (64, 128)]
+    shapes = shapes[1:] if by_column else shapes[:1] if gated else shapes
+    tilings = [Tiling(*shape, cluster=cluster) for shape, cluster in itertools.product(shapes, (2, 1))]
+    return {tiling: seconds(tiling) for tiling in tilings}
 
 
 def grouped_fp8(
@@ -104,57 +112,97 @@ def grouped_fp8(
         tiling: None chooses one.
         programs: blocks in the grid, at most one an SM.
     """
-    (m, k), (e, n, _) = x.shape, w.shape
-    if m == 0 or n == 0:
-        return jnp.zeros((m, n), out_dtype)
+    if not x.shape[0] or not w.shape[1]:
+        return jnp.zeros((x.shape[0], w.shape[1]), out_dtype)
+    operands = x, w, x_scale, w_scale, bias, group_sizes
+    (y,), _ = _run(*operands, Plain(jnp.dtype(out_dtype)), None, tiling, programs)
+    return y
+
+
+def gated_fp8(
+    x: Float[Array, "m k"],
+    w: Float[Array, "e 2 i k"],
+    x_scale: Float[Array, "m"] | Float[Array, "k/128 m"],
+    w_scale: Float[Array, "e 2 i"] | Float[Array, "e 2 i/128 k/128"],
+    bias: Float[Array, "e 2 i"] | None,
+    group_sizes: Int[Array, " e"] | None,
+    out_scale: Float[Array, "1"] | Float[Array, "i/128"] | None,
+    *,
+    end: Gated,
+    tiling: Tiling | None = None,
+    programs: int = SMS,
+) -> tuple[Float[Array, "m i"], Float[Array, "m i/128"] | None]:
+    """`activation(y[:, 0]) * y[:, 1]` of the products `y` with gate and up, quantized: data, and scales if computed.
+
+    Arguments:
+        out_scale: the scales to quantize with, for all columns or for each 128; None computes one for each row and
+            128 columns.
+        Others as in `grouped_fp8`.
+    """
+    m, (e, _, i, _) = x.shape[0], w.shape
+    if not m or not i:
+        return jnp.zeros((m, i), end.scheme.dtype), None if out_scale is not None else jnp.ones((m, pl.cdiv(i, 128)))
+    flat = [a if a is None else a.reshape(2 * e, *a.shape[2:]) for a in (w, w_scale, bias)]
+    operands = x, flat[0], x_scale, flat[1], flat[2], group_sizes
+    (data, *scales), row_of = _run(*operands, end, out_scale, tiling, programs)
+    return data, scales[0][:, row_of].T if scales else None
+
+
+def _run(
+    x, w, x_scale, w_scale, bias, group_sizes, end: Plain | Gated, out_scale, tiling: Tiling | None, programs: int
+) -> tuple[tuple[Array, ...], Int[Array, " m"] | slice]:
+    """The epilogue's outputs, and the number of each row in an array with a place for every row of every tile."""
+    (m, k), (matrices, n, _), parts = x.shape, w.shape, end.parts
+    e = matrices // parts
     steps_of_k = pl.cdiv(k, BLOCK_K)
     block_scaled = x_scale.ndim == 2
     by_column = w_scale.shape[1:] == (steps_of_k, n)
-    tiling = tiling or choose_tiling(m, n, e, by_column=by_column)
-    block_m, block_n, stages = tiling.block_m, tiling.block_n, tiling.stages
-    waves, width = block_m // WAVE, block_n // 2
-    panel = 128 // jnp.dtype(out_dtype).itemsize  # columns of the output that are 128 bytes wide
-    panels = width // panel
-    column_tiles = pl.cdiv(n, block_n * tiling.cluster)
-    padded_n = column_tiles * tiling.cluster * block_n
+    if tiling is None:
+        name = f"sm90_fp8{'_block' if block_scaled else ''}{'_gated' if parts == 2 else ''}"
+        choices = estimates(m, parts * n, k, e, by_column=by_column, gated=parts == 2)
+        tiling = tuning.choose(tuning.Problem(name, m, parts * n, k, e), choices)
+    block_m, block_n, stages, width = tiling.block_m, tiling.block_n, tiling.stages, tiling.block_n // 2
+    waves = block_m // WAVE
+    tile_n = block_n // parts  # columns of the output that are a tile's
+    column_tiles = pl.cdiv(n, tile_n * tiling.cluster)
     grouped = group_sizes is not None
 
     if grouped:
         # Rows past the groups are a group too, number e, that takes no step of K: its tiles are written as zeros.
-        rest = m - jnp.sum(group_sizes)
-        tiles = tile_table(jnp.append(group_sizes, rest), m, block_m, ROW_ALIGN)
+        sizes = jnp.append(group_sizes, m - jnp.sum(group_sizes))
+        tiles = tile_table(sizes, m, block_m, ROW_ALIGN)
         table = jnp.stack([tiles.group, tiles.start, tiles.skip, tiles.rows])
         used = jnp.sum(tiles.rows > 0, dtype=jnp.int32)[None]
         most_row_tiles = table.shape[1]
-        if not block_scaled:
-            x_scale = jnp.where(jnp.arange(m) < m - rest, x_scale, 0)  # may be NaN there
     else:
         table = used = None
         most_row_tiles = pl.cdiv(m, block_m)
 
-    # TMA has no ragged boxes but at the end of an array, and only where 16 bytes divide each row. K and N that 128
-    # and 8 do not divide cost a copy of the weights here. Scales and bias are read without bounds: a tile more of each.
-    x = _pad(x, (-m % ROW_ALIGN, -k % BLOCK_K))
-    w = _pad(w, (0, -n % ROW_ALIGN, -k % BLOCK_K))
-    spare_n = padded_n - n
+    # TMA clips boxes at the end of an array, in whole tiles of the swizzle, which may be narrower than a slot. Rows of
+    # x that 8, K that 32 and N that 8 do not divide cost a copy here; so do scales and bias, which are read without
+    # bounds, of N that a tile does not divide. x_scale always has a tile more.
+    x = _pad(x, (-m % ROW_ALIGN, -k % 32))
+    w = _pad(w, (0, -n % ROW_ALIGN, -k % 32))
+    swizzle = math.gcd(x.shape[1], BLOCK_K)
     x_scale = _pad(x_scale, (0, block_m) if block_scaled else (block_m,))
     if by_column:
-        w_scale = _pad(w_scale, (int(grouped), 0, spare_n))
-    elif block_scaled:
-        w_scale = _pad(w_scale, (int(grouped), pl.cdiv(padded_n, 128) - w_scale.shape[1], 0))
-    else:
-        w_scale = _pad(w_scale, (int(grouped), spare_n))
-    bias = None if bias is None else _pad(bias.astype(jnp.float32), (int(grouped), spare_n))
+        w_scale = _pad(w_scale, (0, 0, -n % tile_n))
+    elif not block_scaled:
+        w_scale = _pad(w_scale, (0, -n % tile_n))
+    bias = None if bias is None else _pad(bias.astype(jnp.float32), (0, -n % tile_n))
 
-    def kernel(table, used, x, w, x_scale, w_scale, bias, out, x_smem, w_smem, out_smem, full, full_wave, empty):
-        """`full[slot]`: w and the first wave of x came; `full_wave[slot]`: the others; `empty[slot]`: it was read."""
+    def kernel(
+        table, used, x, w, x_scale, w_scale, bias, out_scale, *outs, x_smem, w_smem, buffer, full, full_half, empty
+    ):
+        """`full[slot]`: x and w came, or all but the second half of w where `full_half[slot]` tells of that;
+        `empty[slot]`: it was read."""
         warpgroup = lax.axis_index("warpgroup")
 
         def for_each_tile(do):
-            """`step = do(group, start, skip, rows, column, steps, step)` of this block's tiles; `step` counts slots."""
+            """`step = do(tile, step)` of this block's tiles; `step` counts slots."""
             row_tiles = used[0] if grouped else most_row_tiles
 
-            def tile(loop, carry):
+            def body(loop, carry):
                 row_tile, column_tile = plgpu.planar_snake(loop.index[0], (row_tiles, column_tiles), 0, RASTER)
                 if grouped:
                     group, start, skip, rows = (table[i, row_tile] for i in range(4))
@@ -163,18 +211,23 @@ def grouped_fp8(
                 else:
                     start = row_tile * block_m
                     group, skip, rows, steps = 0, 0, jnp.minimum(m - start, block_m), steps_of_k
-                column = (column_tile * tiling.cluster + lax.axis_index("pair")) * block_n
-                return do(group, start, skip, rows, column, steps, carry)
+                column = (column_tile * tiling.cluster + lax.axis_index("pair")) * tile_n
+                return do(_Tile(row_tile, group, start, skip, rows, column, steps), carry)
 
             loop = plgpu.nd_loop((row_tiles * column_tiles,), collective_axes="block", init_carry=jnp.int32(0))
-            return loop(tile)
+            return loop(body)
+
+        def half_of(tile, half):
+            """The matrix of a half of a tile, and its first column there. The rest's factors are an expert's."""
+            group = jnp.minimum(tile.group, e - 1) if grouped else tile.group
+            return (group, tile.column + half * width) if parts == 1 else (group * parts + half, tile.column)
 
         @pl.when(warpgroup == 2)
         def _memory():
             plgpu.set_max_registers(32, action="decrease")
 
-            def load_tile(group, start, skip, rows, column, steps, step):
-                def load(i, step):
+            def load_tile(tile, step):
+                def load_slot(i, step):
                     slot = lax.rem(step, stages)
 
                     @pl.when(step >= stages)
@@ -182,17 +235,17 @@ def grouped_fp8(
                         plgpu.barrier_wait(empty.at[slot])
 
                     at_k = pl.ds(i * BLOCK_K, BLOCK_K)
-                    columns = w.at[group, pl.ds(column, block_n), at_k]
-                    plgpu.copy_gmem_to_smem(columns, w_smem.at[slot], full.at[slot])
                     for wave in range(waves):
-                        rows_of_wave = x.at[pl.ds(start + wave * WAVE, WAVE), at_k]
-                        barrier = full if wave == 0 else full_wave
-                        plgpu.copy_gmem_to_smem(
-                            rows_of_wave, x_smem.at[slot, wave], barrier.at[slot], collective_axes=shared
-                        )
+                        rows = x.at[pl.ds(tile.start + wave * WAVE, WAVE), at_k]
+                        plgpu.copy_gmem_to_smem(rows, x_smem.at[slot, wave], full.at[slot], collective_axes=shared)
+                    for half in range(2):
+                        matrix, first = half_of(tile, half)
+                        columns = w.at[matrix, pl.ds(first, width), at_k]
+                        barrier = full_half if (half, waves) == (1, 2) else full
+                        plgpu.copy_gmem_to_smem(columns, w_smem.at[slot, half], barrier.at[slot])
                     return step + 1
 
-                return lax.fori_loop(0, steps, load, step)
+                return lax.fori_loop(0, tile.steps, load_slot, step)
 
             step = for_each_tile(load_tile)
 
@@ -203,21 +256,30 @@ def grouped_fp8(
         @pl.when(warpgroup < 2)
         def _compute():
             plgpu.set_max_registers(240, action="increase")
-            half = warpgroup * width  # this warpgroup's first column in a tile
+            wave, halves = (warpgroup, (0, 1)) if waves == 2 else (0, (warpgroup,))
 
-            def compute_tile(group, start, skip, rows, column, steps, step):
+            def compute_tile(tile, step):
+                row = tile.start + wave * WAVE
+
+                def columns_of(half, first=0, size=width):
+                    """A part of a half's columns, for factors and bias; of a tile without columns, another's."""
+                    matrix, column = half_of(tile, half)
+                    return matrix, pl.ds(jnp.minimum(column + first, n + -n % tile_n - size), size)
+
                 def load_factors(i):
                     """Block scales of a step, straight from global memory (L2). Read from a slot of the ring they
                     would need a fence before TMA may overwrite it (docs/kernels.md)."""
                     if not block_scaled:
                         return ()
-                    waves_of_x = [pl.ds(start + wave * WAVE, WAVE) for wave in range(waves)]
-                    x_factors = [_load(x_scale.at[i, rows_of_wave], ROW_OF_WGMMA) for rows_of_wave in waves_of_x]
-                    if by_column:
-                        w_factor = _load(w_scale.at[group, i, pl.ds(column + half, width)], COLUMN_OF_WGMMA)
-                    else:
-                        w_factor = w_scale[group, lax.div(column + half, 128), i]
-                    return w_factor, *x_factors
+                    factors = [load(x_scale.at[i, pl.ds(row, WAVE)], ROW_OF_WGMMA)]
+                    for half in halves:
+                        if by_column:
+                            matrix, columns = columns_of(half)
+                            factors.append(load(w_scale.at[matrix, i, columns], COLUMN_OF_WGMMA))
+                        else:
+                            matrix, column = half_of(tile, half)
+                            factors.append(w_scale[matrix, jnp.minimum(lax.div(column, 128), pl.cdiv(n, 128) - 1), i])
+                    return tuple(factors)
 
                 def multiply(i, carry):
                     step, totals, factors = carry
@@ -226,80 +288,65 @@ def grouped_fp8(
                     next_factors = load_factors(jnp.minimum(i + 1, steps_of_k - 1))
                     plgpu.barrier_wait(full.at[slot])
                     promoted = []
-                    for wave in range(waves):
-                        if wave > 0:
-                            # A barrier of its own also keeps ptxas from starting this wave while the part before is
+                    for at, half in enumerate(halves):
+                        if at > 0:
+                            # A barrier of its own also keeps ptxas from starting this half while the part before is
                             # still being added: two parts and the totals are more registers than there are.
-                            plgpu.barrier_wait(full_wave.at[slot])
+                            plgpu.barrier_wait(full_half.at[slot])
 
-                        def mma(part, wave=wave, slot=slot):
-                            plgpu.wgmma(part, x_smem.at[slot, wave], w_smem.at[slot].at[pl.ds(half, width)].T)
+                        def mma(part, half=half, slot=slot):
+                            plgpu.wgmma(part, x_smem.at[slot, wave], w_smem.at[slot, half].T)
                             return part[...]  # waits for the tensor cores
 
                         part = pl.run_scoped(mma, plgpu.ACC((WAVE, width), jnp.float32))
-                        if wave == waves - 1:
+                        if at == len(halves) - 1:
                             plgpu.barrier_arrive(empty.at[slot])
                         if block_scaled:
-                            w_factor, *x_factors = factors
-                            x_factor = x_factors[wave]
+                            row_factor, w_factor = factors[0], factors[1 + at]
                             if by_column:
                                 part = part * lax.broadcast_in_dim(w_factor, part.shape, [1])
                             else:
-                                x_factor = x_factor * w_factor
-                            part = part * lax.broadcast_in_dim(x_factor, part.shape, [0])
-                        promoted.append(totals[wave] + part)
+                                row_factor = row_factor * w_factor
+                            part = part * lax.broadcast_in_dim(row_factor, part.shape, [0])
+                        promoted.append(totals[at] + part)
                     return step + 1, tuple(promoted), next_factors
 
                 zeros = plgpu.layout_cast(jnp.zeros((WAVE, width), jnp.float32), plgpu.Layout.WGMMA)
-                init = step, (zeros,) * waves, load_factors(0)
-                step, totals, _ = lax.fori_loop(0, steps, multiply, init)
+                init = step, (zeros,) * len(halves), load_factors(0)
+                step, totals, _ = lax.fori_loop(0, tile.steps, multiply, init)
 
-                for wave in range(waves):
-                    # The rows [begin, end) of this wave are the group's.
-                    begin = jnp.clip(skip - wave * WAVE, 0, WAVE)
-                    end = jnp.clip(skip + rows - wave * WAVE, 0, WAVE)
-                    store = _store_wave(totals[wave], wave, begin, end, group, start + wave * WAVE, column + half)
-                    # Nothing to store: wait for the stores before, so that the two buffers stay in turn.
-                    lax.cond(end > begin, store, lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True))
-                return step
-
-            def _store_wave(total, wave, begin, end, group, row, column):
-                """Scales, bias and the way out of 64 rows: registers, shared memory (two panels in turn), TMA."""
+                begin = jnp.clip(tile.skip - wave * WAVE, 0, WAVE)
+                stop = jnp.clip(tile.skip + tile.rows - wave * WAVE, 0, WAVE)
 
                 def store():
+                    def of_a_group(factor):
+                        """Zero in the rest, where x's may be NaN."""
+                        if not grouped:
+                            return factor
+                        return jnp.where(lax.broadcast_in_dim(tile.group < e, factor.shape, []), factor, 0)
+
+                    row_factor = None
                     if not block_scaled:
-                        row_factor = _load(x_scale.at[pl.ds(row, WAVE)], ROW_OF_WGMMA)
-                    for i in range(panels):
-                        y = total[:, i * panel : (i + 1) * panel]
-                        columns = pl.ds(column + i * panel, panel)
+                        row_factor = of_a_group(load(x_scale.at[pl.ds(row, WAVE)], ROW_OF_WGMMA))
+
+                    def scaled(y, at, first):
+                        matrix, columns = columns_of(halves[at], first, y.shape[1])
                         if not block_scaled:
-                            column_factor = _load(w_scale.at[group, columns], COLUMN_OF_WGMMA)
+                            column_factor = load(w_scale.at[matrix, columns], COLUMN_OF_WGMMA)
                             y = y * lax.broadcast_in_dim(row_factor, y.shape, [0])
                             y = y * lax.broadcast_in_dim(column_factor, y.shape, [1])
                         if bias is not None:
-                            y = y + lax.broadcast_in_dim(_load(bias.at[group, columns], COLUMN_OF_WGMMA), y.shape, [1])
-                        buffer = (wave * panels + i) % 2
-                        one_buffer = waves * panels == 1
-                        plgpu.wait_smem_to_gmem(0 if one_buffer else 1, wait_read_only=True)
-                        out_smem[warpgroup, buffer] = y.astype(out.dtype)
-                        plgpu.commit_smem()
-                        # TMA boxes have static shapes: any number of rows is a sum of some of these.
-                        at = begin
-                        for length in (64, 32, 16, 8, 4, 2, 1):
-                            take = (end - begin) & length
+                            addend = of_a_group(load(bias.at[matrix, columns], COLUMN_OF_WGMMA))
+                            y = y + lax.broadcast_in_dim(addend, y.shape, [1])
+                        return y
 
-                            @pl.when(take != 0)
-                            def _(at=at, length=length, columns=columns, buffer=buffer):
-                                plgpu.copy_smem_to_gmem(
-                                    out_smem.at[warpgroup, buffer].at[pl.ds(at, length)],
-                                    out.at[pl.ds(row + at, length), columns],
-                                    commit_group=False,
-                                )
+                    rows = Rows(warpgroup, begin, stop, row, tile.index * block_m + wave * WAVE)
+                    columns = [half_of(tile, half)[1] for half in halves]
+                    end.store(rows, totals, columns, scaled, outs, buffer, out_scale)
 
-                            at = at + take
-                        plgpu.commit_smem_to_gmem_group()
-
-                return store
+                # Nothing to store: wait for the stores before, so that the two buffers stay in turn.
+                lax.cond(stop > begin, store, lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True))
+                return step
 
             for_each_tile(compute_tile)
             plgpu.wait_smem_to_gmem(0)
@@ -307,10 +354,10 @@ def grouped_fp8(
     shared = "pair" if tiling.cluster == 2 else None
     # A slot is free when the warpgroups of both blocks have read it: each block writes into both.
     empty = dict(num_arrivals=2, num_barriers=stages)
-    swizzled = (plgpu.TilingTransform((ROW_ALIGN, BLOCK_K)), plgpu.SwizzleTransform(BLOCK_K))
+    swizzled = (plgpu.TilingTransform((ROW_ALIGN, swizzle)), plgpu.SwizzleTransform(swizzle))
     run = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((m, n + -n % OUT_ALIGN), out_dtype),
+        out_type=end.outputs(m, n, most_row_tiles * block_m),
         grid=(min(programs // tiling.cluster, most_row_tiles * column_tiles),),
         grid_names=("block",),
         cluster=(tiling.cluster,),
@@ -319,20 +366,37 @@ def grouped_fp8(
         thread_name="warpgroup",
         scratch_types=dict(
             x_smem=plgpu.SMEM((stages, waves, WAVE, BLOCK_K), x.dtype, transforms=swizzled),
-            w_smem=plgpu.SMEM((stages, block_n, BLOCK_K), w.dtype, transforms=swizzled),
-            out_smem=plgpu.SMEM((2, 2, WAVE, panel), out_dtype, transforms=(plgpu.SwizzleTransform(128),)),
-            full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            full_wave=plgpu.Barrier(num_arrivals=max(waves - 1, 1), num_barriers=stages),
+            w_smem=plgpu.SMEM((stages, 2, width, BLOCK_K), w.dtype, transforms=swizzled),
+            buffer=end.buffer(),
+            full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+            full_half=plgpu.Barrier(num_arrivals=1, num_barriers=stages),
             empty=plgpu.ClusterBarrier(collective_axes=("pair",), **empty) if shared else plgpu.Barrier(**empty),
         ),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            approx_math=True,  # of exp2 in an epilogue: subnormal results are zero
+        ),
     )
-    return run(table, used, x, w, x_scale, w_scale, bias)[:, :n]
+    first, *others = run(table, used, x, w, x_scale, w_scale, bias, out_scale)
+    if not grouped:
+        return (first[:, :n], *others), slice(0, m)
+    row, starts = jnp.arange(m), tiles.ends - sizes
+    group = jnp.searchsorted(tiles.ends, row, side="right", method="compare_all")
+    return (first[:, :n], *others), (tiles.first * block_m - starts + starts % ROW_ALIGN)[group] + row
 
 
-def _load(ref, layout) -> Array:
-    """Registers in the layout of an accumulator's rows or columns: each thread reads its own, a few lanes the same."""
-    return plgpu.load(ref, layout=layout, optimized=False)
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+    """Row tile number `index`, of a group, is rows of x from `start` on, of which `rows` after `skip` are the group's;
+    `column` is its first one in the output; it takes `steps` of K."""
+
+    index: Array
+    group: Array
+    start: Array
+    skip: Array
+    rows: Array
+    column: Array
+    steps: Array
 
 
 def _pad(x: Array, after: tuple[int, ...]) -> Array:

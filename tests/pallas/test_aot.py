@@ -1,14 +1,18 @@
 """The kernels' code for sm_90a: the instructions it is for, no register spilled, shared memory within bounds."""
 
 import functools
+import re
 import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from fp8x.ops.gate import KERNEL_ACTIVATIONS
 from fp8x.pallas import aot
-from fp8x.pallas.sm90_grouped_fp8 import Tiling, grouped_fp8
+from fp8x.pallas.epilogue import Gated
+from fp8x.pallas.sm90_grouped_fp8 import Tiling, gated_fp8, grouped_fp8
+from fp8x.scheme import Scheme, per_tensor
 
 E4M3, E5M2, BF16, F16, F32 = jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.bfloat16, jnp.float16, jnp.float32
 needs_compiler = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
@@ -53,7 +57,7 @@ def compile_fp8(
 )
 def test_fp8(tiling, scales, options):
     if scales == "columns" and (tiling.block_m, tiling.block_n) == (128, 256):
-        pytest.skip("more registers than there are; choose_tiling never takes it")
+        pytest.skip("more registers than there are; estimates has no such tiling")
     report = compile_fp8(tiling, scales=scales, **options)
     assert report.spill_bytes == 0 and not report.instructions["LDL"] and not report.instructions["STL"]
     assert report.shared_memory <= aot.SHARED_MEMORY
@@ -74,6 +78,59 @@ def test_fp8_types(types):
     names = {E4M3: "E4M3", E5M2: "E5M2"}
     assert f"QGMMA.64x128x32.F32.{names[types[0]]}.{names[types[1]]}" in report.sass
     assert report.spill_bytes == 0
+
+
+@needs_compiler
+@pytest.mark.parametrize(("k", "is_copied"), [(96, False), (192, False), (200, True)])
+def test_weights_of_ragged_k(k, is_copied):
+    """With narrower swizzles a box is whole tiles of 32 or 64, which end where K does."""
+    of = jax.ShapeDtypeStruct
+    operands = of((512, k), E4M3), of((8, 768, k), E4M3), of((512,), F32), of((8, 768), F32), None, of((8,), jnp.int32)
+    product = functools.partial(grouped_fp8, out_dtype=BF16)
+    (report,) = aot.compile_sm90(product, *operands)
+    assert report.spill_bytes == 0 and report.instructions["QGMMA"]
+    text = jax.jit(product).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    assert bool(re.search(rf"stablehlo.pad.*8x768x{k}xf8", text)) == is_copied
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(scales="blocks"),
+        dict(scales="factors", is_static=True, bias=True, out=F16),
+        pytest.param(dict(scales="blocks", activation="gelu_pytorch_tanh", bias=True), marks=pytest.mark.slow),
+        pytest.param(dict(scales="factors", bias=True, cluster=1, element="e5m2", out=F32), marks=pytest.mark.slow),
+        pytest.param(dict(scales="blocks", is_static=True, groups=1), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_gated(options):
+    report = compile_gated(**options)
+    assert report.spill_bytes == 0 and not report.instructions["LDL"] and not report.instructions["STL"]
+    assert report.shared_memory <= aot.SHARED_MEMORY
+    assert report.instructions["QGMMA"] == 8
+    assert re.search(r"F2FP\.SATFINITE\.E[45]M[23]", report.sass), "quantized in registers"
+    assert report.instructions["MUFU"] >= 128  # 2^x and 1/√x of each element of h: 64 × 128 on 128 threads
+
+
+def compile_gated(
+    *, scales, activation="silu", is_static=False, bias=False, groups=8, cluster=2, element="e4m3", out=BF16
+) -> aot.Report:
+    m, i, k, of = 4096, 2048, 7168, jax.ShapeDtypeStruct
+    scheme = per_tensor(element) if is_static else Scheme(element, block=(1, 128))
+    end = Gated(KERNEL_ACTIVATIONS[activation], jnp.dtype(out), scheme, is_static)
+    (report,) = aot.compile_sm90(
+        functools.partial(gated_fp8, end=end, tiling=Tiling(128, 256, cluster=cluster)),
+        of((m, k), E4M3),
+        of((groups, 2, i, k), E4M3),
+        of((m,) if scales == "factors" else (k // 128, m), F32),
+        of((groups, 2, i) if scales == "factors" else (groups, 2, i // 128, k // 128), F32),
+        of((groups, 2, i), F32) if bias else None,
+        of((groups,), jnp.int32) if groups > 1 else None,
+        of((1,), F32) if is_static else None,
+    )
+    return report
 
 
 @needs_compiler

@@ -12,7 +12,7 @@ from shapes import DENSE, GROUPED, Shape, operands, quantize
 import fp8x
 from fp8x import ops
 from fp8x.ops.groups import row_mask
-from fp8x.pallas.sm90_grouped_fp8 import Tiling, choose_tiling, grouped_fp8
+from fp8x.pallas.sm90_grouped_fp8 import Tiling, estimates, grouped_fp8
 from fp8x.scheme import Scheme, per_row, per_tensor
 
 GROUP, BLOCK = Scheme("e4m3", block=(1, 128)), Scheme("e4m3", block=(128, 128))
@@ -124,12 +124,22 @@ def test_nan_past_the_groups_stays_there(interpreted):
     ],
 )
 def test_choice_of_tiling(m, n, groups, expected):
-    tiling = choose_tiling(m, n, groups)
+    choices = estimates(m, n, 4096, groups)
+    tiling = min(choices, key=choices.get)
     assert (tiling.block_m, tiling.block_n, tiling.cluster) == expected
 
 
-def test_scales_by_column_have_no_largest_tile():
-    assert choose_tiling(8 * 4096, 4096, 8, by_column=True) == Tiling(128, 128, cluster=2)
+def test_estimates_are_of_tilings_with_registers_enough():
+    shape = (8 * 4096, 4096, 7168, 8)
+    assert next(iter(estimates(*shape))) == Tiling(128, 256, cluster=2)
+    assert Tiling(128, 256) not in estimates(*shape, by_column=True)
+    assert list(estimates(*shape, gated=True)) == [Tiling(128, 256, cluster=2), Tiling(128, 256)]
+
+
+def test_estimated_seconds():
+    """8 × 4096 rows, N 4096, K 7168: 2048 pairs of tiles on 66 clusters, 56 steps of 192 × ... bytes at 34 a cycle."""
+    seconds = estimates(8 * 4096, 4096, 7168, 8)[Tiling(128, 256, cluster=2)]
+    assert seconds == pytest.approx(32 * 56 * (64 + 256) * 128 / 34 / 1.83e9)
 
 
 def test_lowers_for_cuda_in_transformations():

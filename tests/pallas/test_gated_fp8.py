@@ -1,0 +1,94 @@
+"""The gated epilogue in the CPU interpreter, with race detection, beside the same kernel's product, gated by XLA."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from metric import as_bits
+from shapes import Shape, operands, quantize
+
+from fp8x import numerics
+from fp8x.ops.gate import KERNEL_ACTIVATIONS, gated
+from fp8x.pallas.epilogue import Gated
+from fp8x.pallas.sm90_grouped_fp8 import Tiling, gated_fp8, grouped_fp8
+from fp8x.scheme import Scheme, per_row, per_tensor
+
+GROUP, BLOCK = Scheme("e4m3", block=(1, 128)), Scheme("e4m3", block=(128, 128))
+SIZES = (70, 0, 29, 5)
+
+
+@functools.partial(jax.jit, static_argnames=("activation", "scheme"))
+def in_two_steps(y, activation, scheme, scale):
+    h = gated(y, activation)
+    return numerics.quantize(h, scheme) if scale is None else numerics.quantize_with_scale(h, scale, scheme)
+
+
+def run(interpreted, i, *, activation="silu", scheme=GROUP, scale=None, dtype=jnp.bfloat16, blocks=True):
+    """(data and scales of the gated kernel, those in two steps), of four experts' rows and some past them."""
+    weight, of_x = (BLOCK, GROUP) if blocks else (per_row("e5m2"), per_row())
+    given = operands(Shape(SIZES, 2 * i, 160, spare=20), weight, dtype=dtype)
+    x = quantize(jnp.nan_to_num(given.x), of_x)
+    rng = np.random.default_rng(1)
+    w = quantize(jnp.asarray(rng.normal(size=(4, 2, i, 160)) * 160**-0.5, jnp.float32), weight)
+    bias = jnp.asarray(rng.normal(size=(4, 2, i)), dtype)
+    x_scale, w_scale = (x.scale.T, w.scale) if blocks else (x.scale[:, 0], w.scale[..., 0])
+    options = dict(tiling=Tiling(128, 256, 2, cluster=2), programs=2)
+    of_gate = KERNEL_ACTIVATIONS.get(activation, lambda x: jnp.maximum(x, 0))
+    end = Gated(of_gate, jnp.dtype(dtype), scheme, scale is not None)
+    inverse = None if scale is None else 1 / scale[0]
+    with interpreted():
+        data, found = gated_fp8(x.data, w.data, x_scale, w_scale, bias, given.group_sizes, inverse, end=end, **options)
+        data, found = np.asarray(data), None if found is None else np.asarray(found)
+    y = []
+    for p in (0, 1):
+        of_part = w.data[:, p], x_scale, w_scale[:, p], bias[:, p]
+        with interpreted():
+            y.append(np.asarray(grouped_fp8(x.data, *of_part, given.group_sizes, out_dtype=dtype, **options)))
+    expected = in_two_steps(jnp.stack(list(map(jnp.asarray, y)), axis=1), activation, scheme, scale)
+    return (data, found), (np.asarray(expected.data), np.asarray(expected.scale))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(i=192),
+        pytest.param(
+            dict(i=96, scale=jnp.full((1, 1), 0.01), scheme=per_tensor(), blocks=False), marks=pytest.mark.slow
+        ),
+        pytest.param(dict(i=256, scheme=Scheme("e5m2", block=(1, 128), scale_rule="pow2")), marks=pytest.mark.slow),
+        pytest.param(
+            dict(i=256, scale=jnp.asarray([[0.02, 0.01]]), scheme=Scheme("e4m3", block=(None, 128)), dtype=jnp.float32),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            dict(i=192, scale=jnp.ones((1, 1)), scheme=Scheme("e5m2", block=(None, None), scale_rule="unit")),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=str,
+)
+def test_bits_with_an_exact_activation(interpreted, options):
+    (data, scale), (expected, expected_scale) = run(interpreted, activation="relu", **options)
+    np.testing.assert_array_equal(as_bits(data), as_bits(expected))
+    if scale is not None:
+        np.testing.assert_array_equal(as_bits(scale), as_bits(expected_scale))
+        assert len(np.unique(scale)) > 4
+    assert not np.any(data[-20:].astype(np.float32)), "rows past the groups are zero"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(dict(i=128), marks=pytest.mark.slow),
+        pytest.param(dict(i=128, activation="gelu_pytorch_tanh", dtype=jnp.float16), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_activations_are_within_a_code(interpreted, options):
+    """Kernels take 2^x and 1/√x: h may round to another 16-bit number, a few in a thousand, and one code further."""
+    (data, scale), (expected, expected_scale) = run(interpreted, **options)
+    np.testing.assert_allclose(scale, expected_scale, rtol=2**-7)
+    off = np.abs(as_bits(data).astype(int) - as_bits(expected))
+    assert off.max() <= 1 and np.mean(off) < 1e-3
