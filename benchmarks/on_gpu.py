@@ -4,8 +4,9 @@
     OUT=out python benchmarks/on_gpu.py --steps tests,tune    # or some of the steps
 
 Steps: `tests`, the kernels against float64; `xla`, the tests of ops on XLA's GPU backend; `bench`, times beside other
-libraries; `tune`, the tilings; `eval`, a model's bits per byte. What hangs, crashes or loses the GPU costs its own process: that is killed, noted, and
-the rest goes on in a new one. Results are written as they come, and a second run into the same directory goes on.
+libraries; `tune`, the tilings; `eval`, a model's bits per byte. What hangs, crashes or loses the GPU costs its own
+process: that is killed, noted, and the rest goes on in a new one. Results are written as they come, and a second run
+into the same directory goes on.
 
     summary.json    what came of each step
     tests.json      what came of each test

@@ -1,6 +1,7 @@
 """One grouped or dense product on random operands: right or not, then how fast, beside its floor."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,30 +69,43 @@ class Operands:
 
 
 def operands(shape: Shape, recipe: Recipe, seed: int, *, quantized: bool = False) -> Operands:
-    """Random ones, in which columns of x and experts of w differ in magnitude; x as the recipe stores it if asked."""
-    x, w, scale = _random(shape, recipe, jax.random.key(seed))
-    if shape.experts == 1:
-        w = ScaledArray(w.data[0], w.scale[0], w.scheme)
+    """Random ones: normal values of w with scales of any size, and of x with columns of any size.
+
+    Arguments:
+        quantized: x comes as the recipe stores it.
+    """
+    of_x, of_w, of_scale = jax.random.split(jax.random.key(seed), 3)
+    x = _random_rows(shape.m, shape.k, recipe.out_dtype, of_x)
+    matrices = (shape.n, shape.k) if shape.experts == 1 else (shape.experts, shape.n, shape.k)
+    scales = _random_scales(recipe.weight.scale_shape(matrices), shape.k, recipe.weight.is_mx, of_scale)
+    w = ScaledArray(_random_codes(matrices, recipe.weight, of_w), scales, recipe.weight)
+    scale = None
+    if recipe.is_static or quantized:
+        scale = _scale_of(x, recipe.activation)
     if quantized:
         x = _quantize(x, scale, recipe.activation)
     return Operands(x, w, jnp.asarray(shape.group_sizes(seed)), scale if recipe.is_static and not quantized else None)
 
 
+# Each is compiled by itself, so that forms of one shape share what they can.
+@jax.jit(static_argnums=(0, 1, 2))
+def _random_rows(m: int, k: int, dtype, key):
+    columns, values = jax.random.split(key)
+    return (jax.random.normal(values, (m, k)) * jnp.exp(jax.random.normal(columns, (k,)))).astype(dtype)
+
+
 @jax.jit(static_argnums=(0, 1))
-def _random(shape: Shape, recipe: Recipe, key):
-    columns, rows, experts = jax.random.split(key, 3)
-    spread = jnp.exp(jax.random.normal(columns, (shape.k,)))
-    x = (jax.random.normal(rows, (shape.m, shape.k)) * spread).astype(recipe.out_dtype)
-
-    def expert(key):
-        magnitude = jnp.exp(jax.random.normal(key)) * shape.k**-0.5
-        return numerics.quantize(magnitude * jax.random.normal(key, (shape.n, shape.k)), recipe.weight)
-
-    # One after the other: in float32 there is one matrix.
-    w = jax.lax.map(expert, jax.random.split(experts, shape.experts))
-    return x, w, numerics.quantize(x, recipe.activation).scale if recipe.activation else None
+def _random_codes(shape: tuple[int, ...], scheme: Scheme, key):
+    return jnp.clip(scheme.max / 4 * jax.random.normal(key, shape), -scheme.max, scheme.max).astype(scheme.dtype)
 
 
+@jax.jit(static_argnums=(0, 1, 2))
+def _random_scales(shape: tuple[int, ...], k: int, e8m0: bool, key):
+    scales = jnp.exp2(jax.random.randint(key, shape, -10, -5).astype(jnp.float32)) * 2.0 ** -round(math.log2(k) / 2)
+    return scales.astype(jnp.float8_e8m0fnu) if e8m0 else scales * jax.random.uniform(key, shape, minval=1, maxval=2)
+
+
+_scale_of = jax.jit(lambda x, scheme: numerics.quantize(x, scheme).scale, static_argnums=1)
 _quantize = jax.jit(numerics.quantize_with_scale, static_argnums=2)
 
 
@@ -133,30 +147,28 @@ def relative_error(y: Float[Array, "m n"], given: Operands, recipe: Recipe) -> f
     """`‖y - expected‖ / ‖expected‖` in float64 over CHECKED_ROWS random rows, the first and the last among them."""
     m = y.shape[0]
     rows = np.union1d(np.random.default_rng().choice(m, min(m, CHECKED_ROWS), replace=False), [0, m - 1])
-    x, w = given.x, given.w
+    x, w = given.x, _dequantize(given.w)
     if recipe.activation is not None and not isinstance(x, ScaledArray):
-        scale = given.scale if recipe.is_static else numerics.quantize(x, recipe.activation).scale
-        x = _quantize(x, scale, recipe.activation)
-    if w.ndim == 2:
-        w = ScaledArray(w.data[None], w.scale[None], w.scheme)
+        x = _quantize(x, given.scale if recipe.is_static else _scale_of(x, recipe.activation), recipe.activation)
+    x = _dequantize(x) if isinstance(x, ScaledArray) else x.astype(jnp.float32)
     with jax.enable_x64(True):
-        return float(_relative_error(y, x, w, given.group_sizes, rows))
+        return float(_relative_error(y, x, w if w.ndim == 3 else w[None], given.group_sizes, rows))
+
+
+_dequantize = jax.jit(lambda q: q.dequantize(jnp.float32))  # off by 2^-24; all that follows is in float64
 
 
 @jax.jit
-def _relative_error(y, x, w: ScaledArray, group_sizes, rows) -> Float[Array, ""]:
-    # Dequantizing rounds to float32, which is off by 2^-24 at most; everything else is in float64.
-    x = (x.dequantize(jnp.float32) if isinstance(x, ScaledArray) else x)[rows].astype(jnp.float64)
+def _relative_error(y, x, w, group_sizes, rows) -> Float[Array, ""]:
+    x, y = x[rows].astype(jnp.float64), y[rows].astype(jnp.float64)
     group = jnp.searchsorted(jnp.cumsum(group_sizes), rows, side="right")
 
     def add(expected, expert):
         matrix, index = expert
-        rows_of_expert = jnp.where((group == index)[:, None], x, 0)
-        return expected + rows_of_expert @ matrix.dequantize(jnp.float32).astype(jnp.float64).T, None
+        return expected + jnp.where((group == index)[:, None], x, 0) @ matrix.astype(jnp.float64).T, None
 
-    zeros = jnp.zeros((rows.size, w.shape[1]), jnp.float64)
-    expected, _ = jax.lax.scan(add, zeros, (w, jnp.arange(w.shape[0])))
-    return jnp.linalg.norm(y[rows].astype(jnp.float64) - expected) / jnp.linalg.norm(expected)
+    expected, _ = jax.lax.scan(add, jnp.zeros_like(y), (w, jnp.arange(w.shape[0])))
+    return jnp.linalg.norm(y - expected) / jnp.linalg.norm(expected)
 
 
 def inputs(shape: Shape, recipe: Recipe, *, quantized: bool = False) -> list[Operands]:

@@ -1,4 +1,4 @@
-"""Every tiling that a kernel could take, measured: what the tables of fp8x/pallas/tuning are made of."""
+"""Tilings that a kernel could take, measured: what the tables of fp8x/pallas/tuning are made of."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -27,8 +27,8 @@ class Trial:
     failure: str | None = None
 
 
-def tune(shape: Shape, recipe: Recipe) -> Iterator[Trial]:
-    """A trial of each tiling, as it is done.
+def tune(shape: Shape, recipe: Recipe, most: int) -> Iterator[Trial]:
+    """A trial of each of the `most` tilings that the kernel estimates to be the fastest, as it is done.
 
     Raises:
         BackendError: the call takes a kernel that has no tilings.
@@ -37,7 +37,7 @@ def tune(shape: Shape, recipe: Recipe) -> Iterator[Trial]:
     if choice is None:
         raise BackendError(f"{shape}, {recipe}: takes a kernel without tilings; ask for backend 'mosaic_gpu'")
     sets = inputs(shape, recipe, quantized=recipe.activation is not None)
-    for tiling, estimate in choice.estimates.items():
+    for tiling, estimate in sorted(choice.estimates.items(), key=lambda item: item[1])[:most]:
         with tuning.forced(tiling):
             try:
                 found = measure(shape, recipe, sets)

@@ -35,8 +35,11 @@ def grouped(
         bool, typer.Option("--explain", help="Print what kernels estimate of their tilings; run nothing.")
     ] = False,
     tune: Annotated[
-        bool, typer.Option("--tune", help="Try all tilings of the mosaic_gpu kernels; write down the fastest.")
+        bool, typer.Option("--tune", help="Try tilings of the mosaic_gpu kernels; write down the fastest.")
     ] = False,
+    most: Annotated[
+        int, typer.Option(min=1, metavar="N", help="For --tune: try so many, those with the best estimates.")
+    ] = 12,
     table: Annotated[
         Path | None, typer.Option(metavar="FILE", help="For --tune: the table; by default this package's own.")
     ] = None,
@@ -65,7 +68,7 @@ def grouped(
         if explain:
             return _explain(cases, as_json)
         if tune:
-            return _tune(cases, table, as_json)
+            return _tune(cases, most, table, as_json)
         return _measure(cases, as_json)
 
 
@@ -122,7 +125,7 @@ def _explained(code: str, shape: "Shape", choice: Any) -> dict[str, Any]:
     return found | {"kernel": choice.problem.kernel} | taken
 
 
-def _tune(cases: Cases, path: Path | None, as_json: bool) -> None:
+def _tune(cases: Cases, most: int, path: Path | None, as_json: bool) -> None:
     import jax
 
     from fp8x.benchmark.tune import entry, ranked, tune
@@ -134,7 +137,7 @@ def _tune(cases: Cases, path: Path | None, as_json: bool) -> None:
     for code, recipe, shape in cases:
         trials = []
         with terminal.progress(f"{code}, {shape.tokens} tokens") as update:
-            for trial in tune(shape, recipe):
+            for trial in tune(shape, recipe, most):
                 trials = ranked([*trials, trial])
                 update(len(trials), None)
                 if trials[0].seconds is not None:  # at once: the next one may hang

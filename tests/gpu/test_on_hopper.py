@@ -29,6 +29,7 @@ PAIRS = {
 }
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 RAGGED = Shape((100, 0, 29, 200, 7), 328, 416, spare=20)  # several tiles for some groups, which end anywhere in one
+MOST_TILINGS = 16
 LARGE = Shape((700, 3, 0, 1345), 1024, 2048)
 
 pytestmark = [
@@ -55,15 +56,16 @@ def expected(given, shape, activation, bias=None):
     return metric.grouped_matmul(x if activation is None else quantize(x, activation), given.w, shape.group_sizes, bias)
 
 
-@pytest.mark.parametrize("index", range(16))
+@pytest.mark.parametrize("index", range(MOST_TILINGS))
 @pairs
 def test_tilings(pair, index):
-    """Every tiling that a kernel could take, those without pairs of blocks first."""
+    """Tilings that a kernel could take, from all over the list, those without pairs of blocks first."""
     weight, activation = PAIRS[pair]
     given = operands(RAGGED, weight)
     with tuning.recorded() as choices:
         jax.eval_shape(lambda: product(given, activation))
     tilings = sorted(choices[-1].estimates, key=lambda tiling: getattr(tiling, "cluster", 1)) if choices else []
+    tilings = tilings[:: -(-len(tilings) // MOST_TILINGS) or 1]
     if index >= len(tilings):
         pytest.skip("no such tiling")
     with tuning.forced(tilings[index]):
