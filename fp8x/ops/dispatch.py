@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from fp8x.errors import BackendError
-from fp8x.ops import mosaic, mosaic_swapped, quantize, xla
+from fp8x.ops import gated, mosaic, mosaic_swapped, quantize, xla
+from fp8x.ops.gated import GatedCall
 from fp8x.ops.quantize import QuantizeCall
 from fp8x.scheme import Scheme
 
@@ -46,7 +47,8 @@ class Kernel:
     """One implementation of an op.
 
     Attributes:
-        op: `"matmul"`, `"grouped_matmul"`, `"expert_matmul"`, or `"quantize"`: what they do with their input first.
+        op: `"matmul"`, `"grouped_matmul"`, `"expert_matmul"`, `"gated_matmul"`, or `"quantize"`, what all do with
+            their input first.
         backend: one of `BACKENDS`; None is taken under each.
         unsupported: the reason why the kernel can't do a call, or None if it can.
         run: takes what the op's reference takes.
@@ -56,7 +58,7 @@ class Kernel:
     op: str
     name: str
     backend: str | None
-    unsupported: Callable[[Call], str | None] | Callable[[QuantizeCall], str | None]
+    unsupported: Callable[[Call], str | None] | Callable[[GatedCall], str | None] | Callable[[QuantizeCall], str | None]
     run: Callable
     measured: bool = True
 
@@ -83,6 +85,18 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("matmul", "xla_matmul", "xla", lambda call: None, xla.matmul),
     Kernel("grouped_matmul", "xla_grouped_matmul", "xla", lambda call: None, xla.grouped_matmul),
     Kernel("expert_matmul", "xla_expert_matmul", "xla", lambda call: None, xla.expert_matmul),
+    Kernel(
+        "gated_matmul", "sm90_fp8_gated", "mosaic_gpu", gated.unsupported_by_factors, gated.by_factors, measured=False
+    ),
+    Kernel(
+        "gated_matmul",
+        "sm90_fp8_block_gated",
+        "mosaic_gpu",
+        gated.unsupported_by_blocks,
+        gated.by_blocks,
+        measured=False,
+    ),
+    Kernel("gated_matmul", "in_two_steps", None, lambda call: None, gated.in_two_steps),
     Kernel("quantize", "sm90_quantize", "mosaic_gpu", quantize.unsupported, quantize.by_kernel, measured=False),
     Kernel("quantize", "xla_quantize", None, lambda call: None, quantize.by_xla),
 )
@@ -92,7 +106,7 @@ KERNELS: tuple[Kernel, ...] = (
 class Choice:
     """The kernel that a call takes, and the reasons why those before it do not; and what quantizes its input."""
 
-    call: Call | QuantizeCall
+    call: Call | GatedCall | QuantizeCall
     kernel: str
     rejected: tuple[tuple[str, str], ...]
     quantize: "Choice | None" = None
@@ -134,7 +148,9 @@ def _check_backend(name: str, source: str) -> str:
     return name
 
 
-def choose(call: Call, quantization: QuantizeCall | None = None) -> tuple[Kernel, Kernel | None]:
+def choose(
+    call: Call | GatedCall | QuantizeCall, quantization: QuantizeCall | None = None
+) -> tuple[Kernel, Kernel | None]:
     """The first kernel that supports `call`, and the first that quantizes its input, where that is to be done.
 
     Raises:
@@ -152,7 +168,7 @@ def choose(call: Call, quantization: QuantizeCall | None = None) -> tuple[Kernel
     return kernel, quantizer
 
 
-def _first(call: Call | QuantizeCall) -> tuple[Kernel, Choice]:
+def _first(call: Call | GatedCall | QuantizeCall) -> tuple[Kernel, Choice]:
     wanted = _backend.value
     if wanted is None and (variable := os.environ.get("FP8X_BACKEND")):
         wanted = _check_backend(variable, "FP8X_BACKEND")

@@ -1,0 +1,190 @@
+"""w13 of a gated expert and the quantization of what its gate makes: in one kernel, or one after the other."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from fp8x import numerics
+from fp8x.array import ScaledArray
+from fp8x.errors import BackendError
+from fp8x.ops import mosaic
+from fp8x.ops.gate import KERNEL_ACTIVATIONS
+from fp8x.ops.mosaic_swapped import unsupported_few_rows
+from fp8x.ops.quantize import QuantizeCall
+from fp8x.scheme import Scheme
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedCall:
+    """What a kernel needs to know to say whether it supports a `gated_matmul`.
+
+    `m` rows of `x [·, k]` by `w [groups, 2, n, k]`, rounded to `out_dtype`, through `gate`, then quantized in `out`.
+    """
+
+    m: int
+    n: int
+    k: int
+    groups: int
+    x: Scheme | np.dtype
+    w: Scheme
+    bias: bool
+    out_dtype: np.dtype
+    gate: str
+    out: Scheme
+    has_scale: bool
+    op: str = "gated_matmul"
+
+    def __str__(self) -> str:
+        scale = " by a given scale" if self.has_scale else ""
+        return (
+            f"gated_matmul [{self.m}, {self.k}] x [2, {self.n}, {self.k}] x {self.groups} groups: {self.x} by {self.w} "
+            f"-> {self.out_dtype}, {self.gate} -> {self.out}{scale}"
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _gated_product(
+    kernel,
+    quantizer,
+    activation: Scheme | None,
+    call: GatedCall,
+    x: Float[Array, "t k"] | ScaledArray,
+    rows: Int[Array, " m"] | None,
+    scale: Float[Array, "..."] | None,
+    w: ScaledArray,
+    group_sizes: Int[Array, " e"],
+    bias: Float[Array, "e 2 i"] | None,
+    out_scale: Float[Array, "..."] | None,
+) -> ScaledArray:
+    """Quantizes `x` in `activation` by `quantizer`, if there are, takes `rows` of it, and runs `kernel`."""
+    from fp8x.ops.product import take_rows  # late: it imports this module
+
+    if activation is not None:
+        x = quantizer.run(x, activation, scale, jnp.sum(group_sizes) if rows is None else None)
+    x = x if rows is None else take_rows(x, rows)
+    return kernel.run(x, w, group_sizes, bias, call.out_dtype, call.gate, call.out, out_scale)
+
+
+def _no_gradient(*_):
+    raise BackendError(
+        "gated_matmul: it has no gradient, which codes can't carry; use grouped_matmul, and its gate with w2"
+    )
+
+
+_gated_product.defvjp(_no_gradient, _no_gradient)
+
+gated_product = jax.jit(_gated_product, static_argnums=(0, 1, 2, 3))
+
+
+def unsupported_by_factors(call: GatedCall) -> str | None:
+    """Why `by_factors` can't, or should not, run a call; None if it can."""
+    return mosaic.unsupported_by_factors(call) or _unsupported(call)
+
+
+def unsupported_by_blocks(call: GatedCall) -> str | None:
+    """Why `by_blocks` can't, or should not, run a call; None if it can."""
+    rows = (1, *call.w.block)[-2]
+    if reason := mosaic.unsupported_by_blocks(call):
+        return reason
+    if rows is not None and rows % 128 and rows < call.n:
+        return f"has no registers for scales of single columns; w is {call.w}"
+    return _unsupported(call)
+
+
+def _unsupported(call: GatedCall) -> str | None:
+    if call.gate not in KERNEL_ACTIVATIONS:
+        return f"applies {' or '.join(KERNEL_ACTIVATIONS)}, not {call.gate}"
+    rows, columns = (1, *call.out.block)[-2:]
+    if call.out.is_mx:
+        return f"quantizes with float32 scales; those of out_activation are e8m0 ({call.out})"
+    if call.has_scale and (rows is not None or (columns or 0) % 128):
+        return f"takes scales of all rows and 128 columns, or multiples, or all; out_activation is {call.out}"
+    if not call.has_scale and (rows, columns) != (1, 128):
+        return f"finds the amax of a row's 128 columns, a tile's; out_activation is {call.out}"
+    if unsupported_few_rows(call) is None:
+        return "is for tiles of 128 rows; a group has few here"
+    return None
+
+
+def by_factors(x, w, group_sizes, bias, out_dtype, gate, scheme, scale) -> ScaledArray:
+    k = x.shape[1]
+    x_scale, w_scale = mosaic.scale_of_blocks(x, (1, k))[:, 0], mosaic.scale_of_blocks(w, (1, 1, 1, k))[..., 0]
+    return _run(x, w, x_scale, w_scale, group_sizes, bias, out_dtype, gate, scheme, scale)
+
+
+def by_blocks(x, w, group_sizes, bias, out_dtype, gate, scheme, scale) -> ScaledArray:
+    x_scale, w_scale = mosaic.scale_of_blocks(x, (1, 128)).T, mosaic.scale_of_blocks(w, (1, 1, 128, 128))
+    return _run(x, w, x_scale, w_scale, group_sizes, bias, out_dtype, gate, scheme, scale)
+
+
+def _run(x, w, x_scale, w_scale, group_sizes, bias, out_dtype, gate, scheme, scale) -> ScaledArray:
+    # Late: Mosaic's import takes a second and 35 MB, which whoever has no Hopper need not pay.
+    from fp8x.pallas.epilogue import Gated
+    from fp8x.pallas.sm90_grouped_fp8 import gated_fp8
+
+    end = Gated(KERNEL_ACTIVATIONS[gate], out_dtype, scheme, scale is not None)
+    inverse = None
+    if scale is not None:
+        inverse = numerics.reciprocal(scale[0])
+        if (columns := scheme.block[-1]) is not None:
+            inverse = jnp.take(inverse, jnp.arange(0, w.shape[2], 128) // columns)
+    data, found = gated_fp8(x.data, w.data, x_scale, w_scale, bias, group_sizes, inverse, end=end)
+    return ScaledArray(data, found if scale is None else scale, scheme)
+
+
+def in_two_steps(
+    x: Float[Array, "m k"] | ScaledArray,
+    w: ScaledArray,
+    group_sizes: Int[Array, " e"],
+    bias: Float[Array, "e 2 i"] | None,
+    out_dtype,
+    gate: str,
+    scheme: Scheme,
+    scale: Float[Array, "..."] | None,
+) -> ScaledArray:
+    """`grouped_matmul`, then what quantizes through a gate; each by the kernel that it takes on its own."""
+    # Late: both import this module.
+    from fp8x.ops import grouped_matmul
+    from fp8x.ops.dispatch import choose
+
+    def multiply(x, w, bias):
+        return grouped_matmul(x, w, group_sizes, bias=bias, out_dtype=out_dtype)
+
+    gate_up = multiply_parts(multiply, x, w, bias)
+    m, _, i = gate_up.shape
+    quantizer, _ = choose(QuantizeCall(m, i, gate_up.dtype, scheme, scale is not None, gate))
+    return quantizer.run(gate_up, scheme, scale, jnp.sum(group_sizes), gate)
+
+
+def multiply_parts(
+    multiply: Callable, x: Float[Array, "m k"] | ScaledArray, w: ScaledArray, bias: Float[Array, "e p n"] | None
+) -> Float[Array, "m p n"]:
+    """`multiply(x, w, bias)` by each of the P matrices of `w [E, P, N, K]`: by all at once if their scales admit it."""
+    if (merged := merge_rows(w)) is not None:
+        flat_bias = None if bias is None else bias.reshape(bias.shape[0], -1)
+        return multiply(x, merged, flat_bias).reshape(-1, *w.shape[1:-1])
+    parts = [multiply(x, _part(w, p), None if bias is None else bias[:, p]) for p in range(w.shape[1])]
+    return jnp.stack(parts, axis=1)
+
+
+def merge_rows(w: ScaledArray) -> ScaledArray | None:
+    """`[E, P, N, K]` as `[E, P * N, K]`, or None where a block would reach from one matrix into the next."""
+    e, p, n, k = w.shape
+    block = (1,) * (4 - len(w.scheme.block)) + w.scheme.block
+    rows = block[2] or n
+    if block[1] != 1 or rows == 0 or n % rows:
+        return None
+    scheme = dataclasses.replace(w.scheme, block=(block[0], rows, block[3]))
+    return ScaledArray(w.data.reshape(e, p * n, k), w.scale.reshape(w.scale.shape[0], -1, w.scale.shape[-1]), scheme)
+
+
+def _part(w: ScaledArray, p: int) -> ScaledArray:
+    scheme = dataclasses.replace(
+        w.scheme, block=w.scheme.block[-2:] if len(w.scheme.block) < 4 else (w.scheme.block[0], *w.scheme.block[2:])
+    )
+    return ScaledArray(w.data[:, p], w.scale[:, p], scheme)
