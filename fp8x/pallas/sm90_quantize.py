@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from fp8x import numerics
+from fp8x.errors import ShapeError
 from fp8x.pallas.quantize_tiles import Tile, choose_tile
 from fp8x.scheme import Scheme
 
@@ -54,10 +55,14 @@ def quantize_blocks(
 
     Returns:
         data, and scales `[m, b]`: float32, or bytes of e8m0 (uint8); or None where `scale` is given.
+
+    Raises:
+        ShapeError: no tile fits; see `choose_tile`.
     """
     m, parts, b, width = x.shape
     tile = tile or choose_tile(m, b, width, x.dtype.itemsize, parts)
-    assert isinstance(tile, Tile), tile
+    if not isinstance(tile, Tile):
+        raise ShapeError(f"x: the kernel {tile}; shape is {x.shape}")
     layout = _layout(tile)
     row_tiles, block_tiles = m // tile.rows, b // tile.blocks
     # The columns of a tile. Where chunks do not divide them, the last one begins before the end of those before:
@@ -183,19 +188,24 @@ def _amax(pieces: list[Float[Array, "r b _"]], chunk: int) -> Float[Array, "r b"
         magnitudes = lax.bitcast_convert_type(piece, integer) & np.array(np.iinfo(integer).max, integer)
         keys += [(magnitudes + carry)[:, :, at : at + chunk] for at in range(0, piece.shape[2], chunk)]
     key = jnp.max(functools.reduce(jnp.maximum, keys).astype(jnp.int32), axis=2)
-    bits = jnp.maximum(key - np.int32(carry), 0)
+    bits = jnp.maximum(key, np.int32(carry)) - np.int32(carry)  # of no finite number, zero
     if dtype == jnp.float16:
         return lax.bitcast_convert_type(bits.astype(jnp.int16), dtype).astype(jnp.float32)
     return lax.bitcast_convert_type(bits << (32 - 8 * dtype.itemsize), jnp.float32)
 
 
 def _reciprocal(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`numerics.reciprocal` of normal numbers up to 2^126, from an approximation that is two units off at most.
+    """`numerics.reciprocal` of normal numbers up to 2^126."""
+    return _corrected(np.float32(1.0) / x, x)
+
+
+def _corrected(approximation: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`1 / x`, rounded to nearest, from a float32 that is two units in the last place off at most.
 
     For the 24-bit mantissas of x and of its reciprocal, the product is a power of two over 2^32 but for a remainder of
-    a few mantissas: 32 bits tell it exactly. Half a mantissa of it is a unit of the reciprocal, rounded.
+    a few mantissas: 32 bits tell it exactly. Half a mantissa of it is half a unit of the reciprocal.
     """
-    bits = lax.bitcast_convert_type(np.float32(1.0) / x, jnp.int32)
+    bits = lax.bitcast_convert_type(approximation, jnp.int32)
     mantissa = _mantissa(lax.bitcast_convert_type(x, jnp.int32))
     for _ in range(2):
         remainder = -2 * mantissa * _mantissa(bits)
