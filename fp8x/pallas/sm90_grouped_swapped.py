@@ -154,9 +154,20 @@ def grouped_swapped(
 
         @pl.when(warpgroup == 2)
         def _memory():
-            plgpu.set_max_registers(32, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
+
+            def prefetch_scales(group, column, split):
+                """Into L2, for who loads them a step early would wait for memory at every eighth step."""
+                of_split = steps_of_split * scales_of_step
+                for i in range(0, of_split, 256):  # the longest box; and a row of one has whole 16 bytes
+                    width = min(of_split - i + -(of_split - i) % 16, 256)
+                    own = w_scale.at[group, pl.ds(column, tiling.rows), pl.ds(split * of_split + i, width)]
+                    plgpu.async_prefetch(own)
 
             def load_tile(group, start, skip, rows, column, split, steps, step):
+                if is_mx and w_scale.shape[2] % 16 == 0:
+                    pl.when(steps > 0)(lambda: prefetch_scales(group, column, split))
+
                 def load(i, step):
                     slot = lax.rem(step, stages)
 
