@@ -1,6 +1,5 @@
 """`GroupedLinear`: one matrix per expert, in 8 bits."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -13,6 +12,8 @@ from fp8x.array import ScaledArray
 from fp8x.errors import CalibrationError, ShapeError
 from fp8x.nn.quantized import QuantizedLayer, initial_weight, weight_scheme
 from fp8x.nn.unquantized import UnquantizedGroupedLinear, features, once
+from fp8x.ops.gate import gated
+from fp8x.ops.gated import multiply_parts
 from fp8x.ops.groups import check_group_sizes
 from fp8x.recipe import Recipe, as_recipe
 
@@ -88,35 +89,47 @@ class GroupedLinear(QuantizedLayer):
         return cls.from_arrays(weight, recipe, bias=bias)
 
     def __call__(
-        self, x: Float[Array, "t k"], group_sizes: Int[Array, " e"], rows: Int[Array, " m"] | None = None
+        self,
+        x: Float[Array, "t k"] | Float[Array, "t 2 k"],
+        group_sizes: Int[Array, " e"],
+        rows: Int[Array, " m"] | None = None,
+        gate: str | None = None,
     ) -> Float[Array, "m ..."]:
         """One product, of the recipe's output type; rows sorted by expert, rows past `sum(group_sizes)` come out zero.
 
-        `rows` are the rows of `x` in that order; None where `x` is in it. Where K is split over `k_axes`, float32 of
+        `rows` are the rows of `x` in that order; None where `x` is in it. `gate` names the activation that makes
+        `[T, 2, K]` what is multiplied (`fp8x.ops.grouped_matmul`). Where K is split over `k_axes`, float32 of
         which the sum over these axes is the product: `MoE` weighs and adds up its experts' rows before it sums.
 
         Raises:
             ShapeError: `x` is not `[T, K]`, or group sizes that do not fit.
             CalibrationError: a static activation scale is not calibrated; inside jit the result is NaN instead.
         """
-        self._check_input(x)
+        x, gate = self._check_input(x, gate)
         if rows is not None and not self._quantizes_in_any_order:
             x, rows = x[rows], None
         group_sizes = check_group_sizes(group_sizes, self.weight.shape[0], (x if rows is None else rows).shape[0])
         options = self._activation(x, group_sizes if rows is None else None)
-        return self._multiply(functools.partial(ops.grouped_matmul, group_sizes=group_sizes, rows=rows), x, options)
+        op = functools.partial(ops.grouped_matmul, group_sizes=group_sizes, rows=rows, gate=gate)
+        return self._multiply(op, x, options)
 
-    def by_expert(self, x: Float[Array, "r k"], experts: Int[Array, " r"]) -> Float[Array, "r ..."]:
+    def by_expert(
+        self,
+        x: Float[Array, "r k"] | Float[Array, "r 2 k"],
+        experts: Int[Array, " r"],
+        gate: str | None = None,
+    ) -> Float[Array, "r ..."]:
         """`__call__` of a few rows in any order, each by the matrix of its expert; zero where that is not here.
 
         Raises:
             ShapeError: `x` is not `[R, K]`, or not an expert for each row.
             CalibrationError: as `__call__`; or the layer is in calibration, which takes rows by group.
         """
-        self._check_input(x)
+        x, gate = self._check_input(x, gate)
         if self.is_calibrating:
             raise CalibrationError("layer: it is in calibration, which takes sorted rows; call it with group sizes")
-        return self._multiply(functools.partial(ops.expert_matmul, experts=experts), x, self._activation(x))
+        op = functools.partial(ops.expert_matmul, experts=experts, gate=gate)
+        return self._multiply(op, x, self._activation(x))
 
     @property
     def _quantizes_in_any_order(self) -> bool:
@@ -125,10 +138,16 @@ class GroupedLinear(QuantizedLayer):
             return False
         return self.recipe.activation is None or self.recipe.is_static or self.recipe.activation.block[0] == 1
 
-    def _check_input(self, x: Float[Array, "m k"]) -> None:
+    def _check_input(self, x: Float[Array, "m ..."], gate: str | None) -> tuple[Float[Array, "m ..."], str | None]:
+        """`x` and the gate that is still to be applied: none where magnitudes behind it are looked at before."""
         k = self.weight.shape[-1]
-        if x.ndim != 2 or x.shape[1] != k:
-            raise ShapeError(f"x: shape is {x.shape}, but the layer takes [M, {k}], rows sorted by expert")
+        rows = (k,) if gate is None else (2, k)
+        if x.shape[1:] != rows:
+            takes = ", ".join(map(str, rows))
+            raise ShapeError(f"x: shape is {x.shape}, but the layer takes [M, {takes}], rows sorted by expert")
+        if gate is not None and (self.is_calibrating or self.amax_axes):
+            return gated(x, gate), None
+        return x, gate
 
     def _multiply(self, op: Callable, x: Float[Array, "t k"], options: dict) -> Float[Array, "m ..."]:
         """`op` by each of the P matrices: by all at once, where their scales admit it."""
@@ -138,29 +157,8 @@ class GroupedLinear(QuantizedLayer):
             bias, options["out_dtype"] = once(bias, self.k_axes), jnp.float32
         if weight.ndim == 3:
             return op(x, weight, bias=bias, **options)
-        if (merged := merge_rows(weight)) is not None:
-            flat_bias = None if bias is None else bias.reshape(bias.shape[0], -1)
-            return op(x, merged, bias=flat_bias, **options).reshape(-1, *weight.shape[1:-1])
-        parts = [
-            op(x, _part(weight, p), bias=None if bias is None else bias[:, p], **options)
-            for p in range(weight.shape[1])
-        ]
-        return jnp.stack(parts, axis=1)
 
+        def multiply(x, weight, bias):
+            return op(x, weight, bias=bias, **options)
 
-def merge_rows(w: ScaledArray) -> ScaledArray | None:
-    """`[E, P, N, K]` as `[E, P * N, K]`, or None where a block would reach from one matrix into the next."""
-    e, p, n, k = w.shape
-    block = (1,) * (4 - len(w.scheme.block)) + w.scheme.block
-    rows = block[2] or n
-    if block[1] != 1 or rows == 0 or n % rows:
-        return None
-    scheme = dataclasses.replace(w.scheme, block=(block[0], rows, block[3]))
-    return ScaledArray(w.data.reshape(e, p * n, k), w.scale.reshape(w.scale.shape[0], -1, w.scale.shape[-1]), scheme)
-
-
-def _part(w: ScaledArray, p: int) -> ScaledArray:
-    scheme = dataclasses.replace(
-        w.scheme, block=w.scheme.block[-2:] if len(w.scheme.block) < 4 else (w.scheme.block[0], *w.scheme.block[2:])
-    )
-    return ScaledArray(w.data[:, p], w.scale[:, p], scheme)
+        return multiply_parts(multiply, x, weight, bias)

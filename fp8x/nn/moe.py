@@ -12,7 +12,7 @@ from fp8x.nn.convert import quantize_model
 from fp8x.nn.grouped import GroupedLinear
 from fp8x.nn.routing import Scores, check_scores, choose_experts, sort_by_expert
 from fp8x.nn.unquantized import GatedMLP, UnquantizedGroupedLinear
-from fp8x.ops.gate import gate_activation, gated
+from fp8x.ops.gate import gate_activation
 from fp8x.recipe import Recipe, as_recipe
 
 
@@ -138,7 +138,7 @@ class MoE(nnx.Module):
         source, row, group_sizes = sort_by_expert(self._here(experts), here)
         rows = tokens.shape[0] * min(self.top_k, here)  # a token visits an expert once
         gate_up = self.w13(tokens, group_sizes, source[:rows] // self.top_k)
-        y = self.w2(gated(gate_up, self.activation), group_sizes)
+        y = self.w2(gate_up, group_sizes, gate=self.activation)
         # Back to token order: the inverse permutation gathers, where a scatter-add would sum in no fixed order.
         return y[row] if rows == row.size else jnp.take(y, row, axis=0, mode="fill", fill_value=0)
 
@@ -146,7 +146,7 @@ class MoE(nnx.Module):
         """`_visit` of one token: its experts are distinct, so there is nothing to sort or to share."""
         expert = self._here(experts)
         gate_up = self.w13.by_expert(jnp.broadcast_to(tokens, (expert.size, tokens.shape[1])), expert)
-        return self.w2.by_expert(gated(gate_up, self.activation), expert)
+        return self.w2.by_expert(gate_up, expert, self.activation)
 
     def _is_small(self, tokens: Float[Array, "t h"]) -> bool:
         layers = (self.w13, self.w2)

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fp8x.errors import ShapeError
-from fp8x.ops.gate import gate_activation
+from fp8x.ops.gate import gate_activation, gated
 from fp8x.ops.groups import check_group_sizes, row_groups
 from fp8x.ops.xla import ragged_dot
 
@@ -57,11 +57,19 @@ class UnquantizedGroupedLinear(nnx.Module):
         self.dtype = dtype
 
     def __call__(
-        self, x: Float[Array, "t k"], group_sizes: Int[Array, " e"], rows: Int[Array, " m"] | None = None
+        self,
+        x: Float[Array, "t k"] | Float[Array, "t 2 k"],
+        group_sizes: Int[Array, " e"],
+        rows: Int[Array, " m"] | None = None,
+        gate: str | None = None,
     ) -> Float[Array, "m ..."]:
-        """Rows sorted by expert, or `rows` of `x` in that order; rows past `sum(group_sizes)` come out zero."""
+        """Rows sorted by expert, or `rows` of `x` in that order; rows past `sum(group_sizes)` come out zero.
+
+        `gate` names the activation that makes `[T, 2, K]` what is multiplied.
+        """
         weight = self.weight[...]
         dtype = self.dtype or weight.dtype
+        x = x if gate is None else gated(x, gate)
         if x.ndim != 2 or x.shape[1] != weight.shape[-1]:
             raise ShapeError(f"x: shape is {x.shape}, but the layer takes [M, {weight.shape[-1]}]")
         x = x if rows is None else x[rows]

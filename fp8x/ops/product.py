@@ -10,25 +10,27 @@ from fp8x import numerics
 from fp8x.array import ScaledArray
 from fp8x.ops import xla
 from fp8x.ops.dispatch import Kernel
+from fp8x.ops.gate import gated
 from fp8x.ops.groups import row_groups
 from fp8x.ops.reference import as_float32
 from fp8x.scheme import Scheme
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
 def _product(
     kernel: Kernel,
     quantizer: Kernel | None,
     activation: Scheme | None,
+    gate: str | None,
     out_dtype,
-    x: Float[Array, "t k"] | ScaledArray,
+    x: Float[Array, "t k"] | Float[Array, "t 2 k"] | ScaledArray,
     rows: Int[Array, " m"] | None,
     scale: Float[Array, "..."] | None,
     w: ScaledArray,
     groups: Int[Array, "..."] | None,
     bias: Float[Array, "..."] | None,
 ) -> Float[Array, "m n"]:
-    """Quantizes `x` in `activation` by `quantizer`, if there are, takes `rows` of it, and runs `kernel`.
+    """Sends `x` through `gate`, quantizes it in `activation` by `quantizer`, takes `rows` of it, and runs `kernel`.
 
     `groups` is what its op takes: nothing, group sizes `[E]`, or the expert of each row, E for none.
 
@@ -41,8 +43,10 @@ def _product(
                 used = jnp.sum(groups)
             elif (1, *activation.block)[-2] != 1:
                 # A row of no expert has no part in the scale of others. By itself it may be anything.
-                x = jnp.where((groups < w.shape[0])[:, None], x, 0)
-        x = quantizer.run(x, activation, scale, used)
+                x = jnp.where((groups < w.shape[0]).reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
+        x = quantizer.run(x, activation, scale, used, gate)
+    elif gate is not None:
+        x = gated(x, gate)
     x = x if rows is None else take_rows(x, rows)
     return kernel.run(x, w, *(() if groups is None else (groups,)), bias, out_dtype)
 
@@ -56,15 +60,18 @@ def take_rows(x: Float[Array, "t k"] | ScaledArray, rows: Int[Array, " m"]) -> F
     return ScaledArray(take(x.data), x.scale if is_shared else take(x.scale), x.scheme)
 
 
-def _forward(kernel, quantizer, activation, out_dtype, x, rows, scale, w, groups, bias):
-    y = _product(kernel, quantizer, activation, out_dtype, x, rows, scale, w, groups, bias)
+def _forward(kernel, quantizer, activation, gate, out_dtype, x, rows, scale, w, groups, bias):
+    y = _product(kernel, quantizer, activation, gate, out_dtype, x, rows, scale, w, groups, bias)
+    through_gate = None
+    if gate is not None:
+        x, through_gate = jax.vjp(lambda x: gated(x, gate), x)
     clipped = None if scale is None else numerics.is_clipped(x, scale, activation)
     like = None if isinstance(x, ScaledArray) else jnp.zeros((x.shape[0], 0), x.dtype)
-    return y, (clipped, like, rows, w, groups, bias)
+    return y, (clipped, through_gate, like, rows, w, groups, bias)
 
 
-def _backward(kernel, quantizer, activation, out_dtype, residuals, dy):
-    clipped, like, rows, w, groups, bias = residuals
+def _backward(kernel, quantizer, activation, gate, out_dtype, residuals, dy):
+    clipped, through_gate, like, rows, w, groups, bias = residuals
     dy = dy.astype(jnp.float32)
     if kernel.op == "matmul":
         dx = jnp.matmul(dy, as_float32(w), precision="highest")
@@ -79,6 +86,7 @@ def _backward(kernel, quantizer, activation, out_dtype, residuals, dy):
     if clipped is not None:
         dx = jnp.where(clipped, 0, dx)
     dx = None if like is None else dx.astype(like.dtype)
+    dx = dx if through_gate is None else through_gate(dx)[0]
     dbias = None if bias is None else dbias.astype(bias.dtype)
     return dx, None, None, None, None, dbias
 
@@ -86,4 +94,4 @@ def _backward(kernel, quantizer, activation, out_dtype, residuals, dy):
 _product.defvjp(_forward, _backward)
 
 # Compiled also where the caller is not: the loop over tiles would otherwise compile anew with every call.
-product = jax.jit(_product, static_argnums=(0, 1, 2, 3))
+product = jax.jit(_product, static_argnums=(0, 1, 2, 3, 4))

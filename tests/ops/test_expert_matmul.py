@@ -11,6 +11,7 @@ import fp8x
 from fp8x import ops
 from fp8x.errors import ShapeError
 from fp8x.ops import reference
+from fp8x.ops.gate import gated
 from fp8x.scheme import Scheme, mx, per_row, per_tensor
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -101,6 +102,15 @@ def test_static_scale_ignores_rows_of_no_expert():
     expected = ops.expert_matmul(x, w, experts, activation=scheme, bias=bias)
     y = ops.expert_matmul(x, w, experts, activation=scheme, activation_scale=scale, bias=bias)
     np.testing.assert_array_equal(y, expected)
+
+
+def test_an_input_through_a_gate():
+    x, w, experts, bias = operands_of(SMALL, EXPERTS, per_tensor())
+    x = jnp.stack([x, -2 * x], axis=1)
+    for activation in (per_tensor(), None):
+        options = dict(activation=activation, bias=bias)
+        y = ops.expert_matmul(x, w, experts, gate="gelu", **options)
+        np.testing.assert_array_equal(y, ops.expert_matmul(gated(x, "gelu"), w, experts, **options))
 
 
 def test_compiles_once_and_holds_one_dequantized_matrix():

@@ -12,6 +12,7 @@ import fp8x
 from fp8x import ops
 from fp8x.errors import ShapeError
 from fp8x.ops import reference
+from fp8x.ops.gate import gated
 from fp8x.ops.groups import row_mask
 from fp8x.scheme import Scheme, mx, per_row, per_tensor
 
@@ -113,6 +114,27 @@ def test_rows_of_an_input_in_another_order(weight, activation):
     np.testing.assert_array_equal(quantized, expected)
 
 
+@pytest.mark.parametrize(("weight", "activation"), [PAIRS[0], PAIRS[1], PAIRS[3]], ids=str)
+def test_an_input_through_a_gate(weight, activation):
+    """As if gate and up had met before; the gradient is that of both steps."""
+    shape, sizes = GROUPED[6], GROUPED[6].group_sizes
+    given = operands(shape, weight, dtype=jnp.float32)
+    x = jnp.stack([given.x, jnp.roll(given.x, 1, axis=1)], axis=1)
+    scale = None
+    if activation is not None and activation.block[0] is None:
+        scale = quantize(jnp.nan_to_num(gated(x, "silu")), activation).scale
+
+    def run(x, gate):
+        options = dict(activation=activation, activation_scale=scale, bias=given.bias)
+        return ops.grouped_matmul(x, given.w, given.group_sizes, gate=gate, **options)
+
+    y, gradient = jax.vjp(lambda x: run(x, "silu"), x)
+    expected, expected_gradient = jax.vjp(lambda x: run(gated(x, "silu"), None), x)
+    np.testing.assert_array_equal(y, expected)
+    rows = slice(0, sum(sizes))  # what lies past the groups is NaN here
+    assert_close(gradient(y)[0][rows], float64(expected_gradient(y)[0][rows]))
+
+
 def test_traced_sizes_compile_once(compilations):
     given = operands(MIXED, per_row())
     call = jax.jit(lambda x, w, sizes: ops.grouped_matmul(x, w, sizes, activation=per_row()))
@@ -194,6 +216,9 @@ X, W, SIZES = jnp.zeros((4, 64)), fp8x.quantize(jnp.zeros((3, 8, 64)), per_row()
         (dict(w=fp8x.quantize(jnp.zeros((8, 64)), per_row())), r"w: shape is \(8, 64\); use \[E, N, K\]"),
         (dict(x=X[None]), r"x: shape is \(1, 4, 64\), but w \(3, 8, 64\) takes rows \[M, 64\]"),
         (dict(x=X[:, 1:]), r"x: shape is \(4, 63\)"),
+        (dict(gate="silu"), r"x: shape is \(4, 64\), but w \(3, 8, 64\) takes rows \[M, 2, 64\]"),
+        (dict(gate="swish"), "activation: 'swish' is unknown; use one of 'silu'"),
+        (dict(gate="silu", x=fp8x.quantize(X, per_row())), "gate: x is quantized already"),
         (dict(group_sizes=SIZES[:2]), r"group_sizes: shape is \(2,\), but the weights hold 3 experts"),
         (dict(group_sizes=SIZES.astype(jnp.float32)), "group_sizes: dtype is float32"),
         (dict(group_sizes=SIZES + 1), "group_sizes: they sum to 6, but x has 4 rows"),
