@@ -65,12 +65,13 @@ def unsupported(call: QuantizeCall) -> str | None:
         return f"takes float32 scales that hold for all rows; those of {call.scheme} don't"
     if not call.has_scale and rows != 1:
         return f"finds the amax of one row or a part of it; {call.scheme} has blocks of several"
-    *_, width = view = _view(call)
+    shape = view(call)
+    width = shape[-1]
     if call.k % width:
         return f"reads whole blocks: {width} has to divide K, which is {call.k}"
     if call.m == 0:
         return None
-    tile = choose_tile(*view, call.x.itemsize, _parts(call))
+    tile = choose_tile(*shape, call.x.itemsize, _parts(call))
     return None if isinstance(tile, Tile) else tile
 
 
@@ -89,7 +90,7 @@ def by_kernel(
     if m == 0:
         return by_xla(x, scheme, scale, None, gate)
     call = QuantizeCall(m, k, x.dtype, scheme, scale is not None, gate)
-    rows, blocks, width = _view(call)
+    rows, blocks, width = view(call)
     data, found = quantize_blocks(
         x.reshape(rows, _parts(call), blocks, width),
         scheme,
@@ -112,7 +113,7 @@ def _parts(call: QuantizeCall) -> int:
     return 1 if call.gate is None else 2
 
 
-def _view(call: QuantizeCall) -> tuple[int, int, int]:
+def view(call: QuantizeCall) -> tuple[int, int, int]:
     """The input as rows of blocks of a width. Where nothing tells rows from blocks, all blocks are rows."""
     width = _block(call.scheme)[1] or call.k
     blocks = call.k // width
