@@ -14,8 +14,8 @@ from shapes import GROUPED, Shape, operands, quantize, quantize_with_scale
 
 import fp8x
 from fp8x.errors import CalibrationError, RecipeError, ShapeError
-from fp8x.nn.grouped import merge_rows
 from fp8x.nn.unquantized import UnquantizedGroupedLinear
+from fp8x.ops.gated import merge_rows
 from fp8x.ops.groups import row_mask
 from fp8x.scheme import Scheme, per_tensor
 
