@@ -48,12 +48,12 @@ def run(command: list, log: Path, deadline: float, news: Callable[[], Any], **en
                 child.wait()
 
 
-def run_again(command: list, results: Path, log: Path, deadline: float) -> str:
+def run_again(command: list, results: Path, log: Path, deadline: float, **environment: str) -> str:
     """Runs a benchmark that takes --seconds, and again when it was killed or died: it goes on where it was."""
     while True:
         left = max(0, int(deadline - time.monotonic()) - 5)
         before = _news(results)
-        ended = run([*command, "--seconds", left], log, deadline, lambda: _news(results))
+        ended = run([*command, "--seconds", left], log, deadline, lambda: _news(results), **environment)
         if ended in ("exit 0", "out of time") or _news(results) == before:
             return ended
 
