@@ -73,7 +73,7 @@ class Plain:
             plgpu.wait_smem_to_gmem(0 if len(panels) == 1 else 1, wait_read_only=True)
             panel = buffer.at[rows.warpgroup, turn % 2]
             panel[...] = y.astype(self.dtype)
-            _send(panel, out, rows, columns[half] + first)
+            send(panel, out, rows.begin, rows.end, rows.first, columns[half] + first)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Gated:
         panel = buffer.at[rows.warpgroup, 0]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         panel[...] = jnp.clip(h * inverse, -limit, limit).astype(self.scheme.dtype)
-        _send(panel, data, rows, columns[0])
+        send(panel, data, rows.begin, rows.end, rows.first, columns[0])
 
 
 def _rounded(y: Float[Array, "m n"], dtype) -> Float[Array, "m n"]:
@@ -140,20 +140,20 @@ def _buffer(panels: int, columns: int, dtype) -> plgpu.SMEM:
     return plgpu.SMEM((2, panels, WAVE, columns), dtype, transforms=(plgpu.SwizzleTransform(PANEL_BYTES),))
 
 
-def _send(panel, out, rows: Rows, column) -> None:
-    """The group's rows of a panel from shared to global memory, by TMA."""
+def send(panel, out, begin, end, row, column) -> None:
+    """The rows [begin, end) of a panel in shared memory to `out`, where its first element belongs at `row, column`."""
     plgpu.commit_smem()
     # TMA boxes have static shapes: any number of rows is a sum of some of these.
-    at = rows.begin
+    at, (rows, columns) = begin, panel.shape
     for length in (64, 32, 16, 8, 4, 2, 1):
-        take = (rows.end - rows.begin) & length
+        if length > rows:
+            continue
+        take = (end - begin) & length
 
         @pl.when(take != 0)
         def _(at=at, length=length):
             plgpu.copy_smem_to_gmem(
-                panel.at[pl.ds(at, length)],
-                out.at[pl.ds(rows.first + at, length), pl.ds(column, panel.shape[1])],
-                commit_group=False,
+                panel.at[pl.ds(at, length)], out.at[pl.ds(row + at, length), pl.ds(column, columns)], commit_group=False
             )
 
         at = at + take

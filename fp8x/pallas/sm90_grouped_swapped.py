@@ -30,18 +30,15 @@ from jaxtyping import Array, Float, Int
 
 from fp8x.pallas import tuning
 from fp8x.pallas.dequantize import interpreted, load_as_16_bits, power_of_two, scale_columns, wgmma_registers
+from fp8x.pallas.epilogue import COLUMN_OF_WGMMA, ROW_OF_WGMMA, WAVE, load, send
 from fp8x.pallas.schedule import tile_table
 from fp8x.pallas.swapped_tiling import BLOCK_K, SMS, Tiling, estimates
 
 SHARED_MEMORY = 227 * 1024  # what a block may have
 MX_BLOCK = 32  # elements of K that share an e8m0 byte
-WAVE = 64  # rows of a wgmma
 ROW_ALIGN = 8  # rows of a swizzle atom: a TMA box into one starts at a multiple
 PANEL = 64  # tokens that leave at a time, at most
 RASTER = 16  # token tiles side by side in the order of tiles
-
-ROW_OF_WGMMA = plgpu.Layout.WGMMA.reduce(1)  # the registers for a value a row of an accumulator
-COLUMN_OF_WGMMA = plgpu.Layout.WGMMA.reduce(0)
 
 
 def grouped_swapped(
@@ -168,7 +165,7 @@ def grouped_swapped(
                 if is_mx and w_scale.shape[2] % 16 == 0:
                     pl.when(steps > 0)(lambda: prefetch_scales(group, column, split))
 
-                def load(i, step):
+                def fill(i, step):
                     slot = lax.rem(step, stages)
 
                     @pl.when(step >= stages)
@@ -181,7 +178,7 @@ def grouped_swapped(
                     plgpu.copy_gmem_to_smem(x.at[pl.ds(start, tokens), at_k], x_smem.at[slot], full.at[slot])
                     return step + 1
 
-                return lax.fori_loop(0, steps, load, step)
+                return lax.fori_loop(0, steps, fill, step)
 
             step = for_each_tile(load_tile)
 
@@ -216,10 +213,25 @@ def grouped_swapped(
                     if scaled_by_row:
                         own = w_scale.at[last_group, pl.ds(rows_of(wave), WAVE)]
                         at_k = range(scales_of_step)
-                        scales = tuple(_load(own.at[:, i * scales_of_step + j], ROW_OF_WGMMA) for j in at_k)
+                        scales = tuple(load(own.at[:, i * scales_of_step + j], ROW_OF_WGMMA) for j in at_k)
                     else:
                         scales = (w_scale[last_group, lax.div(rows_of(wave), 128), i],)
-                    return scales if is_16_bit else (*scales, _load(x_scale.at[i, at_tokens], COLUMN_OF_WGMMA))
+                    return scales if is_16_bit else (*scales, load(x_scale.at[i, at_tokens], COLUMN_OF_WGMMA))
+
+                def scaled(part, scales, j):
+                    """`part` times what `load_scales` found for its share `j` of a step."""
+                    if not scaled_along_k:
+                        return part
+                    of_w, *of_x = scales[j : j + 1 if is_16_bit else None]
+                    if is_mx:
+                        of_w = power_of_two(of_w, jnp.float32)
+                    if scaled_by_row:
+                        part = part * lax.broadcast_in_dim(of_w, part.shape, [0])
+                    elif is_16_bit:
+                        part = part * of_w
+                    else:  # numbers first: a multiplication less of each element
+                        of_x = [of_x[0] * of_w]
+                    return part * lax.broadcast_in_dim(of_x[0], part.shape, [1]) if of_x else part
 
                 def first_scales():
                     return tuple(load_scales(0, wave) for wave in range(waves))
@@ -234,7 +246,7 @@ def grouped_swapped(
                             for wave, (total, own_scales) in enumerate(zip(totals, scales)):
                                 a = load_as_16_bits(w_smem.at[slot, pl.ds(own_rows[wave], WAVE)], x.dtype)
                                 if is_mx:
-                                    a = scale_columns(a, [power_of_two(byte, x.dtype) for byte in own_scales])
+                                    a = scale_columns(a, [power_of_two(scale, x.dtype) for scale in own_scales])
                                 next_scales.append(load_scales(i + 1, wave))  # a step early, for they take time
                                 if wave == 0:
                                     plgpu.wgmma_wait(0)  # the tensor cores worked on the step before until here
@@ -272,17 +284,7 @@ def grouped_swapped(
                                     return part[...]  # waits for the tensor cores
 
                                 part = pl.run_scoped(mma, plgpu.ACC((WAVE, tokens), jnp.float32))
-                                if scaled_along_k:
-                                    of_w = power_of_two(own_scales[j], jnp.float32) if is_mx else own_scales[0]
-                                    of_x = None if is_16_bit else own_scales[1]
-                                    if not scaled_by_row and of_x is not None:
-                                        of_w, of_x = None, of_w * of_x  # a number: fewer multiplications
-                                    if of_w is not None:
-                                        dims = [0] if scaled_by_row else []
-                                        part = part * lax.broadcast_in_dim(of_w, part.shape, dims)
-                                    if of_x is not None:
-                                        part = part * lax.broadcast_in_dim(of_x, part.shape, [1])
-                                total = total + part
+                                total = total + scaled(part, own_scales, j)
                             promoted.append(total)
                         release(step)
                         return step + 1, tuple(promoted), tuple(next_scales)
@@ -302,16 +304,16 @@ def grouped_swapped(
 
                         def finish(y, i=i, rows_of_w=rows_of_w):
                             if not scaled_along_k:
-                                row_factor = _load(w_scale.at[last_group, rows_of_w], ROW_OF_WGMMA)
+                                row_factor = load(w_scale.at[last_group, rows_of_w], ROW_OF_WGMMA)
                                 y = y * lax.broadcast_in_dim(row_factor, y.shape, [0])
                                 if not is_16_bit:
                                     at = pl.ds(start + i * panel, panel)
-                                    y = y * lax.broadcast_in_dim(_load(x_scale.at[at], COLUMN_OF_WGMMA), y.shape, [1])
+                                    y = y * lax.broadcast_in_dim(load(x_scale.at[at], COLUMN_OF_WGMMA), y.shape, [1])
                             if bias is None:
                                 return y
 
                             def add_bias():
-                                b = _load(bias.at[last_group, rows_of_w], ROW_OF_WGMMA)
+                                b = load(bias.at[last_group, rows_of_w], ROW_OF_WGMMA)
                                 return y + lax.broadcast_in_dim(b, y.shape, [0])
 
                             return add_bias() if splits == 1 else lax.cond(split == 0, add_bias, lambda: y)
@@ -319,10 +321,11 @@ def grouped_swapped(
                         def store(wave=wave, i=i, total=total, begin=begin, end=end, finish=finish):
                             y = total[:, i * panel : (i + 1) * panel]
                             y = finish(y) if table is None else lax.cond(group < e, finish, lambda y: y, y)
-                            at = out.at[split, pl.ds(start + i * panel, panel), pl.ds(column + own_rows[wave], WAVE)]
-                            _store_transposed(
-                                y, out_smem.at[warpgroup], at, begin, end, (wave * panels + i) % buffers, buffers
-                            )
+                            buffer = out_smem.at[warpgroup, (wave * panels + i) % buffers]
+                            plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
+                            y = plgpu.layout_cast(y.astype(out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+                            buffer.T[...] = y
+                            send(buffer, out.at[split], begin, end, start + i * panel, column + own_rows[wave])
 
                         # Nothing to store: wait for the stores before, so that the buffers stay in turn.
                         lax.cond(end > begin, store, lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True))
@@ -357,33 +360,6 @@ def grouped_swapped(
     )
     y = run(table, used, x, w, x_scale, w_scale, bias)[:, :, :n]
     return y[0] if splits == 1 else jnp.sum(y, axis=0).astype(out_dtype)
-
-
-def _store_transposed(y, buffers_smem, out, begin, end, buffer, buffers):
-    """The columns [begin, end) of `y [64, tokens]` as rows of `out [tokens, 64]`: registers, shared memory, TMA."""
-    plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
-    y = plgpu.layout_cast(y.astype(out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-    buffers_smem.at[buffer].T[...] = y
-    plgpu.commit_smem()
-    # TMA boxes have static shapes: any number of rows is a sum of some of these.
-    at = begin
-    for length in (64, 32, 16, 8, 4, 2, 1):
-        if length > y.shape[1]:
-            continue
-        take = (end - begin) & length
-
-        @pl.when(take != 0)
-        def _(at=at, length=length):
-            rows = pl.ds(at, length)
-            plgpu.copy_smem_to_gmem(buffers_smem.at[buffer, rows], out.at[rows], commit_group=False)
-
-        at = at + take
-    plgpu.commit_smem_to_gmem_group()
-
-
-def _load(ref, layout) -> Array:
-    """Registers in the layout of an accumulator's rows or columns: each thread reads its own, a few lanes the same."""
-    return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def _pad(x: Array, after: tuple[int, ...]) -> Array:
