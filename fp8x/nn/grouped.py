@@ -12,10 +12,12 @@ from fp8x.array import ScaledArray
 from fp8x.errors import CalibrationError, ShapeError
 from fp8x.nn.quantized import QuantizedLayer, initial_weight, weight_scheme
 from fp8x.nn.unquantized import UnquantizedGroupedLinear, features, once
+from fp8x.ops.experts import Factor, gated_experts
 from fp8x.ops.gate import gated
 from fp8x.ops.gated import multiply_parts
 from fp8x.ops.groups import check_group_sizes
 from fp8x.recipe import Recipe, as_recipe
+from fp8x.scheme import FLOAT32
 
 
 class GroupedLinear(QuantizedLayer):
@@ -131,6 +133,32 @@ class GroupedLinear(QuantizedLayer):
         op = functools.partial(ops.expert_matmul, experts=experts, gate=gate)
         return self._multiply(op, x, self._activation(x))
 
+    def with_gate(
+        self,
+        w2: "GroupedLinear",
+        x: Float[Array, "t k"],
+        group_sizes: Int[Array, " e"],
+        rows: Int[Array, " m"] | None,
+        gate: str,
+    ) -> Float[Array, "m n"]:
+        """`w2(self(x, group_sizes, rows), group_sizes, gate=gate)`, with w2's input in 8 bits as it leaves this layer,
+        unless w2 has to see it before."""
+        x, _ = self._check_input(x, None)
+        if w2.recipe.activation is None or w2.is_calibrating or w2.amax_axes or self.is_calibrating:
+            return w2(self(x, group_sizes, rows), group_sizes, gate=gate)
+        if rows is not None and not self._quantizes_in_any_order:
+            x, rows = x[rows], None
+        own, of_w2 = self._activation(x, group_sizes if rows is None else None), w2._activation(x)
+        (w13, bias13), (w2, bias2) = self._factor(own), w2._factor(of_w2)
+        return gated_experts(x, w13, w2, group_sizes, gate=gate, rows=rows, biases=(bias13, bias2))
+
+    def _factor(self, activation: dict) -> tuple[Factor, Float[Array, "e ..."] | None]:
+        """Weight and bias, as ops take them."""
+        bias = None if self.bias is None else self.bias[...]
+        if self.k_axes:
+            return Factor(self.quantized_weight, **activation, out_dtype=FLOAT32), once(bias, self.k_axes)
+        return Factor(self.quantized_weight, **activation, out_dtype=self.recipe.out_dtype), bias
+
     @property
     def _quantizes_in_any_order(self) -> bool:
         """Whether a row's codes depend on no other row, nor on how many there are."""
@@ -149,16 +177,11 @@ class GroupedLinear(QuantizedLayer):
             return gated(x, gate), None
         return x, gate
 
-    def _multiply(self, op: Callable, x: Float[Array, "t k"], options: dict) -> Float[Array, "m ..."]:
+    def _multiply(self, op: Callable, x: Float[Array, "t k"], activation: dict) -> Float[Array, "m ..."]:
         """`op` by each of the P matrices: by all at once, where their scales admit it."""
-        weight, bias = self.quantized_weight, None if self.bias is None else self.bias[...]
-        options = options | {"out_dtype": self.recipe.out_dtype}
-        if self.k_axes:
-            bias, options["out_dtype"] = once(bias, self.k_axes), jnp.float32
-        if weight.ndim == 3:
-            return op(x, weight, bias=bias, **options)
+        factor, bias = self._factor(activation)
 
         def multiply(x, weight, bias):
-            return op(x, weight, bias=bias, **options)
+            return op(x, weight, bias=bias, out_dtype=factor.out_dtype, **activation)
 
-        return multiply_parts(multiply, x, weight, bias)
+        return (multiply if factor.w.ndim == 3 else functools.partial(multiply_parts, multiply))(x, factor.w, bias)

@@ -137,8 +137,11 @@ class MoE(nnx.Module):
         here = self.w2.weight.shape[0]
         source, row, group_sizes = sort_by_expert(self._here(experts), here)
         rows = tokens.shape[0] * min(self.top_k, here)  # a token visits an expert once
-        gate_up = self.w13(tokens, group_sizes, source[:rows] // self.top_k)
-        y = self.w2(gate_up, group_sizes, gate=self.activation)
+        visitors = source[:rows] // self.top_k
+        if isinstance(self.w13, GroupedLinear) and isinstance(self.w2, GroupedLinear):
+            y = self.w13.with_gate(self.w2, tokens, group_sizes, visitors, self.activation)
+        else:
+            y = self.w2(self.w13(tokens, group_sizes, visitors), group_sizes, gate=self.activation)
         # Back to token order: the inverse permutation gathers, where a scatter-add would sum in no fixed order.
         return y[row] if rows == row.size else jnp.take(y, row, axis=0, mode="fill", fill_value=0)
 

@@ -133,7 +133,7 @@ class QuantizedLayer(nnx.Module):
             values = concrete(scale)
             if values is not None and np.isnan(values).any():
                 raise CalibrationError(
-                    f"input_scale: the layer [{x.shape[-1]} -> {self.weight.shape[-2]}] is not calibrated; "
+                    f"input_scale: the layer [{self.weight.shape[-1]} -> {self.weight.shape[-2]}] is not calibrated; "
                     "run fp8x.calibrate(model, batches), or use a recipe with dynamic activation scales"
                 )
         elif self.amax_axes:

@@ -146,6 +146,17 @@ def test_rows_in_another_order():
         np.testing.assert_array_equal(layer(x, sizes, rows), layer(x[rows], sizes))
 
 
+@pytest.mark.parametrize("code", ["mxfp8_mxfp8_bf16", "fp8_e4m3fn_bf16_block_scale_static_activation"])
+def test_with_a_gate_before_another(code):
+    """The two layers' bits, with 8 bits between them."""
+    shape, rows = Shape((2, 0, 3), 96, 160), jnp.asarray([1, 1, 0, 2, 1])
+    w13, w2 = layer_of(shape, code, parts=2), layer_of(Shape(shape.group_sizes, 72, 96), code)
+    x, sizes = inputs(shape)
+    y = w13.with_gate(w2, x, sizes, rows, "silu")
+    assert y.shape == (5, 72)
+    np.testing.assert_array_equal(y, w2(w13(x, sizes, rows), sizes, gate="silu"))
+
+
 def test_vmap():
     shape = Shape((2, 0, 3), 32, 64)
     layer = layer_of(shape, "e4m3_e4m3_bf16_dynamic", parts=2)
