@@ -10,7 +10,8 @@ into the same directory goes on.
 
     summary.json    what came of each step
     tests.json      what came of each test
-    grouped.json, moe.json, decode.json    times; the scripts in benchmarks make tables of them: --table out/moe.json
+    quantize.json, grouped.json, moe.json, decode.json
+                    times; the scripts in benchmarks make tables of them: --table out/moe.json
     tuning.json     the fastest tilings, as fp8x/pallas/tuning/nvidia_h200.json would hold them
     log.txt         what everything printed
 """
@@ -34,9 +35,9 @@ TUNED_RECIPES = ("fp8_e4m3fn_bf16_block_scale", "e4m3_e4m3_bf16_dynamic", "mxfp8
 
 
 def bench(out: Path, log: Path, deadline: float) -> dict[str, str]:
-    """Every benchmark, the first for half of the time that is left."""
+    """Every benchmark for its share of the time that is left."""
     found = {}
-    for name, share in {"grouped_gemm": 0.5, "moe": 0.5, "decode": 1.0}.items():
+    for name, share in {"quantize": 0.15, "grouped_gemm": 0.5, "moe": 0.5, "decode": 1.0}.items():
         now, results = time.monotonic(), out / f"{name.removesuffix('_gemm')}.json"
         command = [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--quick", "--json", results]
         end = now + share * (deadline - now)
