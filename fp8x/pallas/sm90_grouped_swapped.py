@@ -44,8 +44,12 @@ RASTER = 16  # token tiles side by side in the order of tiles
 def grouped_swapped(
     x: Float[Array, "m k"],
     w: Float[Array, "e n k"],
-    x_scale: Float[Array, "m"] | Float[Array, "k/128 m"] | None,
-    w_scale: Float[Array, "e n"] | Float[Array, "e n/128 k/128"] | Float[Array, "e n k/128"] | Float[Array, "e n k/32"],
+    x_scale: Float[Array, "m"] | Float[Array, "1"] | Float[Array, "k/128 m"] | None,
+    w_scale: Float[Array, "e n"]
+    | Float[Array, "e 1"]
+    | Float[Array, "e n/128 k/128"]
+    | Float[Array, "e n k/128"]
+    | Float[Array, "e n k/32"],
     bias: Float[Array, "e n"] | None,
     group_sizes: Int[Array, " e"] | None,
     *,
@@ -59,8 +63,9 @@ def grouped_swapped(
     Arguments:
         x: bfloat16 or float16, without scales; or float8.
         w: float8_e4m3fn or float8_e5m2.
-        x_scale: of a float8 `x`, float32: of rows; or of 128 of K of each, where w_scale has some along K.
-        w_scale: float32: of rows, or of blocks of 128×128 or 1×128; or, with a 16-bit `x`, float8_e8m0fnu of 1×32.
+        x_scale: of a float8 `x`, float32: of rows, or one; or of 128 of K of each, where w_scale has some along K.
+        w_scale: float32: of rows, or one a matrix, or of blocks of 128×128 or 1×128; or, with a 16-bit `x`,
+            float8_e8m0fnu of 1×32.
         bias: any float type.
         group_sizes: int32; None means that there is one group and it has all rows, which needs no table.
         experts: int32, instead of group_sizes: the matrix of each row; of E and above none, and the row is zero.
@@ -75,7 +80,7 @@ def grouped_swapped(
     scaled_along_k = w_scale.ndim == 3
     scaled_by_row = w_scale.shape[1] == n
     in_place = is_16_bit and (x.dtype == jnp.bfloat16 if is_mx else not scaled_along_k)
-    widest = 128 if in_place else 64 if is_mx or not is_16_bit else 120  # with more, 256 rows would spill
+    widest = 128 if in_place else 120 if is_16_bit and not scaled_by_row else 64  # with more, 256 rows would spill
     if tiling is None:
         name = "sm90_fp8_decode" if not is_16_bit else "sm90_mx" if is_mx else "sm90_w8a16"
         name += ("" if in_place else "_promoted") + ("" if experts is None else "_by_expert")
@@ -109,7 +114,7 @@ def grouped_swapped(
     if scaled_by_row:
         of_k = steps_of_k * scales_of_step - w_scale.shape[2] if scaled_along_k else 0
         w_scale = _pad(w_scale, (0, padded_n - n, of_k)[: w_scale.ndim])
-    if x_scale is not None:
+    if x_scale is not None and x_scale.shape != (1,):
         x_scale = _pad(x_scale, (0,) * (x_scale.ndim - 1) + (tokens,))
     bias = None if bias is None else _pad(bias.astype(jnp.float32), (0, padded_n - n))
 
@@ -303,12 +308,16 @@ def grouped_swapped(
                         end = jnp.clip(skip + rows - i * panel, 0, panel)
 
                         def finish(y, i=i, rows_of_w=rows_of_w):
-                            if not scaled_along_k:
-                                row_factor = load(w_scale.at[last_group, rows_of_w], ROW_OF_WGMMA)
-                                y = y * lax.broadcast_in_dim(row_factor, y.shape, [0])
-                                if not is_16_bit:
-                                    at = pl.ds(start + i * panel, panel)
-                                    y = y * lax.broadcast_in_dim(load(x_scale.at[at], COLUMN_OF_WGMMA), y.shape, [1])
+                            if not scaled_along_k and scaled_by_row:
+                                factor = load(w_scale.at[last_group, rows_of_w], ROW_OF_WGMMA)
+                                y = y * lax.broadcast_in_dim(factor, y.shape, [0])
+                            elif not scaled_along_k:
+                                y = y * w_scale[last_group, 0]
+                            if x_scale is not None and x_scale.shape == (1,):
+                                y = y * x_scale[0]
+                            elif x_scale is not None and not scaled_along_k:
+                                factor = load(x_scale.at[pl.ds(start + i * panel, panel)], COLUMN_OF_WGMMA)
+                                y = y * lax.broadcast_in_dim(factor, y.shape, [1])
                             if bias is None:
                                 return y
 

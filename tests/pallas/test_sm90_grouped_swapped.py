@@ -28,7 +28,8 @@ KINDS = [
     (mx(), None, BF16),
     (mx("e5m2"), None, F16),
     (mx(), mx(), F16),
-    (per_tensor("e5m2"), per_row(), BF16),
+    (per_tensor("e5m2"), per_tensor(), BF16),
+    (per_row(), per_row("e5m2"), F16),
     (BLOCK, Scheme("e4m3", block=(1, 128)), BF16),
     (ROWS_OF_128, per_tensor(), F16),
 ]
@@ -59,7 +60,7 @@ def cases(shapes, fast):
 
 @pytest.mark.parametrize(
     ("shape", "weight", "activation", "dtype", "out_dtype", "use_bias"),
-    cases(GROUPED, {(2, 0), (6, 5), (4, 8)}),
+    cases(GROUPED, {(2, 0), (6, 5), (4, 9)}),
 )
 def test_grouped(interpreted, shape, weight, activation, dtype, out_dtype, use_bias):
     given = operands(shape, weight, dtype=dtype)
@@ -77,7 +78,7 @@ def test_grouped(interpreted, shape, weight, activation, dtype, out_dtype, use_b
 
 
 @pytest.mark.parametrize(
-    ("shape", "weight", "activation", "dtype", "out_dtype", "use_bias"), cases(DENSE, {(1, 6), (4, 3)})
+    ("shape", "weight", "activation", "dtype", "out_dtype", "use_bias"), cases(DENSE, {(1, 6), (4, 3), (5, 7)})
 )
 def test_dense(interpreted, shape, weight, activation, dtype, out_dtype, use_bias):
     given = operands(shape, weight, dtype=dtype)
