@@ -112,9 +112,7 @@ def _unsupported(call: GatedCall) -> str | None:
 
 
 def by_factors(x, w, group_sizes, bias, out_dtype, gate, scheme, scale) -> ScaledArray:
-    k = x.shape[1]
-    x_scale, w_scale = mosaic.scale_of_blocks(x, (1, k))[:, 0], mosaic.scale_of_blocks(w, (1, 1, 1, k))[..., 0]
-    return _run(x, w, x_scale, w_scale, group_sizes, bias, out_dtype, gate, scheme, scale)
+    return _run(x, w, mosaic.factors(x), mosaic.factors(w), group_sizes, bias, out_dtype, gate, scheme, scale)
 
 
 def by_blocks(x, w, group_sizes, bias, out_dtype, gate, scheme, scale) -> ScaledArray:

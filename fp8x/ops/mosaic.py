@@ -55,9 +55,7 @@ def no_hopper() -> str | None:
 def grouped_matmul_by_factors(
     x: ScaledArray, w: ScaledArray, group_sizes: Int[Array, " e"] | None, bias: Float[Array, "e n"] | None, out_dtype
 ) -> Float[Array, "m n"]:
-    k = x.shape[1]
-    x_scale, w_scale = scale_of_blocks(x, (1, k))[:, 0], scale_of_blocks(w, (1, 1, k))[:, :, 0]
-    return _kernel()(x.data, w.data, x_scale, w_scale, bias, group_sizes, out_dtype=out_dtype)
+    return _kernel()(x.data, w.data, factors(x), factors(w), bias, group_sizes, out_dtype=out_dtype)
 
 
 def grouped_matmul_by_blocks(
@@ -87,6 +85,13 @@ def dense(grouped: Callable) -> Callable:
         return grouped(x, w, None, None if bias is None else bias[None], out_dtype)
 
     return run
+
+
+def factors(q: ScaledArray) -> Float[Array, "..."]:
+    """A scale for each row of each matrix, or one for a whole matrix, where no scale is for a part of K."""
+    *leads, rows = q.scheme.block_of(q.shape)[:-1]
+    one = q.scale.shape[-2] == 1
+    return scale_of_blocks(q, (*(1 for _ in leads), rows if one else 1, q.shape[-1]))[..., 0]
 
 
 def scale_of_blocks(q: ScaledArray, block: tuple[int, ...]) -> Float[Array, "..."]:

@@ -91,8 +91,8 @@ def estimates(m: int, n: int, k: int, groups: int, *, by_column: bool = False, g
 def grouped_fp8(
     x: Float[Array, "m k"],
     w: Float[Array, "e n k"],
-    x_scale: Float[Array, "m"] | Float[Array, "k/128 m"],
-    w_scale: Float[Array, "e n"] | Float[Array, "e n/128 k/128"] | Float[Array, "e k/128 n"],
+    x_scale: Float[Array, "m"] | Float[Array, "1"] | Float[Array, "k/128 m"],
+    w_scale: Float[Array, "e n"] | Float[Array, "e 1"] | Float[Array, "e n/128 k/128"] | Float[Array, "e k/128 n"],
     bias: Float[Array, "e n"] | None,
     group_sizes: Int[Array, " e"] | None,
     *,
@@ -104,8 +104,8 @@ def grouped_fp8(
 
     Arguments:
         x, w: float8_e4m3fn or float8_e5m2 each.
-        x_scale, w_scale: float32, both of rank one a matrix (row and column factors), or both of rank two (blocks, of
-            128 columns of w or of one).
+        x_scale, w_scale: float32, both of rank one a matrix (factors of rows and columns, or one for all), or both of
+            rank two (blocks, of 128 columns of w or of one).
         bias: any float type.
         group_sizes: int32; None means that there is one group and it has all rows, which needs no table.
         out_dtype: bfloat16, float16 or float32.
@@ -122,8 +122,8 @@ def grouped_fp8(
 def gated_fp8(
     x: Float[Array, "m k"],
     w: Float[Array, "e 2 i k"],
-    x_scale: Float[Array, "m"] | Float[Array, "k/128 m"],
-    w_scale: Float[Array, "e 2 i"] | Float[Array, "e 2 i/128 k/128"],
+    x_scale: Float[Array, "m"] | Float[Array, "1"] | Float[Array, "k/128 m"],
+    w_scale: Float[Array, "e 2 i"] | Float[Array, "e 2 1"] | Float[Array, "e 2 i/128 k/128"],
     bias: Float[Array, "e 2 i"] | None,
     group_sizes: Int[Array, " e"] | None,
     out_scale: Float[Array, "1"] | Float[Array, "i/128"] | None,
@@ -180,14 +180,16 @@ def _run(
 
     # TMA clips boxes at the end of an array, in whole tiles of the swizzle, which may be narrower than a slot. Rows of
     # x that 8, K that 32 and N that 8 do not divide cost a copy here; so do scales and bias, which are read without
-    # bounds, of N that a tile does not divide. x_scale always has a tile more.
+    # bounds, of N that a tile does not divide. Scales of rows always have a tile more.
     x = _pad(x, (-m % ROW_ALIGN, -k % 32))
     w = _pad(w, (0, -n % ROW_ALIGN, -k % 32))
     swizzle = math.gcd(x.shape[1], BLOCK_K)
-    x_scale = _pad(x_scale, (0, block_m) if block_scaled else (block_m,))
+    one_of_x, one_of_w = x_scale.shape == (1,), not block_scaled and w_scale.shape[1] == 1
+    if not one_of_x:
+        x_scale = _pad(x_scale, (0, block_m) if block_scaled else (block_m,))
     if by_column:
         w_scale = _pad(w_scale, (0, 0, -n % tile_n))
-    elif not block_scaled:
+    elif not (block_scaled or one_of_w):
         w_scale = _pad(w_scale, (0, -n % tile_n))
     bias = None if bias is None else _pad(bias.astype(jnp.float32), (0, -n % tile_n))
 
@@ -271,14 +273,15 @@ def _run(
                     would need a fence before TMA may overwrite it (docs/kernels.md)."""
                     if not block_scaled:
                         return ()
-                    factors = [load(x_scale.at[i, pl.ds(row, WAVE)], ROW_OF_WGMMA)]
+                    factors = [_load(x_scale, (i, pl.ds(row, WAVE)), 0)]
                     for half in halves:
                         if by_column:
                             matrix, columns = columns_of(half)
-                            factors.append(load(w_scale.at[matrix, i, columns], COLUMN_OF_WGMMA))
+                            at_columns = matrix, i, columns
                         else:
                             matrix, column = half_of(tile, half)
-                            factors.append(w_scale[matrix, jnp.minimum(lax.div(column, 128), pl.cdiv(n, 128) - 1), i])
+                            at_columns = matrix, jnp.minimum(lax.div(column, 128), pl.cdiv(n, 128) - 1), i
+                        factors.append(_load(w_scale, at_columns, 1))
                     return tuple(factors)
 
                 def multiply(i, carry):
@@ -304,10 +307,10 @@ def _run(
                         if block_scaled:
                             row_factor, w_factor = factors[0], factors[1 + at]
                             if by_column:
-                                part = part * lax.broadcast_in_dim(w_factor, part.shape, [1])
+                                part = part * _spread(w_factor, part, 1)
                             else:
                                 row_factor = row_factor * w_factor
-                            part = part * lax.broadcast_in_dim(row_factor, part.shape, [0])
+                            part = part * _spread(row_factor, part, 0)
                         promoted.append(totals[at] + part)
                     return step + 1, tuple(promoted), next_factors
 
@@ -325,19 +328,16 @@ def _run(
                             return factor
                         return jnp.where(lax.broadcast_in_dim(tile.group < e, factor.shape, []), factor, 0)
 
-                    row_factor = None
                     if not block_scaled:
-                        row_factor = of_a_group(load(x_scale.at[pl.ds(row, WAVE)], ROW_OF_WGMMA))
+                        row_factor = of_a_group(_load(x_scale, (0 if one_of_x else pl.ds(row, WAVE),), 0))
 
                     def scaled(y, at, first):
                         matrix, columns = columns_of(halves[at], first, y.shape[1])
                         if not block_scaled:
-                            column_factor = load(w_scale.at[matrix, columns], COLUMN_OF_WGMMA)
-                            y = y * lax.broadcast_in_dim(row_factor, y.shape, [0])
-                            y = y * lax.broadcast_in_dim(column_factor, y.shape, [1])
+                            at_columns = (matrix, 0) if one_of_w else (matrix, columns)
+                            y = y * _spread(row_factor, y, 0) * _spread(_load(w_scale, at_columns, 1), y, 1)
                         if bias is not None:
-                            addend = of_a_group(load(bias.at[matrix, columns], COLUMN_OF_WGMMA))
-                            y = y + lax.broadcast_in_dim(addend, y.shape, [1])
+                            y = y + _spread(of_a_group(_load(bias, (matrix, columns), 1)), y, 1)
                         return y
 
                     rows = Rows(warpgroup, begin, stop, row, tile.index * block_m + wave * WAVE)
@@ -397,6 +397,18 @@ class _Tile:
     rows: Array
     column: Array
     steps: Array
+
+
+def _load(ref, at: tuple, dim: int) -> Array:
+    """Factors of an accumulator's rows (dim 0) or columns (1), or one for all, where `at` is a single place."""
+    if not any(isinstance(index, pl.Slice) for index in at):
+        return ref[at]
+    return load(ref.at[at], (ROW_OF_WGMMA, COLUMN_OF_WGMMA)[dim])
+
+
+def _spread(factor: Array, y: Array, dim: int) -> Array:
+    """A value for each row (dim 0) or column (1) of `y`, or one for all, in `y`'s shape."""
+    return lax.broadcast_in_dim(factor, y.shape, [dim] if factor.ndim else [])
 
 
 def _pad(x: Array, after: tuple[int, ...]) -> Array:

@@ -23,8 +23,12 @@ def compile_fp8(
     tiling, *, scales, groups=8, out=BF16, types=(E4M3, E4M3), bias=False, m=4096, n=4096, k=7168
 ) -> aot.Report:
     of = jax.ShapeDtypeStruct
-    x_scale = (m,) if scales == "factors" else (k // 128, m)
-    w_scale = {"factors": (n,), "blocks": (n // 128, k // 128), "columns": (k // 128, n)}[scales]
+    x_scale, w_scale = {
+        "one": ((1,), (1,)),
+        "factors": ((m,), (n,)),
+        "blocks": ((k // 128, m), (n // 128, k // 128)),
+        "columns": ((k // 128, m), (k // 128, n)),
+    }[scales]
     (report,) = aot.compile_sm90(
         functools.partial(grouped_fp8, out_dtype=out, tiling=tiling),
         of((m, k), types[0]),
@@ -74,7 +78,7 @@ def test_fp8(tiling, scales, options):
 @needs_compiler
 @pytest.mark.parametrize("types", [(E4M3, E5M2), (E5M2, E4M3), (E5M2, E5M2)], ids=str)
 def test_fp8_types(types):
-    report = compile_fp8(TILINGS[0], scales="factors", types=types, m=512, n=512, k=512)
+    report = compile_fp8(TILINGS[0], scales="one", types=types, m=512, n=512, k=512)
     names = {E4M3: "E4M3", E5M2: "E5M2"}
     assert f"QGMMA.64x128x32.F32.{names[types[0]]}.{names[types[1]]}" in report.sass
     assert report.spill_bytes == 0
