@@ -101,7 +101,7 @@ def quantize_blocks(
                 else:
                     stored = numerics.compute_scale(amax, scheme)
                     factor = _reciprocal(stored)
-                out_scale[pl.ds(row, tile.rows), at_block] = stored
+                _store(out_scale.at[pl.ds(row, tile.rows), at_block], stored)
                 spread = [0, 1]
             else:
                 given = plgpu.load(scale.at[at_block], layout=layout.reduce((0, 2)), optimized=False)
@@ -111,7 +111,7 @@ def quantize_blocks(
                 store(row, start, size, jnp.clip(y, np.float32(-scheme.max), np.float32(scheme.max)))
 
         def store(row, start, size, y):
-            out[pl.ds(row, tile.rows), at_block, pl.ds(start, size)] = y.astype(out.dtype)
+            _store(out.at[pl.ds(row, tile.rows), at_block, pl.ds(start, size)], y.astype(out.dtype))
 
         def clear(row):
             zeros = plgpu.layout_cast(jnp.zeros((tile.rows, tile.blocks, tile.chunk), jnp.float32), layout)
@@ -125,7 +125,7 @@ def quantize_blocks(
                     if scheme.is_mx
                     else numerics.compute_scale(amax, scheme)
                 )
-                out_scale[pl.ds(row, tile.rows), at_block] = stored
+                _store(out_scale.at[pl.ds(row, tile.rows), at_block], stored)
 
         # Where tiles do not divide the rows, the last block takes one more, which ends with them.
         ends = jnp.where(row_tile == row_tiles - 1, 2, 1) if m % tile.rows else 1
@@ -150,6 +150,15 @@ def quantize_blocks(
         ),
     )
     return run(x, scale, None if used is None else used[None])
+
+
+def _store(ref, value) -> None:
+    """To global memory. From jax 0.12 on a plain store refuses what is no multiple of 32 bytes a row; before, it had no
+    other form."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
 
 
 def _layout(tile: Tile):
