@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fp8x.array import ScaledArray
-from fp8x.ops.mosaic import no_hopper, scale_of_blocks
+from fp8x.ops.mosaic import factors, no_hopper, scale_of_blocks
 from fp8x.scheme import Scheme
 
 FEW_ROWS = 32  # of a group on average: with more, tiles of 64 tokens would leave groups in two, and weights read twice
@@ -93,7 +93,7 @@ def _run(x, w: ScaledArray, bias, out_dtype, group_sizes=None, experts=None) -> 
     along_k = w.scheme.block[-1] is not None or (is_quantized and x.scheme.block[-1] is not None)
     x_scale = None
     if is_quantized:
-        x_scale = scale_of_blocks(x, (1, 128)).T if along_k else scale_of_blocks(x, (1, x.shape[1]))[:, 0]
+        x_scale = scale_of_blocks(x, (1, 128)).T if along_k else factors(x)
         x = x.data
     return grouped_swapped(
         x, w.data, x_scale, _scale(w, along_k), bias, group_sizes, experts=experts, out_dtype=out_dtype
@@ -101,10 +101,10 @@ def _run(x, w: ScaledArray, bias, out_dtype, group_sizes=None, experts=None) -> 
 
 
 def _scale(w: ScaledArray, along_k: bool) -> Float[Array, "..."]:
-    """In the form that the kernel reads: of rows, or of 128×128, 1×128, or 1×32 in e8m0."""
+    """In the form that the kernel reads: of rows or a matrix, or of 128×128, 1×128, or 1×32 in e8m0."""
     n, rows = w.shape[1], w.scheme.block_of(w.shape)[1]
     if w.scheme.is_mx:
         return w.scale
     if not along_k:
-        return scale_of_blocks(w, (1, 1, w.shape[2]))[:, :, 0]
+        return factors(w)
     return scale_of_blocks(w, (1, 128, 128) if rows % 128 == 0 or rows >= n else (1, 1, 128))
