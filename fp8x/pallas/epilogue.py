@@ -85,8 +85,8 @@ class Gated:
 
     Attributes:
         activation: of float32 registers.
-        scheme: of h. Without scales that are given, blocks of (1, 128): a row of a tile.
-        is_static: whether scales are given.
+        scheme: of h. Where no scales are given, blocks of (1, 128): a row of a tile.
+        is_static: whether reciprocals of scales are given.
     """
 
     activation: Callable[[Array], Array]
@@ -104,14 +104,14 @@ class Gated:
     def buffer(self) -> plgpu.SMEM:
         return _buffer(1, PANEL_BYTES, self.scheme.dtype)
 
-    def store(self, rows: Rows, totals, columns, scaled, outs, buffer, out_scale) -> None:
+    def store(self, rows: Rows, totals, columns, scaled, outs, buffer, out_inverse) -> None:
         data, *scales = outs
         gate, up = (_rounded(scaled(total, half, 0), self.dtype) for half, total in enumerate(totals))
         h = _rounded(self.activation(gate) * up, self.dtype)
         block = lax.div(columns[0], PANEL_BYTES)
         if self.is_static:
-            blocks = out_scale.shape[0]
-            inverse = lax.broadcast_in_dim(out_scale[jnp.minimum(block, blocks - 1)], h.shape, [])
+            blocks = out_inverse.shape[0]
+            inverse = lax.broadcast_in_dim(out_inverse[jnp.minimum(block, blocks - 1)], h.shape, [])
         else:
             magnitude = jnp.abs(h)
             amax = jnp.max(jnp.where(magnitude < np.float32(np.inf), magnitude, np.float32(0)), axis=1)
@@ -131,7 +131,7 @@ class Gated:
 
 def _rounded(y: Float[Array, "m n"], dtype) -> Float[Array, "m n"]:
     """`y` as `dtype` has it, in float32."""
-    # The barrier has ptxas convert pairs, at twice eight times the rate of single values.
+    # The barrier has pairs converted: single values go through the special function unit, an eighth as fast.
     return lax.optimization_barrier(y.astype(dtype)).astype(jnp.float32)
 
 

@@ -126,7 +126,7 @@ def gated_fp8(
     w_scale: Float[Array, "e 2 i"] | Float[Array, "e 2 1"] | Float[Array, "e 2 i/128 k/128"],
     bias: Float[Array, "e 2 i"] | None,
     group_sizes: Int[Array, " e"] | None,
-    out_scale: Float[Array, "1"] | Float[Array, "i/128"] | None,
+    out_inverse: Float[Array, "1"] | Float[Array, "i/128"] | None,
     *,
     end: Gated,
     tiling: Tiling | None = None,
@@ -135,21 +135,23 @@ def gated_fp8(
     """`activation(y[:, 0]) * y[:, 1]` of the products `y` with gate and up, quantized: data, and scales if computed.
 
     Arguments:
-        out_scale: the scales to quantize with, for all columns or for each 128; None computes one for each row and
+        out_inverse: 1 / scale to quantize with, for all columns or for each 128; None finds a scale for each row and
             128 columns.
+        end: the gate, and the scheme of what comes out.
         Others as in `grouped_fp8`.
     """
     m, (e, _, i, _) = x.shape[0], w.shape
     if not m or not i:
-        return jnp.zeros((m, i), end.scheme.dtype), None if out_scale is not None else jnp.ones((m, pl.cdiv(i, 128)))
+        scale = None if end.is_static else jnp.ones((m, pl.cdiv(i, 128)), jnp.float32)
+        return jnp.zeros((m, i), end.scheme.dtype), scale
     flat = [a if a is None else a.reshape(2 * e, *a.shape[2:]) for a in (w, w_scale, bias)]
     operands = x, flat[0], x_scale, flat[1], flat[2], group_sizes
-    (data, *scales), row_of = _run(*operands, end, out_scale, tiling, programs)
+    (data, *scales), row_of = _run(*operands, end, out_inverse, tiling, programs)
     return data, scales[0][:, row_of].T if scales else None
 
 
 def _run(
-    x, w, x_scale, w_scale, bias, group_sizes, end: Plain | Gated, out_scale, tiling: Tiling | None, programs: int
+    x, w, x_scale, w_scale, bias, group_sizes, end: Plain | Gated, out_inverse, tiling: Tiling | None, programs: int
 ) -> tuple[tuple[Array, ...], Int[Array, " m"] | slice]:
     """The epilogue's outputs, and the number of each row in an array with a place for every row of every tile."""
     (m, k), (matrices, n, _), parts = x.shape, w.shape, end.parts
@@ -194,7 +196,7 @@ def _run(
     bias = None if bias is None else _pad(bias.astype(jnp.float32), (0, -n % tile_n))
 
     def kernel(
-        table, used, x, w, x_scale, w_scale, bias, out_scale, *outs, x_smem, w_smem, buffer, full, full_half, empty
+        table, used, x, w, x_scale, w_scale, bias, out_inverse, *outs, x_smem, w_smem, buffer, full, full_half, empty
     ):
         """`full[slot]`: x and w came, or all but the second half of w where `full_half[slot]` tells of that;
         `empty[slot]`: it was read."""
@@ -342,7 +344,7 @@ def _run(
 
                     rows = Rows(warpgroup, begin, stop, row, tile.index * block_m + wave * WAVE)
                     columns = [half_of(tile, half)[1] for half in halves]
-                    end.store(rows, totals, columns, scaled, outs, buffer, out_scale)
+                    end.store(rows, totals, columns, scaled, outs, buffer, out_inverse)
 
                 # Nothing to store: wait for the stores before, so that the two buffers stay in turn.
                 lax.cond(stop > begin, store, lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True))
@@ -377,7 +379,7 @@ def _run(
             approx_math=True,  # of exp2 in an epilogue: subnormal results are zero
         ),
     )
-    first, *others = run(table, used, x, w, x_scale, w_scale, bias, out_scale)
+    first, *others = run(table, used, x, w, x_scale, w_scale, bias, out_inverse)
     if not grouped:
         return (first[:, :n], *others), slice(0, m)
     row, starts = jnp.arange(m), tiles.ends - sizes

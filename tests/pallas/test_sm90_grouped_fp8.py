@@ -137,7 +137,7 @@ def test_estimates_are_of_tilings_with_registers_enough():
 
 
 def test_estimated_seconds():
-    """8 × 4096 rows, N 4096, K 7168: 2048 pairs of tiles on 66 clusters, 56 steps of 192 × ... bytes at 34 a cycle."""
+    """8 × 4096 rows, N 4096, K 7168: 2048 pairs of tiles on 66 clusters, 56 steps of 320 × 128 bytes at 34 a cycle."""
     seconds = estimates(8 * 4096, 4096, 7168, 8)[Tiling(128, 256, cluster=2)]
     assert seconds == pytest.approx(32 * 56 * (64 + 256) * 128 / 34 / 1.83e9)
 
