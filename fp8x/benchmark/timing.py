@@ -94,12 +94,12 @@ def time_queue(enqueue: Callable[[], Any], wait: Callable[[Any], Any], calls: in
     seconds, host = [], []
     for _ in range(repeats):
         start = time.perf_counter()
-        for _ in range(batch):
+        result = enqueue()
+        host.append((time.perf_counter() - start) / calls)  # a later one may wait for a place in the queue
+        for _ in range(batch - 1):
             result = enqueue()
-        queued = time.perf_counter()
         wait(result)
         seconds.append((time.perf_counter() - start) / (batch * calls))
-        host.append((queued - start) / (batch * calls))
     median = statistics.median(seconds)
     low, _, high = statistics.quantiles(seconds)
     timing = Timing(median, (high - low) / median, repeats, batch * calls, statistics.median(host))
