@@ -44,6 +44,9 @@ gpu_device_info {
   cuda_compute_capability { major: 9 }
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
+  driver_version: "13.0.0"
+  runtime_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0"
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 7 }
@@ -115,8 +118,21 @@ def launches(fn: Callable, *arguments) -> list[Launch]:
     return found
 
 
+def thunks(fn: Callable, *arguments) -> list[str]:
+    """What XLA's runtime does for `fn(*arguments)`, in order; errors as in `launches`.
+
+    A "kCommandBuffer" is a CUDA graph of everything in it; others are launched by the host, one by one.
+    """
+    return re.findall(r"^\d+: (\w+)", _compile(fn, *arguments)[1], re.M)
+
+
 def optimized(fn: Callable, *arguments) -> str:
     """The optimized HLO of `fn(*arguments)` for an H200; errors as in `launches`."""
+    return _compile(fn, *arguments)[0]
+
+
+def _compile(fn: Callable, *arguments) -> tuple[str, str]:
+    """The optimized HLO, and the sequence of thunks that it becomes."""
     if reason := missing():
         raise CompileError(reason)
     # A function of its own: one that was traced for a CPU already would be found again.
@@ -129,14 +145,17 @@ def optimized(fn: Callable, *arguments) -> str:
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": os.pathsep.join(filter(None, path)),
             "MOSAIC_GPU_RUNTIME_LIB_PATH": str(wheel_file("jax-cuda13-plugin", "libmosaic_gpu_runtime.so")),
-            "XLA_FLAGS": "--xla_gpu_autotune_level=0",  # there is nothing to time on
+            # There is nothing to time on.
+            "XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_dump_to=dump --xla_dump_hlo_as_text",
         }
         child = subprocess.run(
             [sys.executable, "-c", _COMPILE, _H200], cwd=work, env=environment, capture_output=True, text=True
         )
         if child.returncode:
             raise CompileError(f"exit status {child.returncode}\n{child.stdout}{child.stderr}")
-        return (work / "optimized").read_text()
+        # What passes made of it, if they made anything, comes last.
+        *_, sequence = sorted((work / "dump").glob("*.thunk_sequence*.txt"))
+        return (work / "optimized").read_text(), sequence.read_text()
 
 
 def _bytes(shape: str) -> int:

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import fp8x
 from fp8x import ops
-from fp8x.benchmark.program import Launch, launches
+from fp8x.benchmark.program import Launch, launches, thunks
 from fp8x.pallas import aot
 from fp8x.scheme import Scheme
 
@@ -40,7 +41,27 @@ def test_loops_and_kernels():
     w = jax.eval_shape(lambda: fp8x.quantize(jnp.zeros((512, 256)), block))
     with fp8x.backend("mosaic_gpu"):
         found = launches(lambda x, w: ops.matmul(x, w, activation=Scheme("e4m3", block=(1, 128))), X, w)
-    assert [launch.shape for launch in found if "mosaic" in launch.kind] == ["f32[4096,512]"]
+    quantized, product = [launch.shape for launch in found if "mosaic" in launch.kind]
+    assert quantized.startswith("(f8e4m3fn[") and product == "f32[4096,512]"
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_decoding_step_is_one_graph(tokens):
+    """Mosaic kernels too; and nothing of the size of weights is written."""
+    moe = nnx.eval_shape(lambda: fp8x.nn.MoE(256, 128, 16, 8, recipe="fp8_e4m3fn_bf16_block_scale", rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(moe)
+    x = jax.ShapeDtypeStruct((tokens, 256), jnp.bfloat16)
+
+    def step(state, x):
+        return nnx.merge(graphdef, state)(x)
+
+    with fp8x.backend("mosaic_gpu"):
+        assert thunks(step, state, x) == ["kCommandBuffer"]
+        found = launches(step, state, x)
+    assert sum("mosaic" in launch.kind for launch in found) == 4 and len(found) < 30
+    assert max(launch.bytes for launch in found) <= moe.w13.weight.size / 16
 
 
 def test_what_is_missing_is_named(monkeypatch):
