@@ -89,11 +89,14 @@ def dequantize(q: ScaledArray, dtype=jnp.float32) -> Float[Array, "..."]:
     data = q.data.astype(jnp.float32)
     if not q.scheme.is_mx:
         return (data * _expand(q.scale, q.shape, q.scheme)).astype(dtype)
-    byte = _byte(q.scale)
-    # 2^-127 (byte 0) is subnormal in float32, which XLA flushes on CPU: multiply by 2^-1 and by 2^-126 instead.
-    half = jnp.where(byte == 0, np.float32(0.5), np.float32(1.0))
-    power = jnp.where(byte == 255, np.float32(np.nan), _power_of_two(jnp.maximum(byte, 1)))
+    half, power = factors_of_byte(_byte(q.scale))
     return ((data * _expand(half, q.shape, q.scheme)) * _expand(power, q.shape, q.scheme)).astype(dtype)
+
+
+def factors_of_byte(byte: Int[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """What an e8m0 byte means, as two factors: 2^-127 (byte 0) is subnormal in float32, which XLA flushes on CPU."""
+    half = jnp.where(byte == 0, np.float32(0.5), np.float32(1.0))
+    return half, jnp.where(byte == 255, np.float32(np.nan), _power_of_two(jnp.maximum(byte, 1)))
 
 
 def block_amax(x: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
