@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from supervise import ROOT, Outcomes, run, run_again, run_tests
+from supervise import ROOT, TEST_STALL, Outcomes, news_of, run, run_again, run_tests
 
 XLA_TESTS = ["-m", "not slow", "tests/ops/test_matmul.py", "tests/ops/test_grouped_matmul.py", "tests/test_numerics.py"]
 # Rows, N, K and experts; those with published figures first.
@@ -54,15 +54,13 @@ def evaluate(log: Path, deadline: float) -> dict[str, str]:
 
 def tune(table: Path, log: Path, deadline: float) -> dict[str, str]:
     found = {}
-    for recipe in TUNED_RECIPES:
-        for m, n, k, experts in TUNED:
-            shape = ["-t", m, "-n", n, "-k", k, "--experts", experts, "-r", recipe]
-            command = [sys.executable, "-m", "fp8x", "bench", "grouped", *shape, "--tune", "--table", table]
-            name = f"{recipe}, {m} rows, N {n}, K {k}, {experts} experts"
-            if time.monotonic() > deadline:
-                found[name] = "out of time"
-            else:
-                found[name] = run(command, log, deadline, lambda: table.exists() and table.stat().st_mtime_ns)
+    recipes = [word for recipe in TUNED_RECIPES for word in ("--recipe", recipe)]
+    for m, n, k, experts in TUNED:
+        shape = ["-t", m, "-n", n, "-k", k, "--experts", experts]
+        command = [sys.executable, "-m", "fp8x", "bench", "grouped", *shape, *recipes, "--tune", "--table", table]
+        found[f"{m} rows, N {n}, K {k}, {experts} experts"] = run(
+            command, log, deadline, lambda: news_of(table), stall=TEST_STALL
+        )
     return found
 
 
@@ -89,8 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
         (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         print(name, summary[name], flush=True)
 
-    step("tests", 0.25, lambda end: run_tests(["-m", "gpu", "tests/gpu"], outcomes, log, end))
-    step("xla", 0.33, lambda end: run_tests(XLA_TESTS, outcomes, log, end, FP8X_BACKEND="xla"))
+    step("tests", 0.3, lambda end: run_tests(["-m", "gpu", "tests/gpu"], outcomes, log, end))
+    step("xla", 0.36, lambda end: run_tests(XLA_TESTS, outcomes, log, end, FP8X_BACKEND="xla"))
     step("bench", 0.8, lambda end: bench(out, log, end))
     step("tune", 0.93, lambda end: tune(out / "tuning.json", log, end))
     step("eval", 1.0, lambda end: evaluate(log, end))

@@ -99,6 +99,7 @@ def _torch(recipe: Recipe, prepare: Callable, sets: list[Operands]) -> dict[str,
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
+    torch.cuda.synchronize()
     arrays = [jnp.from_dlpack(y) for y in results]
     time = functools.partial(time_queue, graph.replay, lambda _: torch.cuda.synchronize(), len(sets))
     return checked(arrays, sets, recipe, LIMIT, time)

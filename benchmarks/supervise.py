@@ -14,14 +14,23 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-STALL = 75.0  # seconds without news, after which a process is taken to hang; compiling takes some
+STALL = 75.0  # seconds without news, after which a benchmark is taken to hang; compiling takes some
+TEST_STALL = 40.0  # the same for tests, which compile less: to start, JAX and its GPU take ten
 PROCESSES = 4  # that run tests side by side: most of a test is compiling
 
 
-def run(command: list, log: Path, deadline: float, news: Callable[[], Any], **environment: str) -> str:
+def run(
+    command: list,
+    log: Path,
+    deadline: float,
+    news: Callable[[], Any],
+    *,
+    stall: float | None = None,
+    **environment: str,
+) -> str:
     """Runs a command, its output appended to `log`. Gives "exit N"; or "stalled" or "out of time", and it was killed.
 
-    It stalls when what `news` returns stays the same for STALL seconds.
+    It stalls when what `news` returns stays the same for `stall` (STALL) seconds.
     """
     paths = {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "PYTHONUNBUFFERED": "1"}
     with log.open("a") as output:
@@ -39,7 +48,7 @@ def run(command: list, log: Path, deadline: float, news: Callable[[], Any], **en
                     known, since = now, time.monotonic()
                 if time.monotonic() > deadline:
                     return "out of time"
-                if time.monotonic() - since > STALL:
+                if time.monotonic() - since > (stall or STALL):
                     return "stalled"
             return f"exit {child.returncode}"
         finally:
@@ -52,13 +61,13 @@ def run_again(command: list, results: Path, log: Path, deadline: float, **enviro
     """Runs a benchmark that takes --seconds, and again when it was killed or died: it goes on where it was."""
     while True:
         left = max(0, int(deadline - time.monotonic()) - 5)
-        before = _news(results)
-        ended = run([*command, "--seconds", left], log, deadline, lambda: _news(results), **environment)
-        if ended in ("exit 0", "out of time") or _news(results) == before:
+        before = news_of(results)
+        ended = run([*command, "--seconds", left], log, deadline, lambda: news_of(results), **environment)
+        if ended in ("exit 0", "out of time") or news_of(results) == before:
             return ended
 
 
-def _news(path: Path) -> int:
+def news_of(path: Path) -> int:
     """Changes when a file does, or `Results` begins with something."""
     running = path.with_suffix(".running")
     return sum(file.stat().st_mtime_ns for file in (path, running) if file.exists())
@@ -114,6 +123,7 @@ def _run_part(names: list[str], outcomes: Outcomes, log: Path, deadline: float, 
                 log,
                 deadline,
                 lambda progress=progress: progress.stat().st_size,
+                stall=TEST_STALL,
                 FP8X_PROGRESS=file.name,
                 XLA_PYTHON_CLIENT_PREALLOCATE="false",  # of one GPU's memory, for several processes
                 **environment,

@@ -50,7 +50,8 @@ def soon(seconds=60):
 @pytest.mark.slow  # a dozen processes that start pytest
 def test_tests(supervise, tmp_path, monkeypatch):
     monkeypatch.setattr(supervise, "PROCESSES", 2)
-    monkeypatch.setattr(supervise, "STALL", 10.0)
+    monkeypatch.setattr(supervise, "STALL", 20.0)
+    monkeypatch.setattr(supervise, "TEST_STALL", 10.0)
     (tmp_path / "test_it.py").write_text(TESTS)
     log, path = tmp_path / "log.txt", tmp_path / "out.json"
     count = supervise.run_tests(["test_it.py"], supervise.Outcomes(path), log, soon(), FP8X_BACKEND="xla")

@@ -57,10 +57,8 @@ def expected(given, shape, activation, bias=None):
     return metric.grouped_matmul(x if activation is None else quantize(x, activation), given.w, shape.group_sizes, bias)
 
 
-@pytest.mark.parametrize("index", range(MOST_TILINGS))
-@pairs
-def test_tilings(pair, index):
-    """Tilings that a kernel could take, from all over the list, those without pairs of blocks first."""
+def check_tiling(pair, index):
+    """One of MOST_TILINGS that a kernel could take, from all over its list, those without pairs of blocks first."""
     weight, activation = PAIRS[pair]
     given = operands(RAGGED, weight)
     with tuning.recorded() as choices:
@@ -73,6 +71,12 @@ def test_tilings(pair, index):
         y = np.asarray(product(given, activation))
     assert_close(y, expected(given, RAGGED, activation))
     assert not np.any(y[RAGGED.m - RAGGED.spare :]), "rows past the groups are zero"
+
+
+@pytest.mark.parametrize("index", range(2))
+@pairs
+def test_tilings(pair, index):
+    check_tiling(pair, index)
 
 
 @pytest.mark.parametrize("shape", GROUPED, ids=str)
@@ -161,3 +165,9 @@ def test_quantized_as_on_a_cpu(scheme, by):
         expected = quantize(jnp.asarray(x), scheme)
     np.testing.assert_array_equal(metric.as_bits(y.scale), metric.as_bits(expected.scale))
     np.testing.assert_array_equal(metric.as_bits(y.data), metric.as_bits(expected.data))
+
+
+@pytest.mark.parametrize("index", range(2, MOST_TILINGS))
+@pairs
+def test_more_tilings(pair, index):
+    check_tiling(pair, index)
