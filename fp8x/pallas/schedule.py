@@ -43,9 +43,9 @@ def tile_table(group_sizes: Int[Array, " e"], m: int, block_m: int, align: int =
     last = jnp.cumsum(tiles_of)
     first = last - tiles_of
     tile = jnp.arange(num_tiles, dtype=group_sizes.dtype)
-    # By comparing all: a binary search is a loop, of which a GPU launches every step.
-    group = jnp.searchsorted(last, tile, side="right", method="compare_all")
-    group = jnp.minimum(group, e - 1).astype(group_sizes.dtype)
+    # By comparing all: a binary search is a loop, of which a GPU launches every step. Along rows: that is one launch.
+    group = jnp.sum(last <= tile[:, None], axis=1, dtype=group_sizes.dtype)
+    group = jnp.minimum(group, e - 1)
     start = aligned[group] + (tile - first[group]) * block_m
     skip = jnp.clip(starts[group] - start, 0, block_m)
     rows = jnp.clip(jnp.minimum(ends[group] - start, block_m) - skip, 0, block_m)
