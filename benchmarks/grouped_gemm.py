@@ -126,19 +126,7 @@ def run(results: Results, shapes: dict[str, Shape], forms: list[str], *, ours: b
                 results.attempt(key, functools.partial(attempt, case))
 
 
-COLUMNS = (
-    "form",
-    "who",
-    "x",
-    "time",
-    "its GEMM alone",
-    "floor",
-    "floor / time",
-    "TFLOP/s",
-    "GB/s",
-    "of a copy",
-    "error",
-)
+COLUMNS = ("form", "who", "x", "time", "GEMM alone", "floor", "floor / time", "TFLOP/s", "GB/s", "of a copy", "error")
 
 
 def table(document: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ def run(
     """
     paths = {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "PYTHONUNBUFFERED": "1"}
     with log.open("a") as output:
-        output.write(f"\n$ {' '.join(map(str, command))}\n")
+        output.write(f"\n$ {' '.join(map(str, command))[:500]}\n")
         output.flush()
         streams = dict(stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         child = subprocess.Popen(
