@@ -68,7 +68,7 @@ def check_tiling(pair, index):
     if index >= len(tilings):
         pytest.skip("no such tiling")
     with tuning.forced(tilings[index]):
-        y = np.asarray(product(given, activation))
+        y = np.asarray(product(given, activation, dtype=DTYPES[index % 3]))
     assert_close(y, expected(given, RAGGED, activation))
     assert not np.any(y[RAGGED.m - RAGGED.spare :]), "rows past the groups are zero"
 
