@@ -237,12 +237,13 @@ class TestGate:
             with interpreted():
                 actual = kernel(gate_up, scheme, scale, used, gate)
             assert_same(actual, jax.jit(by_xla, static_argnames="scheme")(h, scheme, scale, used))
-        # Both are rounded once, from nearly the same float32 (XLA's gelu is 2^-22 of |gate * up| off): to neighbors.
+        # Both are rounded once, from nearly the same float32 (gelu: 2^-21 of |gate * up| apart): to neighbors.
         actual, other, product = (
-            np.asarray(y, np.float64) for y in (h, gated(gate_up, gate), jnp.prod(gate_up.astype(F32), axis=1))
+            np.nan_to_num(np.asarray(y, np.float64))
+            for y in (h, gated(gate_up, gate), jnp.prod(gate_up.astype(F32), axis=1))
         )
         info = jnp.finfo(dtype)
-        limit = max(float(info.eps), 2.0**-17) * np.abs(other) + 2.0**-22 * np.abs(product)
+        limit = max(float(info.eps), 2.0**-17) * np.abs(other) + 2.0**-21 * np.abs(product)
         assert np.all(np.abs(actual - other) <= limit + float(info.smallest_subnormal))
 
 
