@@ -113,10 +113,9 @@ def main() -> None:
                 for part, found in products.items():
                     print(_row(name, code, tokens, part, found))
                 blocks.append((name, code, tokens, list(products.values())))
-    print(
-        "\n| mixture | recipe | tokens | floor | products, expected | floor / products | launches | block, expected |"
-    )
-    print("|---|---|" + "--:|" * 6)
+    columns = ["mixture", "recipe", "tokens", "floor", "products, expected", "floor / products"]
+    columns += ["launches", "block, expected"] if options.launches else []
+    print(f"\n| {' | '.join(columns)} |\n|---|---|" + "--:|" * (len(columns) - 2))
     for name, code, tokens, products in blocks:
         floor, seconds = sum(p.floor for p in products), sum(p.seconds for p in products)
         cells = [name, code, tokens, f"{floor * 1e6:.1f} µs", f"{seconds * 1e6:.1f} µs", f"{floor / seconds:.0%}"]
