@@ -3,7 +3,7 @@
 For a reader who knows CUDA. A block of the grid is one warpgroup (128 threads). It loads its tile straight into
 registers, 16 bytes a thread and load, and all loads before the first use; finds the amax of each block of elements
 among the few threads that share it; multiplies, converts and stores. Nothing goes through shared memory, but for the
-maxima of blocks that four warps share, and nothing is read twice: bytes bind (docs/kernels.md).
+maxima of blocks that four warps share, and nothing is read twice: bytes bind (docs/performance.md).
 
 The rules are those of fp8x/numerics.py, and so are the bits. What differs is how:
 - The largest finite magnitude, by packed integers: magnitudes compare like their bits, and adding what carries Inf and
@@ -14,6 +14,7 @@ The rules are those of fp8x/numerics.py, and so are the bits. What differs is ho
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def quantize_blocks(
     scheme: Scheme,
     scale: Float[Array, " b"] | None,
     used: Int[Array, ""] | None,
-    gate=None,
+    gate: Callable | None = None,
     *,
     tile: Tile | None = None,
 ) -> tuple[Float[Array, "m b width"], Array]:
@@ -48,7 +49,7 @@ def quantize_blocks(
             to the same; of two parts if there is a gate.
         scheme: its element and scale rule count, its block does not.
         scale: float32; for blocks `[:, b]`. None finds a scale for each, of `scheme`'s type.
-        used: int32, how many rows count. Those after become zero, whatever they hold, and are not read.
+        used: int32, how many rows count. Those after become zero, whatever they hold; tiles of them are not read.
         gate: the activation of a gate, `Array -> Array` in float32: `gate(x[:, 0]) * x[:, 1]`, rounded to x's type, is
             quantized.
         tile: None chooses one.
@@ -77,16 +78,15 @@ def quantize_blocks(
 
         def load(row):
             """The tile, a piece for each of `columns`."""
-            rows, pieces = pl.ds(row, tile.rows), []
+            pieces = []
             for start, size in columns:
-                at = rows, slice(None), at_block, pl.ds(start, size)
-                inputs = [plgpu.load(x.at[at[0], p, *at[2:]], layout=layout, optimized=False) for p in range(parts)]
+                at = [(pl.ds(row, tile.rows), part, at_block, pl.ds(start, size)) for part in range(parts)]
+                piece, *up = [plgpu.load(x.at[i], layout=layout, optimized=False) for i in at]
                 if gate is not None:
-                    inputs = [value.astype(jnp.float32) for value in inputs]
-                    gated = (gate(inputs[0]) * inputs[1]).astype(x.dtype)
+                    gated = gate(piece.astype(jnp.float32)) * up[0].astype(jnp.float32)
                     # Two conversions in one instruction, as packed registers; apart, they would be slow ones.
-                    inputs = [lax.optimization_barrier(gated)]
-                pieces += inputs
+                    piece = lax.optimization_barrier(gated.astype(x.dtype))
+                pieces.append(piece)
             return pieces
 
         def quantize(row):
@@ -94,14 +94,8 @@ def quantize_blocks(
             if used is not None:
                 pieces = [_zero_from(piece, used[0] - row, layout) for piece in pieces]
             if scale is None:
-                amax = _amax(pieces, tile.chunk)
-                if scheme.is_mx:
-                    byte = numerics.e8m0_byte(amax, scheme)
-                    factor, stored = numerics.reciprocal_of_byte(byte), byte.astype(jnp.uint8)
-                else:
-                    stored = numerics.compute_scale(amax, scheme)
-                    factor = _reciprocal(stored)
-                _store(out_scale.at[pl.ds(row, tile.rows), at_block], stored)
+                found, factor = _scale(_amax(pieces, tile.chunk), scheme)
+                store_scale(row, found)
                 spread = [0, 1]
             else:
                 given = plgpu.load(scale.at[at_block], layout=layout.reduce((0, 2)), optimized=False)
@@ -110,22 +104,19 @@ def quantize_blocks(
                 y = piece.astype(jnp.float32) * lax.broadcast_in_dim(factor, piece.shape, spread)
                 store(row, start, size, jnp.clip(y, np.float32(-scheme.max), np.float32(scheme.max)))
 
-        def store(row, start, size, y):
-            _store(out.at[pl.ds(row, tile.rows), at_block, pl.ds(start, size)], y.astype(out.dtype))
-
         def clear(row):
             zeros = plgpu.layout_cast(jnp.zeros((tile.rows, tile.blocks, tile.chunk), jnp.float32), layout)
             for start, size in columns:
                 for at in range(start, start + size, tile.chunk):
                     store(row, at, tile.chunk, zeros)
             if scale is None:
-                amax = jnp.max(zeros, axis=2)
-                stored = (
-                    numerics.e8m0_byte(amax, scheme).astype(jnp.uint8)
-                    if scheme.is_mx
-                    else numerics.compute_scale(amax, scheme)
-                )
-                _store(out_scale.at[pl.ds(row, tile.rows), at_block], stored)
+                store_scale(row, _scale(jnp.max(zeros, axis=2), scheme)[0])
+
+        def store(row, start, size, y):
+            _store(out.at[pl.ds(row, tile.rows), at_block, pl.ds(start, size)], y.astype(out.dtype))
+
+        def store_scale(row, found):
+            _store(out_scale.at[pl.ds(row, tile.rows), at_block], found.astype(out_scale.dtype))
 
         # Where tiles do not divide the rows, the last block takes one more, which ends with them.
         ends = jnp.where(row_tile == row_tiles - 1, 2, 1) if m % tile.rows else 1
@@ -201,6 +192,15 @@ def _amax(pieces: list[Float[Array, "r b _"]], chunk: int) -> Float[Array, "r b"
     if dtype == jnp.float16:
         return lax.bitcast_convert_type(bits.astype(jnp.int16), dtype).astype(jnp.float32)
     return lax.bitcast_convert_type(bits << (32 - 8 * dtype.itemsize), jnp.float32)
+
+
+def _scale(amax: Float[Array, "r b"], scheme: Scheme) -> tuple[Array, Float[Array, "r b"]]:
+    """The scale, e8m0 as int32, and its reciprocal."""
+    if scheme.is_mx:
+        byte = numerics.e8m0_byte(amax, scheme)
+        return byte, numerics.reciprocal_of_byte(byte)
+    scale = numerics.compute_scale(amax, scheme)
+    return scale, _reciprocal(scale)
 
 
 def _reciprocal(x: Float[Array, "..."]) -> Float[Array, "..."]:
