@@ -38,8 +38,9 @@ class Tile:
 def choose_tile(rows: int, blocks: int, width: int, itemsize: int, parts: int = 1) -> Tile | str:
     """The tile for `[rows, blocks, width]` elements made of `parts` inputs each; or why there is none.
 
-    A block's elements are spread over as few threads as keep 32 each, since threads have to exchange maxima; over more
-    where there are too few blocks for 128 threads.
+    A block's elements are spread over as few threads as keep 32 each, since threads have to exchange maxima. Over more
+    where there are too few blocks for 128 threads, and where the grid is small and its last block would otherwise have
+    a second tile, for which all wait.
     """
     vector = BYTES_A_LOAD // itemsize
     if width % vector or width < 2 * vector:
@@ -48,22 +49,26 @@ def choose_tile(rows: int, blocks: int, width: int, itemsize: int, parts: int = 
         return f"keeps blocks of up to {THREADS * MAX_BYTES // itemsize // parts} elements in registers, not of {width}"
     fits_a_warp = width * parts * itemsize <= 32 * BYTES_IN_FLIGHT
     lanes = min(max(_power_of_two(width // 32), 2), 32) if fits_a_warp else THREADS
+    found = None
     while lanes <= THREADS and lanes * vector <= width:
         thread_blocks = math.gcd(blocks, THREADS // lanes)
         thread_rows = THREADS // lanes // thread_blocks
         if thread_rows <= rows:
-            break
+            found = Tile(thread_rows, thread_blocks, thread_rows, thread_blocks, lanes, vector)
+            if rows % thread_rows == 0 or rows // thread_rows * (blocks // thread_blocks) >= SMS:
+                break
         lanes *= 2
-    else:
+    if found is None:
         return f"has {THREADS} threads for blocks of {width} elements, and {rows} × {blocks} of them are too few"
-    tile_rows = thread_rows
+    row_bytes = found.blocks * width * parts * itemsize
+    tile_rows = found.rows
     while (
         2 * tile_rows <= rows
-        and 2 * tile_rows * thread_blocks * width * parts * itemsize <= THREADS * BYTES_IN_FLIGHT
-        and rows // (2 * tile_rows) * (blocks // thread_blocks) >= SMS
+        and 2 * tile_rows * row_bytes <= THREADS * BYTES_IN_FLIGHT
+        and rows // (2 * tile_rows) * (blocks // found.blocks) >= SMS
     ):
         tile_rows *= 2
-    return Tile(tile_rows, thread_blocks, thread_rows, thread_blocks, lanes, vector)
+    return dataclasses.replace(found, rows=tile_rows)
 
 
 def _power_of_two(n: int) -> int:

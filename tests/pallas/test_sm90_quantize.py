@@ -289,6 +289,7 @@ def test_tiles():
     assert choose_tile(8 * 56, 1, 128, 2) == Tile(
         32, 1, 32, 1, 4, 8
     )  # a few tokens: as many blocks of the grid as can be
+    assert choose_tile(56, 1, 128, 2) == Tile(8, 1, 8, 1, 16, 8)  # one token: no second tile for the last one
     assert choose_tile(64, 1, 7168, 2) == Tile(1, 1, 1, 1, 128, 8)
 
 
