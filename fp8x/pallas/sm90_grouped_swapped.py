@@ -21,6 +21,8 @@ Decode reads each active expert's weights once; that is its floor. 4.8 TB/s time
 waits for the tensor cores as long as a slot is consumed faster than it comes (docs/kernels.md counts both).
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -106,14 +108,14 @@ def grouped_swapped(
         table, used = experts, None
         most_row_tiles = m if experts is not None else pl.cdiv(m, tokens)
 
-    # TMA has no ragged boxes but at the end of an array, and only where 16 bytes divide each row. K and N that 128
-    # and 8 do not divide cost a copy of the weights here. Scales and bias are read without bounds.
-    x = _pad(x, (-m % ROW_ALIGN, -k % BLOCK_K))
-    w = _pad(w, (0, -n % ROW_ALIGN, -k % BLOCK_K))
+    # TMA clips boxes at the end of an array, in whole tiles of the swizzle, which may be narrower than a slot. Rows of
+    # x that 8, K that 32 and N that 8 do not divide cost a copy here; so do scales and bias, which are read without
+    # bounds, of N that 64 does not divide.
+    x = _pad(x, (-m % ROW_ALIGN, -k % 32))
+    w = _pad(w, (0, -n % ROW_ALIGN, -k % 32))
     padded_n = n + -n % WAVE
     if scaled_by_row:
-        of_k = steps_of_k * scales_of_step - w_scale.shape[2] if scaled_along_k else 0
-        w_scale = _pad(w_scale, (0, padded_n - n, of_k)[: w_scale.ndim])
+        w_scale = _pad(w_scale, (0, padded_n - n, 0)[: w_scale.ndim])
     if x_scale is not None and x_scale.shape != (1,):
         x_scale = _pad(x_scale, (0,) * (x_scale.ndim - 1) + (tokens,))
     bias = None if bias is None else _pad(bias.astype(jnp.float32), (0, padded_n - n))
@@ -217,8 +219,11 @@ def grouped_swapped(
                         return ()
                     if scaled_by_row:
                         own = w_scale.at[last_group, pl.ds(rows_of(wave), WAVE)]
-                        at_k = range(scales_of_step)
-                        scales = tuple(load(own.at[:, i * scales_of_step + j], ROW_OF_WGMMA) for j in at_k)
+                        # Past the end of K weights are zero, and any scale will do.
+                        at_k = [
+                            jnp.minimum(i * scales_of_step + j, w_scale.shape[2] - 1) for j in range(scales_of_step)
+                        ]
+                        scales = tuple(load(own.at[:, at], ROW_OF_WGMMA) for at in at_k)
                     else:
                         scales = (w_scale[last_group, lax.div(rows_of(wave), 128), i],)
                     return scales if is_16_bit else (*scales, load(x_scale.at[i, at_tokens], COLUMN_OF_WGMMA))
@@ -332,8 +337,9 @@ def grouped_swapped(
                             y = finish(y) if table is None else lax.cond(group < e, finish, lambda y: y, y)
                             buffer = out_smem.at[warpgroup, (wave * panels + i) % buffers]
                             plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
-                            y = plgpu.layout_cast(y.astype(out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-                            buffer.T[...] = y
+                            y = plgpu.layout_cast(y, plgpu.Layout.WGMMA).astype(out.dtype)
+                            y = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
+                            _store(buffer.T, y)
                             send(buffer, out.at[split], begin, end, start + i * panel, column + own_rows[wave])
 
                         # Nothing to store: wait for the stores before, so that the buffers stay in turn.
@@ -343,8 +349,9 @@ def grouped_swapped(
             for_each_tile(compute_tile)
             plgpu.wait_smem_to_gmem(0)
 
-    def swizzled(bytes_of_k, dtype):
-        return plgpu.TilingTransform((ROW_ALIGN, bytes_of_k // dtype.itemsize)), plgpu.SwizzleTransform(bytes_of_k)
+    def swizzled(operand, width):
+        width = math.gcd(width * operand.dtype.itemsize, operand.shape[-1] * operand.dtype.itemsize, 128)
+        return plgpu.TilingTransform((ROW_ALIGN, width // operand.dtype.itemsize)), plgpu.SwizzleTransform(width)
 
     # Eight tokens of a store share four banks but for the swizzle, which is as wide as rows of 16 bits are here.
     out_transforms = (plgpu.SwizzleTransform(128),) if out_type.itemsize == 2 else ()
@@ -356,10 +363,8 @@ def grouped_swapped(
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=dict(
-            x_smem=plgpu.SMEM(
-                (stages, tokens, block_k), x.dtype, transforms=swizzled(min(depth * x.dtype.itemsize, 128), x.dtype)
-            ),
-            w_smem=plgpu.SMEM((stages, tiling.rows, block_k), w.dtype, transforms=swizzled(block_k, w.dtype)),
+            x_smem=plgpu.SMEM((stages, tokens, block_k), x.dtype, transforms=swizzled(x, depth)),
+            w_smem=plgpu.SMEM((stages, tiling.rows, block_k), w.dtype, transforms=swizzled(w, block_k)),
             out_smem=plgpu.SMEM((2, buffers, panel, WAVE), out_type, transforms=out_transforms),
             a_smem=plgpu.SMEM((2, WAVE, block_k), x.dtype) if is_16_bit and interpreted() else None,
             full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
@@ -369,6 +374,14 @@ def grouped_swapped(
     )
     y = run(table, used, x, w, x_scale, w_scale, bias)[:, :, :n]
     return y[0] if splits == 1 else jnp.sum(y, axis=0).astype(out_dtype)
+
+
+def _store(ref, y) -> None:
+    """From jax 0.12 on a plain store refuses rows of 32 bits that are not swizzled; before, it had no other form."""
+    if hasattr(plgpu, "store") and y.dtype == jnp.float32:
+        plgpu.store(ref, y, optimized=False)
+    else:
+        ref[...] = y
 
 
 def _pad(x: Array, after: tuple[int, ...]) -> Array:
