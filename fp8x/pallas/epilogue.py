@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from fp8x import numerics
+from fp8x.pallas.reciprocal import reciprocal
 from fp8x.scheme import Scheme
 
 WAVE = 64  # rows of a wgmma
@@ -116,7 +117,7 @@ class Gated:
             magnitude = jnp.abs(h)
             amax = jnp.max(jnp.where(magnitude < np.float32(np.inf), magnitude, np.float32(0)), axis=1)
             scale = numerics.compute_scale(amax, self.scheme)
-            inverse = lax.broadcast_in_dim(np.float32(1) / scale, h.shape, [0])
+            inverse = lax.broadcast_in_dim(reciprocal(scale), h.shape, [0])
 
             @pl.when(block < scales[0].shape[0])
             def _():

@@ -15,7 +15,8 @@ from fp8x import numerics, ops
 from fp8x.ops.gate import KERNEL_ACTIVATIONS, gated
 from fp8x.ops.quantize import QuantizeCall, by_kernel, by_xla, unsupported
 from fp8x.pallas.quantize_tiles import THREADS, Tile, choose_tile
-from fp8x.pallas.sm90_quantize import _corrected, quantize_blocks
+from fp8x.pallas.reciprocal import corrected as corrected_in_registers
+from fp8x.pallas.sm90_quantize import quantize_blocks
 from fp8x.scheme import E8M0, SCALE_RULES, Scheme, mx, per_row, per_tensor
 
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
@@ -189,7 +190,7 @@ def test_reciprocals_are_exact():
     exact = (np.float32(1) / x).view(np.int32)
     np.testing.assert_array_equal(np.asarray(numerics.reciprocal(x)).view(np.int32), exact)
     for off in range(-2, 3):
-        corrected = jax.jit(_corrected)((exact + off).view(np.float32), x)
+        corrected = jax.jit(corrected_in_registers)((exact + off).view(np.float32), x)
         np.testing.assert_array_equal(np.asarray(corrected).view(np.int32), exact)
 
 
