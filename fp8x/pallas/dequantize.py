@@ -8,7 +8,7 @@ of e4m3's NaN; `cvt.bf16x2.e4m3x2` needs a newer GPU.
 
 import jax.numpy as jnp
 from jax import lax
-from jax._src import config
+from jax._src import config  # nothing public tells whether Pallas interprets
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float

@@ -11,14 +11,14 @@ What is done with 128 of K follows from the types that come in; one of the three
 - `x` in 16 bits, a scale a row of `w` or one e8m0 byte for 32 of K (bfloat16 only): the weights are converted
   exactly, times 2^k where there is one, and added up by wgmma itself, which has float32 for 16-bit products. While
   the tensor cores multiply a wave, the next one is converted.
-- `x` in 16 bits, other scales: each `depth` of K (128 for float32 scales of 128×128, 32 for e8m0 with float16, where
-  2^k may not fit) go to a fresh accumulator, `part`, and `total += part * scale` in float32.
+- `x` in 16 bits, other scales: each `depth` of K (128 for float32 scales, 32 for e8m0 with float16, where 2^k may not
+  fit) go to a fresh accumulator, `part`, and `total += part * scale` in float32.
 - `x` in 8 bits: both operands straight from shared memory, a fresh accumulator for 128 of K, whose sum in the tensor
   cores is shorter than float32 (sm90_grouped_fp8.py), with row factors or block scales as there.
 
 Decode reads each active expert's weights once; that is its floor. 4.8 TB/s times an assumed 700 ns of latency are
-3.4 MB in flight (Little's law), 25 kB an SM. The ring has 140 kB and more, all of it requested ahead, so memory never
-waits for the tensor cores as long as a slot is consumed faster than it comes (docs/kernels.md counts both).
+3.4 MB in flight (Little's law), 25 kB an SM. The ring asks for 130 kB of weights and more ahead, so memory is never
+idle as long as slots are consumed faster than they come (docs/performance.md counts both).
 """
 
 import math
@@ -125,7 +125,7 @@ def grouped_swapped(
     buffers = 2 if out_type.itemsize == 2 and waves * panels % 2 == 0 else 1
     slot_bytes = tiling.rows * block_k + tokens * block_k * x.dtype.itemsize
     free = SHARED_MEMORY - 2 * buffers * panel * WAVE * out_type.itemsize - 1024  # barriers
-    stages = tiling.stages or min(free // slot_bytes, 12)
+    stages = tiling.stages or free // slot_bytes
 
     def kernel(table, used, x, w, x_scale, w_scale, bias, out, x_smem, w_smem, out_smem, full, empty, a_smem):
         """`full[slot]`: both operands came; `empty[slot]`: both compute warpgroups have read them."""
