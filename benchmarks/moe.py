@@ -122,8 +122,7 @@ def _parts(graphdef, state, x) -> Iterator[tuple[str, Callable, tuple]]:
     found, (weights, experts, sizes, rows, row) = part("routing", route, x)
     yield found
     if one:
-        repeated = jnp.broadcast_to(x, (experts.size, x.shape[1]))
-        found, gate_up = part("w13", lambda moe, x, experts: moe.w13.by_expert(x, experts), repeated, experts)
+        found, gate_up = part("w13", lambda moe, x, *visited: moe.w13.by_expert(x, *visited), x, experts, rows)
     else:
         found, gate_up = part("w13", lambda moe, x, sizes, rows: moe.w13(x, sizes, rows), x, sizes, rows)
     yield found

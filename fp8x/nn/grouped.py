@@ -119,9 +119,12 @@ class GroupedLinear(QuantizedLayer):
         self,
         x: Float[Array, "r k"] | Float[Array, "r 2 k"],
         experts: Int[Array, " r"],
+        rows: Int[Array, " r"] | None = None,
         gate: str | None = None,
     ) -> Float[Array, "r ..."]:
         """`__call__` of a few rows in any order, each by the matrix of its expert; zero where that is not here.
+
+        `rows` are the rows of `x` that meet the experts; None where each row meets one.
 
         Raises:
             ShapeError: `x` is not `[R, K]`, or not an expert for each row.
@@ -130,7 +133,9 @@ class GroupedLinear(QuantizedLayer):
         x, gate = self._check_input(x, gate)
         if self.is_calibrating:
             raise CalibrationError("layer: it is in calibration, which takes sorted rows; call it with group sizes")
-        op = functools.partial(ops.expert_matmul, experts=experts, gate=gate)
+        if rows is not None and not self._quantizes_in_any_order:
+            x, rows = x[rows], None
+        op = functools.partial(ops.expert_matmul, experts=experts, rows=rows, gate=gate)
         return self._multiply(op, x, self._activation(x))
 
     def with_gate(

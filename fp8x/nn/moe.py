@@ -148,8 +148,8 @@ class MoE(nnx.Module):
     def _visit_unsorted(self, tokens: Float[Array, "1 h"], experts: Int[Array, "1 k"]) -> Float[Array, "k h"]:
         """`_visit` of one token: its experts are distinct, so there is nothing to sort or to share."""
         expert = self._here(experts)
-        gate_up = self.w13.by_expert(jnp.broadcast_to(tokens, (expert.size, tokens.shape[1])), expert)
-        return self.w2.by_expert(gate_up, expert, self.activation)
+        gate_up = self.w13.by_expert(tokens, expert, rows=jnp.zeros_like(expert))
+        return self.w2.by_expert(gate_up, expert, gate=self.activation)
 
     def _is_small(self, tokens: Float[Array, "t h"]) -> bool:
         layers = (self.w13, self.w2)

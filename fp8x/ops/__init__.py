@@ -119,13 +119,14 @@ def expert_matmul(
     w: ScaledArray,
     experts: Int[Array, " r"],
     *,
+    rows: Int[Array, " r"] | None = None,
     gate: str | None = None,
     activation: Scheme | None = None,
     activation_scale: Float[Array, "..."] | None = None,
     bias: Float[Array, "e n"] | None = None,
     out_dtype=None,
 ) -> Float[Array, "r n"]:
-    """`matmul` of each row by the matrix of the expert that it names: for a few rows, in any order.
+    """`matmul` of each row by the matrix of its expert: for a few rows, in any order.
 
     `grouped_matmul` reads a matrix once for all of an expert's rows; this reads one for every row.
 
@@ -133,7 +134,7 @@ def expert_matmul(
         x: `[R, K]`; an Array or a ScaledArray.
         w: `[E, N, K]`.
         experts: int32 `[R]`. A row whose expert is not in 0 … E-1 comes out zero, and enters no activation scale.
-        gate: as in `grouped_matmul`.
+        rows, gate: as in `grouped_matmul`.
         activation, activation_scale, out_dtype: as in `matmul`.
         bias: `[E, N]`.
 
@@ -143,11 +144,12 @@ def expert_matmul(
     """
     _check_weight(w, 3)
     _check_input(x, w, activation, activation_scale, gate)
-    experts = check_experts(experts, w.shape[0], x.shape[0])
+    r = x.shape[0] if rows is None else _check_rows(rows, x, activation)
+    experts = check_experts(experts, w.shape[0], r)
     _check_bias(bias, w.shape[:2])
-    call = _call("expert_matmul", x, w, activation, bias, out_dtype)
+    call = _call("expert_matmul", x, w, activation, bias, out_dtype, r)
     kernels = choose(call, _quantization(x, activation, activation_scale, gate))
-    return product(*kernels, activation, gate, call.out_dtype, x, None, activation_scale, w, experts, bias)
+    return product(*kernels, activation, gate, call.out_dtype, x, rows, activation_scale, w, experts, bias)
 
 
 def gated_matmul(

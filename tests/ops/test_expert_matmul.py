@@ -104,6 +104,15 @@ def test_static_scale_ignores_rows_of_no_expert():
     np.testing.assert_array_equal(y, expected)
 
 
+def test_rows_that_meet_several_experts():
+    x, w, experts, bias = operands_of(*SHAPES[0], per_tensor())
+    rows = np.asarray([1, 1])
+    y = ops.expert_matmul(x, w, experts, rows=rows, activation=per_row(), bias=bias)
+    np.testing.assert_array_equal(y, ops.expert_matmul(x[rows], w, experts, activation=per_row(), bias=bias))
+    with pytest.raises(ShapeError, match=r"experts: shape is \(2,\), but x has 1 rows"):
+        ops.expert_matmul(x, w, experts, rows=rows[:1])
+
+
 def test_an_input_through_a_gate():
     x, w, experts, bias = operands_of(SMALL, EXPERTS, per_tensor())
     x = jnp.stack([x, -2 * x], axis=1)
