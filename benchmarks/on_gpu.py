@@ -8,12 +8,11 @@ libraries; `tune`, the tilings; `eval`, a model's bits per byte. What hangs, cra
 process: that is killed, noted, and the rest goes on in a new one. Results are written as they come, and a second run
 into the same directory goes on.
 
-    summary.json    what came of each step
     tests.json      what came of each test
     quantize.json, grouped.json, moe.json, decode.json
                     times; the scripts in benchmarks make tables of them: --table out/moe.json
     tuning.json     the fastest tilings, as fp8x/pallas/tuning/nvidia_h200.json would hold them
-    log.txt         what everything printed
+    log.txt         what everything printed, and what came of each step
 """
 
 import argparse
@@ -46,10 +45,10 @@ def bench(out: Path, log: Path, deadline: float) -> dict[str, str]:
 
 
 def evaluate(log: Path, deadline: float) -> dict[str, str]:
-    """A model's bits per byte in several recipes, on XLA and by the kernels: read them in the log."""
+    """A model's bits per byte in several recipes, by the kernels and on XLA: read them in the log."""
     command = [sys.executable, "-m", "fp8x", "eval", "examples/tiny_mixtral", "--data", "examples/heldout.jsonl"]
     command += [word for recipe in ("e4m3_bf16", *TUNED_RECIPES) for word in ("--recipe", recipe)]
-    return {name: run(command, log, deadline, lambda: None, FP8X_BACKEND=name) for name in ("xla", "mosaic_gpu")}
+    return {name: run(command, log, deadline, lambda: None, FP8X_BACKEND=name) for name in ("mosaic_gpu", "xla")}
 
 
 def tune(table: Path, log: Path, deadline: float) -> dict[str, str]:
@@ -71,8 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     out = Path(os.environ.get("OUT", "out")).absolute()
     out.mkdir(parents=True, exist_ok=True)
-    log, outcomes, summary = out / "log.txt", Outcomes(out / "tests.json"), {}
-    start = time.monotonic()
+    log, outcomes, start = out / "log.txt", Outcomes(out / "tests.json"), time.monotonic()
 
     def step(name: str, until: float, work: Callable[[float], Any]) -> None:
         """`until`: the share of the time after which the step is over."""
@@ -83,9 +81,10 @@ def main(arguments: list[str] | None = None) -> None:
             found = work(start + until * options.seconds)
         except Exception as error:  # of this script: the other steps still run
             found = f"{type(error).__name__}: {error}"
-        summary[name] = {"result": found, "seconds": round(time.monotonic() - before, 1)}
-        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        print(name, summary[name], flush=True)
+        line = f"{name}, {time.monotonic() - before:.0f} s: {json.dumps(found)}"
+        print(line, flush=True)
+        with log.open("a") as file:
+            file.write(f"\n{line}\n")
 
     step("tests", 0.3, lambda end: run_tests(["-m", "gpu", "tests/gpu"], outcomes, log, end))
     step("xla", 0.36, lambda end: run_tests(XLA_TESTS, outcomes, log, end, FP8X_BACKEND="xla"))

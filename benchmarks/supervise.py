@@ -63,6 +63,8 @@ def run_again(command: list, results: Path, log: Path, deadline: float, **enviro
         left = max(0, int(deadline - time.monotonic()) - 5)
         before = news_of(results)
         ended = run([*command, "--seconds", left], log, deadline, lambda: news_of(results), **environment)
+        if ended == "out of time":
+            results.with_suffix(".running").unlink(missing_ok=True)  # it is not to blame
         if ended in ("exit 0", "out of time") or news_of(results) == before:
             return ended
 
