@@ -254,13 +254,14 @@ def grouped_swapped(
                             next_scales = []
                             plgpu.barrier_wait(full.at[slot])
                             for wave, (total, own_scales) in enumerate(zip(totals, scales)):
+                                # Tensor cores read `a` from its registers: this wave's step before has to be done.
+                                plgpu.wgmma_wait(waves - 1)
+                                if wave == waves - 1:
+                                    pl.when(i > 0)(lambda step=step: release(step - 1))
                                 a = load_as_16_bits(w_smem.at[slot, pl.ds(own_rows[wave], WAVE)], x.dtype)
                                 if is_mx:
                                     a = scale_columns(a, [power_of_two(scale, x.dtype) for scale in own_scales])
                                 next_scales.append(load_scales(i + 1, wave))  # a step early, for they take time
-                                if wave == 0:
-                                    plgpu.wgmma_wait(0)  # the tensor cores worked on the step before until here
-                                    pl.when(i > 0)(lambda step=step: release(step - 1))
                                 wgmma_registers(total, a, x_smem.at[slot].T, spare)
                             return step + 1, tuple(next_scales)
 
@@ -342,8 +343,10 @@ def grouped_swapped(
                             _store(buffer.T, y)
                             send(buffer, out.at[split], begin, end, start + i * panel, column + own_rows[wave])
 
-                        # Nothing to store: wait for the stores before, so that the buffers stay in turn.
-                        lax.cond(end > begin, store, lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True))
+                        # Nothing to store: wait for the stores before, so that the buffers stay in turn. Past the last
+                        # column nobody may store: a row of float32 goes out without TMA's clipping.
+                        is_used = (end > begin) & (column + own_rows[wave] < padded_n)
+                        lax.cond(is_used, store, lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True))
                 return step
 
             for_each_tile(compute_tile)
