@@ -60,7 +60,7 @@ def cases(shapes, fast):
 
 @pytest.mark.parametrize(
     ("shape", "weight", "activation", "dtype", "out_dtype", "use_bias"),
-    cases(GROUPED, {(2, 0), (6, 5), (4, 9)}),
+    cases(GROUPED, {(4, 0), (6, 5), (4, 9)}),
 )
 def test_grouped(interpreted, shape, weight, activation, dtype, out_dtype, use_bias):
     given = operands(shape, weight, dtype=dtype)
