@@ -38,7 +38,7 @@ def supervise(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     module = importlib.import_module("supervise")
     monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.setattr(module, "STALL", 3.0)
+    monkeypatch.setattr(module, "STALL", 5.0)
     yield module
     sys.modules.pop("supervise", None)
 
