@@ -325,7 +325,7 @@ def _run(
 
                 def store():
                     def of_a_group(factor):
-                        """Zero in the rest, where x's may be NaN."""
+                        """Zero in the rest, whose own may be NaN, and the last expert's too."""
                         if not grouped:
                             return factor
                         return jnp.where(lax.broadcast_in_dim(tile.group < e, factor.shape, []), factor, 0)
@@ -337,7 +337,7 @@ def _run(
                         matrix, columns = columns_of(halves[at], first, y.shape[1])
                         if not block_scaled:
                             at_columns = (matrix, 0) if one_of_w else (matrix, columns)
-                            y = y * _spread(row_factor, y, 0) * _spread(_load(w_scale, at_columns, 1), y, 1)
+                            y = y * _spread(row_factor, y, 0) * _spread(of_a_group(_load(w_scale, at_columns, 1)), y, 1)
                         if bias is not None:
                             y = y + _spread(of_a_group(_load(bias, (matrix, columns), 1)), y, 1)
                         return y
