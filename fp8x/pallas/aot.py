@@ -31,7 +31,7 @@ from jax._src.lib.mlir import ir
 SHARED_MEMORY = 227 * 1024  # what a block on sm_90 may have
 
 # Attributes 75 and 76 are the compute capability; function attribute 8 is the size of dynamic shared memory.
-_STUB = r"""
+DRIVER = r"""
 #include <elf.h>
 #include <stdio.h>
 int cuCtxGetDevice(int *device) { *device = 0; return 0; }
@@ -110,6 +110,16 @@ def compile_sm90(fn: Callable, *arguments) -> list[Report]:
         CompileError: a tool is missing, or the compiler refused a kernel.
         What jax raises while it traces and lowers `fn`.
     """
+    return [_report(module) for module in mosaic_modules(fn, *arguments)]
+
+
+def mosaic_modules(fn: Callable, *arguments) -> list[bytes]:
+    """Each Mosaic GPU kernel in `fn(*arguments)`, lowered for sm_90a, as `run_compiler` takes it.
+
+    Raises:
+        CompileError: a tool is missing, or there is no kernel.
+        What jax raises while it traces and lowers `fn`.
+    """
     if reason := missing():
         raise CompileError(reason)
     # jax asks ptxas in PATH, while it lowers, which instructions there are.
@@ -117,15 +127,8 @@ def compile_sm90(fn: Callable, *arguments) -> list[Report]:
     os.environ["PATH"] = f"{_toolkit() / 'bin'}:{path}"
     try:
         lowered = jax.jit(lambda *arguments: fn(*arguments)).trace(*arguments).lower(lowering_platforms=("cuda",))
-        modules = _mosaic_modules(lowered)
-        if not modules:
-            raise CompileError("no Mosaic GPU kernel in the function")
-        return [_compile(module) for module in modules]
     finally:
         os.environ["PATH"] = path
-
-
-def _mosaic_modules(lowered) -> list[bytes]:
     modules: dict[bytes, None] = {}
 
     def visit(op):
@@ -134,30 +137,51 @@ def _mosaic_modules(lowered) -> list[bytes]:
         return ir.WalkResult.ADVANCE
 
     lowered.compiler_ir("stablehlo").operation.walk(visit)
+    if not modules:
+        raise CompileError("no Mosaic GPU kernel in the function")
     return list(modules)
 
 
-def _compile(module: bytes) -> Report:
+def run_compiler(
+    module: bytes, work: Path, *, script: str = _COMPILE, driver: str = DRIVER, dump: tuple[str, ...] = ("PTXAS",)
+) -> str:
+    """Compiles a kernel in a process of its own; returns what it wrote.
+
+    Args:
+        module: from `mosaic_modules`.
+        work: an empty directory; the cubin and its size of shared memory will be in it.
+        script: what the process runs: compiles the file "module", and more.
+        driver: the C source of its libcuda.
+        dump: what Mosaic is asked to write (MOSAIC_GPU_DUMP_…).
+    Raises:
+        CompileError: the compiler refused the kernel.
+    """
+    shutil.copy(_library(driver), work / "libcuda.so.1")
+    (work / "module").write_bytes(module)
+    (work / "cuda_sdk_lib").symlink_to(_toolkit())  # where the plugin looks for libdevice
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MOSAIC_GPU_")}
+    environment["MOSAIC_GPU_RUNTIME_LIB_PATH"] = str(wheel_file("jax-cuda13-plugin", "libmosaic_gpu_runtime.so"))
+    environment |= {f"MOSAIC_GPU_DUMP_{kind}": "1" for kind in dump}
+    plugin = wheel_file("jax-cuda13-pjrt", "xla_cuda_plugin.so")
+    with open(work / "log", "w") as file:
+        child = subprocess.run(
+            [sys.executable, "-c", script, plugin], cwd=work, env=environment, stdout=file, stderr=file
+        )
+    log = (work / "log").read_text()
+    if child.returncode or not (work / "kernel.cubin").exists():
+        raise CompileError(f"exit status {child.returncode}\n{log}")
+    return log
+
+
+def _report(module: bytes) -> Report:
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
-        shutil.copy(_stub(), work / "libcuda.so.1")
-        (work / "module").write_bytes(module)
-        (work / "cuda_sdk_lib").symlink_to(_toolkit())  # where the plugin looks for libdevice
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("MOSAIC_GPU_")}
-        environment["MOSAIC_GPU_RUNTIME_LIB_PATH"] = str(wheel_file("jax-cuda13-plugin", "libmosaic_gpu_runtime.so"))
-        environment["MOSAIC_GPU_DUMP_PTXAS"] = "1"
-        plugin = wheel_file("jax-cuda13-pjrt", "xla_cuda_plugin.so")
-        child = subprocess.run(
-            [sys.executable, "-c", _COMPILE, plugin], cwd=work, env=environment, capture_output=True, text=True
-        )
+        log = run_compiler(module, work)
         cubin = work / "kernel.cubin"
-        if child.returncode or not cubin.exists():
-            raise CompileError(f"exit status {child.returncode}\n{child.stdout}{child.stderr}")
         sass = subprocess.run(
             [_toolkit() / "bin" / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True
         ).stdout
         dynamic = int((work / "shared_memory").read_text()) if (work / "shared_memory").exists() else 0
-    log = child.stdout + child.stderr
     return Report(
         registers=_number(r"Used (\d+) registers", log),
         spill_bytes=_number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log),
@@ -176,9 +200,9 @@ def _number(pattern: str, log: str, absent: int | None = None) -> int:
 
 
 @functools.cache
-def _stub() -> Path:
+def _library(source: str) -> Path:
     directory = Path(tempfile.mkdtemp(prefix="fp8x-aot-"))
-    (directory / "stub.c").write_text(_STUB)
+    (directory / "stub.c").write_text(source)
     library = directory / "libcuda.so.1"
     subprocess.run(
         ["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, directory / "stub.c"], check=True
