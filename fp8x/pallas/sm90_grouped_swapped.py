@@ -117,7 +117,8 @@ def grouped_swapped(
     if scaled_by_row:
         w_scale = _pad(w_scale, (0, padded_n - n, 0)[: w_scale.ndim])
     if x_scale is not None and x_scale.shape != (1,):
-        x_scale = _pad(x_scale, (0,) * (x_scale.ndim - 1) + (tokens,))
+        # Rows of an even length: they are loaded in pairs, which a GPU wants at multiples of 8 bytes.
+        x_scale = _pad(x_scale, (0,) * (x_scale.ndim - 1) + (tokens + m % 2,))
     bias = None if bias is None else _pad(bias.astype(jnp.float32), (0, padded_n - n))
 
     # What shares the memory of a block: each warpgroup's buffers on the way out, used in turn, and the ring.
