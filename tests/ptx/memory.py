@@ -26,23 +26,31 @@ def swizzled(addresses: np.ndarray, width: int) -> np.ndarray:
 
 
 class GlobalMemory:
-    """The kernel's arrays, each at `argument_address(i)`; nothing else is there."""
+    """The kernel's arrays, each at `argument_address(i)`; nothing else is there.
+
+    Blocks run in no order, so no byte may be stored by two warpgroups, which `writers` has by their numbers.
+    """
 
     def __init__(self, arrays: list[np.ndarray]):
         self.arrays = [array.reshape(-1).view(np.uint8) for array in arrays]
+        self.writers = [np.zeros(array.shape, np.int32) for array in self.arrays]
 
     def load(self, addresses: np.ndarray, size: int) -> np.ndarray:
         """`[lanes, size]` bytes."""
         content = np.empty((len(addresses), size), np.uint8)
-        for array, lanes, offsets in self._parts(addresses, size):
-            content[lanes] = array[offsets]
+        for i, lanes, offsets in self._parts(addresses, size):
+            content[lanes] = self.arrays[i][offsets]
         return content
 
-    def store(self, addresses: np.ndarray, content: np.ndarray) -> None:
-        for array, lanes, offsets in self._parts(addresses, content.shape[1]):
-            array[offsets] = content[lanes]
+    def store(self, addresses: np.ndarray, content: np.ndarray, writer: int) -> None:
+        """`writer` is the number of a warpgroup, from 1."""
+        for i, lanes, offsets in self._parts(addresses, content.shape[1]):
+            if set(np.unique(self.writers[i][offsets])) - {0, writer}:
+                raise PtxError(f"bytes {offsets.min()} to {offsets.max()} of array {i} are stored by two warpgroups")
+            self.arrays[i][offsets] = content[lanes]
+            self.writers[i][offsets] = writer
 
-    def _parts(self, addresses: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def _parts(self, addresses: np.ndarray, size: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         addresses = addresses.astype(np.int64)
         if (addresses % size).any():
             raise PtxError(f"global addresses of {size} bytes that it does not divide")
@@ -54,7 +62,7 @@ class GlobalMemory:
             offsets = (addresses[lanes] % _ARGUMENT)[:, None] + np.arange(size)
             if offsets.max() >= len(self.arrays[i]):
                 raise PtxError(f"byte {offsets.max()} of array {i}, which has {len(self.arrays[i])}")
-            yield self.arrays[i], lanes, offsets
+            yield int(i), lanes, offsets
 
 
 class SharedMemory:

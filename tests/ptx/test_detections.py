@@ -120,6 +120,12 @@ $TAKE: setmaxnreg.inc.sync.aligned.u32 240;"""
         execute(take.format(given=32), threads=384)
 
 
+def test_two_warpgroups_that_store_the_same_bytes():
+    execute("st.global.b8 [%rd1], 1;")
+    with pytest.raises(PtxError, match="bytes 0 to 0 of array 0 are stored by two warpgroups"):
+        execute("st.global.b8 [%rd1], 1;", threads=256)
+
+
 def test_a_box_at_the_tensors_end():
     """Four rows, and zeros where there are no more."""
     copy = "ld.shared.b32 %r4, [%r1+60]; ld.shared.b32 %r5, [%r1+64]; st.global.v2.b32 [%rd1], {%r4,%r5};"

@@ -64,10 +64,10 @@ class TensorMap:
         content[is_inside] = memory.load(addresses[is_inside], self.item_bytes)
         return content
 
-    def store(self, memory: GlobalMemory, coordinates: tuple[int, ...], content: np.ndarray) -> None:
+    def store(self, memory: GlobalMemory, coordinates: tuple[int, ...], content: np.ndarray, writer: int) -> None:
         """Writes what is within the tensor's bounds."""
         addresses, is_inside = self._addresses(coordinates)
-        memory.store(addresses[is_inside], content[is_inside])
+        memory.store(addresses[is_inside], content[is_inside], writer)
 
     def _addresses(self, coordinates: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         if len(coordinates) != len(self.sizes):
@@ -83,8 +83,8 @@ class TensorMap:
 class BulkCopies:
     """A warpgroup's cp.async.bulk, and the groups of its stores. One thread starts each copy."""
 
-    def __init__(self, block: "Block", registers: "Registers"):
-        self.block, self.registers = block, registers
+    def __init__(self, block: "Block", registers: "Registers", number: int):
+        self.block, self.registers, self.number = block, registers, number
         self._open: list[_Store] = []
         self._groups: list[list[_Store]] = []
 
@@ -137,7 +137,9 @@ class BulkCopies:
     def _store_box(self, tensor: Address, of_shared: Address, *, lane: int):
         of, coordinates = self._tensor(tensor, lane)
         place = of.place(self._value(of_shared, "u32", lane))
-        self._begin(_Store(self.block, place, lambda memory, content: of.store(memory, coordinates, content)))
+        self._begin(
+            _Store(self.block, place, lambda memory, content: of.store(memory, coordinates, content, self.number))
+        )
 
     def _store_bytes(self, to: Address, of_shared: Address, size: Operand, *, lane: int):
         """So many bytes in a row, which nothing clips."""
@@ -146,7 +148,7 @@ class BulkCopies:
         if target % 16 or source % 16 or size % 16:
             raise PtxError(f"{size} bytes from {source} to {target:#x}; all have to be multiples of 16")
         place, addresses = source + np.arange(size)[:, None], target + np.arange(size)
-        self._begin(_Store(self.block, place, lambda memory, content: memory.store(addresses, content)))
+        self._begin(_Store(self.block, place, lambda memory, content: memory.store(addresses, content, self.number)))
 
     def _begin(self, store: "_Store") -> None:
         self.block.memory.begin_read(store.place)

@@ -39,7 +39,8 @@ class Warpgroup:
         }
         self.registers = Registers(program.registers, {name: bits.astype(np.uint64) for name, bits in symbols.items()})
         self.tensor_core = TensorCore(self.registers, block.memory)
-        self.copies = BulkCopies(block, self.registers)
+        self.number = 1 + index + block.index * block.launch.threads // LANES
+        self.copies = BulkCopies(block, self.registers, self.number)
         self.arithmetic = Arithmetic(np.random.default_rng([block.cluster.seed, block.index, index]))
         self.register_count = block.launch.registers
         self._cluster_round = 0
@@ -131,7 +132,7 @@ class Warpgroup:
         if _space(instruction) == "shared":
             self.block.memory.store(self.index, addresses, content[mask])
         else:
-            self.block.cluster.memory.store(addresses, content[mask])
+            self.block.cluster.memory.store(addresses, content[mask], self.number)
 
     def _stmatrix(self, instruction: Instruction, mask: np.ndarray) -> None:
         """Up to four matrices of 8×8 16-bit elements a warp; 8 lanes have the addresses of each's rows (stmatrix)."""

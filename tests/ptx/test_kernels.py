@@ -1,0 +1,34 @@
+"""Kernels' PTX against float64: a form with 8-bit activations and one with 16-bit ones. All forms are slow, in
+tests/pallas/test_emulated.py."""
+
+import jax.numpy as jnp
+import metric
+import numpy as np
+import pytest
+from metric import assert_close
+from shapes import Shape, operands, quantize
+
+import fp8x
+from fp8x import ops
+from fp8x.pallas import aot
+from fp8x.scheme import Scheme, per_row
+from ptx.emulated import emulated
+
+pytestmark = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation"),
+    [(Scheme("e4m3", block=(128, 128)), Scheme("e4m3", block=(1, 128))), (per_row(), None)],
+    ids=["fp8 blocks", "w8a16"],
+)
+def test_ragged_groups(weight, activation):
+    """Stores of 1, 2, 4 rows, an empty group, rows past the groups; K and N that no tile divides."""
+    shape = Shape((7, 0, 64, 21), 120, 160, spare=40)
+    given = operands(shape, weight)
+    with emulated(), fp8x.backend("mosaic_gpu"):
+        y = np.asarray(ops.grouped_matmul(given.x, given.w, given.group_sizes, activation=activation, bias=given.bias))
+    x = jnp.nan_to_num(given.x)
+    x = x if activation is None else quantize(x, activation)
+    assert_close(y, metric.grouped_matmul(x, given.w, shape.group_sizes, given.bias))
+    assert not np.any(y[shape.m - shape.spare :]), "rows past the groups are zero"
