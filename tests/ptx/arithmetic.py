@@ -137,7 +137,7 @@ class Arithmetic:
         raise PtxError("not emulated")
 
     def _approximate(self, name: str, modifiers: tuple[str, ...], x: np.ndarray) -> np.ndarray:
-        """A unit in the last place off, or not, at random; the ISA allows that much or more (rcp, rsqrt, ex2)."""
+        """A unit in the last place off, or not, at random: about what the ISA allows (rcp, rsqrt, ex2)."""
         flush = "ftz" in modifiers
         x = _flushed(x) if flush else x
         exact = _APPROXIMATE[name](x.astype(np.float64)).astype(np.float32)
@@ -195,11 +195,13 @@ class Arithmetic:
         return shifted if sign else np.where(count >= bits, 0, shifted).astype(x.dtype)
 
     def _bfe(self, modifiers, kind, read):
-        if kind[0] != "u":
-            raise PtxError("not emulated")
+        """`length` bits from `begin` on; of signed types with the field's own sign."""
         x = read(1, kind)
-        begin, length = (read(i, "u32").astype(x.dtype) & x.dtype.type(255) for i in (2, 3))
-        return (x >> begin) & ((x.dtype.type(1) << length) - x.dtype.type(1))
+        begin, length = (read(i, "u32").astype(x.dtype) & 255 for i in (2, 3))
+        bits = 8 * x.itemsize
+        if ((length == 0) | (begin + length > bits)).any():
+            raise PtxError("not emulated")
+        return (x << (bits - begin - length)) >> (bits - length)
 
     def _prmt(self, modifiers, kind, read):
         """Bytes of two registers, each by a nibble, whose top bit asks for the sign instead (prmt)."""

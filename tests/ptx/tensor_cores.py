@@ -118,6 +118,8 @@ def _rows(descriptors: np.ndarray, rows: int) -> np.ndarray:
     if descriptor >> 49 & 7 or descriptor >> 62 not in _SWIZZLES:
         raise PtxError("not emulated: a base offset, or no swizzle")
     width = _SWIZZLES[descriptor >> 62]
+    if start >> 7 & (width // 16 - 1):
+        raise PtxError(f"a matrix at shared byte {start}, within a pattern of the swizzle, without a base offset")
     row = np.arange(rows)[:, None]
     return swizzled(start + row // 8 * stride + row % 8 * width + np.arange(32), width)
 

@@ -100,6 +100,10 @@ def execute(body: str, *, threads: int = 128, seed: int = 0) -> np.ndarray:
         (_OPERANDS + _FENCE + _MMA, "ends while wgmma is in flight"),
         (_OPERANDS + _FENCE + _MMA + "mov.b32 %r4, %r11;", "%r11 is read while wgmma accumulates into it"),
         (_OPERANDS + _FENCE + _MMA + "mov.b32 %r22, 1;", "%r22 is written while wgmma reads it"),
+        (
+            _OPERANDS + "add.s64 %rd4, %rd4, 8;" + _FENCE + _MMA,
+            "a matrix at shared byte 1152, within a pattern of the swizzle, without a base offset",
+        ),
         (_OPERANDS + _FENCE + _MMA + "st.shared.b32 [%r1], %r3;", "while it is read asynchronously"),
     ],
 )
