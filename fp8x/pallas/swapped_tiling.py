@@ -21,7 +21,7 @@ class Tiling:
     Arguments:
         tokens: a multiple of 8 up to 128: the width of a wgmma.
         rows: rows of w, 128 or 256.
-        stages: slots of the ring; None takes as many as fit.
+        stages: slots of the ring, at least two: one is released when the next is multiplied. None takes as many as fit.
         splits: parts of K whose sums are added afterwards, for balance where there are few tiles.
     """
 
