@@ -1,6 +1,7 @@
 """Runs a launch, one cluster of blocks after the other: warpgroups and transfers proceed in a random order."""
 
 import random
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from ptx.launch import Launch
 from ptx.memory import GlobalMemory, SharedMemory
 from ptx.program import Program, PtxError, parse
 from ptx.registers import LANES
+from ptx.transfers import Transfer
 from ptx.warpgroup import PARAMETER_BASE, Warpgroup
 
 
@@ -73,13 +75,11 @@ class Cluster:
     """
 
     def __init__(self, launch: Launch, program: Program, memory: GlobalMemory, first: int, seed: int):
-        self.memory, self.transfers, self.seed = memory, [], seed
+        self.memory, self.seed = memory, seed
+        self.transfers: list[Transfer] = []
         self.blocks = [Block(self, launch, program, first + rank, rank) for rank in range(launch.cluster)]
         self.barrier = ThreadBarrier(launch.cluster * launch.threads // LANES)
         self.random = random.Random(first * 1000 + seed)
-
-    def start(self, transfer) -> None:
-        self.transfers.append(transfer)
 
     def run(self) -> None:
         groups = [Warpgroup(block, i) for block in self.blocks for i in range(block.barriers.warpgroups)]
@@ -102,6 +102,10 @@ class Cluster:
                 waits[chosen] = next(running[chosen])
             except StopIteration:
                 del running[chosen]
-                chosen.block.is_over = not any(group.block is chosen.block for group in running)
-        if self.transfers:
-            raise PtxError(f"{len(self.transfers)} transfers are under way at the end")
+                self._leave(chosen.block, running)
+
+    def _leave(self, block: Block, running: Iterable[Warpgroup]) -> None:
+        """A block is over with its last warpgroup; then nothing may be on its way to its shared memory."""
+        block.is_over = not any(group.block is block for group in running)
+        if block.is_over and any(transfer.block is block for transfer in self.transfers):
+            raise PtxError(f"block {block.index} ends while a transfer to its shared memory is under way")

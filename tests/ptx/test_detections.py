@@ -79,7 +79,7 @@ def execute(body: str, *, threads: int = 128, seed: int = 0) -> np.ndarray:
         ("@%p1 mbarrier.arrive.shared::cta.b64 %rd9, [%r1];", "no mbarrier at shared byte 1024"),
         ("bar.sync 1, 256;", "barrier 1 of 256 threads"),
         # Transfers.
-        (_LOAD, "1 transfers are under way at the end"),
+        (_LOAD, "block 0 ends while a transfer to its shared memory is under way"),
         (_LOAD + "ld.shared.b32 %r4, [%r1];", "read by warpgroup 0 while a transfer writes it"),
         ("ld.shared.b32 %r4, [%r1];" + _LOAD + _WAIT, "accessed by threads without a fence.proxy.async"),
         (

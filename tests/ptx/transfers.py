@@ -1,7 +1,9 @@
 """TMA: bulk copies between global and shared memory (Data Movement: Asynchronous Copy), each at a time of its own."""
 
+import abc
 import dataclasses
 import struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -81,7 +83,11 @@ class TensorMap:
 
 
 class BulkCopies:
-    """A warpgroup's cp.async.bulk, and the groups of its stores. One thread starts each copy."""
+    """A warpgroup's cp.async.bulk, and the groups of its stores. One thread starts each copy.
+
+    Attributes:
+        number: the warpgroup's, for what it stores.
+    """
 
     def __init__(self, block: "Block", registers: "Registers", number: int):
         self.block, self.registers, self.number = block, registers, number
@@ -103,10 +109,9 @@ class BulkCopies:
             self._groups.append(self._open)
             self._open = []
         elif modifiers[2] == "wait_group":
-            for group in self._groups[: len(self._groups) - operands[0]]:
-                for store in group:
+            while len(self._groups) > operands[0]:
+                for store in self._groups.pop(0):
                     store.finish()
-            del self._groups[: len(self._groups) - operands[0]]
         elif mask.sum() > 1:
             raise PtxError(f"started by {mask.sum()} threads")
         else:
@@ -131,15 +136,14 @@ class BulkCopies:
             raise PtxError(f"multicast to blocks {mask:#b} of a cluster of {len(cluster.blocks)}")
         address = self._value(barrier, "u32", lane)
         for block in (block for block in cluster.blocks if mask >> block.rank & 1):
-            block.memory.begin_write(place)
-            cluster.start(_Load(block, place, of, coordinates, address))
+            if block.is_over:
+                raise PtxError(f"to block {block.index}, which is over")
+            _Load(block, place, of, coordinates, address)
 
     def _store_box(self, tensor: Address, of_shared: Address, *, lane: int):
         of, coordinates = self._tensor(tensor, lane)
         place = of.place(self._value(of_shared, "u32", lane))
-        self._begin(
-            _Store(self.block, place, lambda memory, content: of.store(memory, coordinates, content, self.number))
-        )
+        self._store(place, lambda memory, content: of.store(memory, coordinates, content, self.number))
 
     def _store_bytes(self, to: Address, of_shared: Address, size: Operand, *, lane: int):
         """So many bytes in a row, which nothing clips."""
@@ -148,12 +152,10 @@ class BulkCopies:
         if target % 16 or source % 16 or size % 16:
             raise PtxError(f"{size} bytes from {source} to {target:#x}; all have to be multiples of 16")
         place, addresses = source + np.arange(size)[:, None], target + np.arange(size)
-        self._begin(_Store(self.block, place, lambda memory, content: memory.store(addresses, content, self.number)))
+        self._store(place, lambda memory, content: memory.store(addresses, content, self.number))
 
-    def _begin(self, store: "_Store") -> None:
-        self.block.memory.begin_read(store.place)
-        self._open.append(store)
-        self.block.cluster.start(store)
+    def _store(self, place: np.ndarray, write: Callable[[GlobalMemory, np.ndarray], None]) -> None:
+        self._open.append(_Store(self.block, place, write))
 
     def _tensor(self, operand: Address, lane: int) -> tuple[TensorMap, tuple[int, ...]]:
         address = self._value(Address(operand.base), "u64", lane)
@@ -164,31 +166,44 @@ class BulkCopies:
         return int(self.registers.read(operand.base, kind)[lane]) + operand.offset
 
 
-class _Load:
-    """A box on its way to shared memory."""
+class Transfer(abc.ABC):
+    """Bytes on their way; `place` are those in the block's shared memory."""
 
-    def __init__(
-        self, block: "Block", place: np.ndarray, tensor: TensorMap, coordinates: tuple[int, ...], barrier: int
-    ):
-        self.block, self.place, self.tensor, self.coordinates = block, place, tensor, coordinates
-        self.barrier = block.barrier(barrier)
-
-    def finish(self) -> None:
-        content = self.tensor.load(self.block.cluster.memory, self.coordinates)
-        self.block.memory.end_write(self.place, content)
-        self.block.cluster.transfers.remove(self)
-        self.barrier.complete(self.tensor.bytes)
-
-
-class _Store:
-    """Bytes on their way to global memory, where `write(memory, content)` puts them."""
-
-    def __init__(self, block: "Block", place: np.ndarray, write):
-        self.block, self.place, self.write, self.is_over = block, place, write, False
+    def __init__(self, block: "Block", place: np.ndarray):
+        self.block, self.place, self.is_over = block, place, False
+        block.cluster.transfers.append(self)
 
     def finish(self) -> None:
         """Once, at a random time or when it is waited for."""
         if not self.is_over:
             self.is_over = True
             self.block.cluster.transfers.remove(self)
-            self.write(self.block.cluster.memory, self.block.memory.end_read(self.place))
+            self._move()
+
+    @abc.abstractmethod
+    def _move(self) -> None: ...
+
+
+class _Load(Transfer):
+    """A tensor's box, to shared memory."""
+
+    def __init__(self, block: "Block", place: np.ndarray, tensor: TensorMap, coordinates: tuple[int, ...], at: int):
+        self.tensor, self.coordinates, self.barrier = tensor, coordinates, block.barrier(at)
+        block.memory.begin_write(place)
+        super().__init__(block, place)
+
+    def _move(self) -> None:
+        self.block.memory.end_write(self.place, self.tensor.load(self.block.cluster.memory, self.coordinates))
+        self.barrier.complete(self.tensor.bytes)
+
+
+class _Store(Transfer):
+    """To global memory, where `write(memory, content)` puts them."""
+
+    def __init__(self, block: "Block", place: np.ndarray, write: Callable[[GlobalMemory, np.ndarray], None]):
+        self.write = write
+        block.memory.begin_read(place)
+        super().__init__(block, place)
+
+    def _move(self) -> None:
+        self.write(self.block.cluster.memory, self.block.memory.end_read(self.place))
