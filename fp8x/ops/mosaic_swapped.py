@@ -107,7 +107,7 @@ def _in_16_bits(x: ScaledArray) -> Float[Array, "m k"]:
     folded; those of activations are none, and without its barrier XLA has one launch instead of two."""
     byte = jax.lax.bitcast_convert_type(x.scale, jnp.uint8)[..., None]
     half, power = numerics.factors_of_byte(byte)
-    blocks = x.data.reshape(*x.scale.shape, -1).astype(jnp.float32)
+    blocks = x.data.reshape(*x.scale.shape, x.scheme.block[-1]).astype(jnp.float32)
     return (blocks * half * power).astype(jnp.bfloat16).reshape(x.shape)
 
 
