@@ -17,9 +17,9 @@ from mixtures import MIXTURES, Mixture
 
 import fp8x
 from fp8x.benchmark import H200
-from fp8x.pallas.swapped_tiling import BLOCK_K, CLOCK, SMS, TASK, Tiling, estimates
+from fp8x.pallas.sm90 import BLOCK_K, CLOCK, SMS
+from fp8x.pallas.swapped_tiling import TASK, Tiling, estimates, slots
 
-SHARED_MEMORY = 227 * 1024
 LATENCY = 800e-9  # seconds from a request to memory to its answer: assumed
 LAUNCH = 2e-6  # seconds that a small kernel takes from the one before to the one after: assumed
 TOKENS = (1, 4, 16, 64)
@@ -66,14 +66,13 @@ def product(mixture: Mixture, code: str, tokens: int, n: int, k: int) -> Product
     rows = tokens * mixture.top_k
     choices = estimates(rows, n, k, mixture.experts, **options)
     tiling = min(choices, key=choices.get)
-    slot = (tiling.rows + tiling.tokens * x_bytes) * BLOCK_K
-    stages = min((SHARED_MEMORY - 2 * 2 * tiling.tokens * 64 * 2 - 1024) // slot, 12)
+    ring = slots(tiling, BLOCK_K, x_bytes, out_bytes=2 if tiling.splits == 1 else 4) * tiling.rows * BLOCK_K
     visited = math.ceil(active - 1e-9)
     tasks = visited * math.ceil(n / tiling.rows) * tiling.splits
     busiest = estimates(rows, n, k, visited, **options)[tiling]
     nbytes = active * (n * k + scales)
     seconds = max(nbytes / H200.bandwidth, busiest) + TASK / CLOCK
-    return Product(active, nbytes, tiling, tasks, stages * tiling.rows * BLOCK_K, seconds)
+    return Product(active, nbytes, tiling, tasks, ring, seconds)
 
 
 def in_flight() -> float:

@@ -28,8 +28,6 @@ from pathlib import Path
 import jax
 from jax._src.lib.mlir import ir
 
-SHARED_MEMORY = 227 * 1024  # what a block on sm_90 may have
-
 # Attributes 75 and 76 are the compute capability; function attribute 8 is the size of dynamic shared memory.
 DRIVER = r"""
 #include <elf.h>

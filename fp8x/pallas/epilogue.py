@@ -17,9 +17,9 @@ from jaxtyping import Array, Float
 
 from fp8x import numerics
 from fp8x.pallas.reciprocal import reciprocal
+from fp8x.pallas.sm90 import WAVE
 from fp8x.scheme import Scheme
 
-WAVE = 64  # rows of a wgmma
 ROW_OF_WGMMA = plgpu.Layout.WGMMA.reduce(1)  # the registers for a value a row of an accumulator
 COLUMN_OF_WGMMA = plgpu.Layout.WGMMA.reduce(0)
 PANEL_BYTES = 128  # the width of a buffer on the way out: the widest swizzle, without which stores meet in few banks

@@ -3,13 +3,14 @@
 import dataclasses
 import math
 
+from fp8x.pallas.sm90 import SMS
+
 THREADS = 128  # a warpgroup: what a block of the grid has
 BYTES_A_LOAD = 16  # a thread's widest
 BYTES_IN_FLIGHT = (
     128  # a thread's: seven warpgroups of an SM then wait for 112 KB, of which 20 would do (docs/kernels.md)
 )
 MAX_BYTES = 512  # of a thread's input: half of its registers
-SMS = 132  # of an H100 or H200 SXM: with fewer thread blocks some would idle
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,14 +34,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from fp8x.pallas import tuning
-from fp8x.pallas.epilogue import COLUMN_OF_WGMMA, ROW_OF_WGMMA, WAVE, Gated, Plain, Rows, load
-from fp8x.pallas.schedule import tile_table
+from fp8x.pallas.epilogue import COLUMN_OF_WGMMA, ROW_OF_WGMMA, Gated, Plain, Rows, load
+from fp8x.pallas.sm90 import BLOCK_K, CLOCK, L2_BYTES, ROW_ALIGN, SMS, WAVE, group_tiles, pad
 
-SMS = 132  # of an H100 or H200 SXM; another number costs balance, not correctness
-CLOCK = 1.83e9  # Hz, at which 132 SMs do 1979 TFLOP/s in fp8, 8192 FLOP a cycle each
-BLOCK_K = 128  # the longest sum before promotion
-ROW_ALIGN = 8  # rows of a swizzle atom: a TMA box into one starts at a multiple
-L2_BYTES = 34  # a cycle and SM: assumed (8.2 TB/s at 1.83 GHz), never measured
 RASTER = 16  # row tiles side by side in the order of tiles: 16 × 128 rows by 8 × 256 columns are in flight on 132 SMs
 
 
@@ -170,11 +165,7 @@ def _run(
     grouped = group_sizes is not None
 
     if grouped:
-        # Rows past the groups are a group too, number e, that takes no step of K: its tiles are written as zeros.
-        sizes = jnp.append(group_sizes, m - jnp.sum(group_sizes))
-        tiles = tile_table(sizes, m, block_m, ROW_ALIGN)
-        table = jnp.stack([tiles.group, tiles.start, tiles.skip, tiles.rows])
-        used = jnp.sum(tiles.rows > 0, dtype=jnp.int32)[None]
+        sizes, tiles, table, used = group_tiles(group_sizes, m, block_m)
         most_row_tiles = table.shape[1]
     else:
         table = used = None
@@ -183,17 +174,17 @@ def _run(
     # TMA clips boxes at the end of an array, in whole tiles of the swizzle, which may be narrower than a slot. Rows of
     # x that 8, K that 32 and N that 8 do not divide cost a copy here; so do scales and bias, which are read without
     # bounds, of N that a tile does not divide. Scales of rows always have a tile more.
-    x = _pad(x, (-m % ROW_ALIGN, -k % 32))
-    w = _pad(w, (0, -n % ROW_ALIGN, -k % 32))
+    x = pad(x, (-m % ROW_ALIGN, -k % 32))
+    w = pad(w, (0, -n % ROW_ALIGN, -k % 32))
     swizzle = math.gcd(x.shape[1], BLOCK_K)
     one_of_x, one_of_w = x_scale.shape == (1,), not block_scaled and w_scale.shape[1] == 1
     if not one_of_x:
-        x_scale = _pad(x_scale, (0, block_m) if block_scaled else (block_m,))
+        x_scale = pad(x_scale, (0, block_m) if block_scaled else (block_m,))
     if by_column:
-        w_scale = _pad(w_scale, (0, 0, -n % tile_n))
+        w_scale = pad(w_scale, (0, 0, -n % tile_n))
     elif not (block_scaled or one_of_w):
-        w_scale = _pad(w_scale, (0, -n % tile_n))
-    bias = None if bias is None else _pad(bias.astype(jnp.float32), (0, -n % tile_n))
+        w_scale = pad(w_scale, (0, -n % tile_n))
+    bias = None if bias is None else pad(bias.astype(jnp.float32), (0, -n % tile_n))
 
     def kernel(
         table, used, x, w, x_scale, w_scale, bias, out_inverse, *outs, x_smem, w_smem, buffer, full, full_half, empty
@@ -411,8 +402,3 @@ def _load(ref, at: tuple, dim: int) -> Array:
 def _spread(factor: Array, y: Array, dim: int) -> Array:
     """A value for each row (dim 0) or column (1) of `y`, or one for all, in `y`'s shape."""
     return lax.broadcast_in_dim(factor, y.shape, [dim] if factor.ndim else [])
-
-
-def _pad(x: Array, after: tuple[int, ...]) -> Array:
-    """Zeros after the end of each dim."""
-    return jnp.pad(x, [(0, count) for count in after]) if any(after) else x

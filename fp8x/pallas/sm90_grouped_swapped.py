@@ -32,14 +32,11 @@ from jaxtyping import Array, Float, Int
 
 from fp8x.pallas import tuning
 from fp8x.pallas.dequantize import interpreted, load_as_16_bits, power_of_two, scale_columns, wgmma_registers
-from fp8x.pallas.epilogue import COLUMN_OF_WGMMA, ROW_OF_WGMMA, WAVE, load, send
-from fp8x.pallas.schedule import tile_table
-from fp8x.pallas.swapped_tiling import BLOCK_K, SMS, Tiling, estimates
+from fp8x.pallas.epilogue import COLUMN_OF_WGMMA, ROW_OF_WGMMA, load, send
+from fp8x.pallas.sm90 import BLOCK_K, ROW_ALIGN, SMS, WAVE, group_tiles, pad
+from fp8x.pallas.swapped_tiling import Tiling, estimates, out_buffers, slots
 
-SHARED_MEMORY = 227 * 1024  # what a block may have
 MX_BLOCK = 32  # elements of K that share an e8m0 byte
-ROW_ALIGN = 8  # rows of a swizzle atom: a TMA box into one starts at a multiple
-PANEL = 64  # tokens that leave at a time, at most
 RASTER = 16  # token tiles side by side in the order of tiles
 
 
@@ -93,16 +90,12 @@ def grouped_swapped(
     block_k = min(2 * depth, BLOCK_K)  # in a slot
     scales_of_step = block_k // (MX_BLOCK if is_mx else BLOCK_K)
     out_type = jnp.dtype(jnp.float32 if splits > 1 else out_dtype)
-    panel = next(panel for panel in range(PANEL, 0, -ROW_ALIGN) if tokens % panel == 0)  # tokens that leave at a time
     steps_of_k, column_tiles = pl.cdiv(k, block_k), pl.cdiv(n, tiling.rows)
     steps_of_split = pl.cdiv(steps_of_k, splits)
 
     grouped = group_sizes is not None
     if grouped:
-        # Rows past the groups are a group too, number e, that takes no step of K: its tiles are written as zeros.
-        tiles = tile_table(jnp.append(group_sizes, m - jnp.sum(group_sizes)), m, tokens, ROW_ALIGN)
-        table = jnp.stack([tiles.group, tiles.start, tiles.skip, tiles.rows])
-        used = jnp.sum(tiles.rows > 0, dtype=jnp.int32)[None]
+        _, _, table, used = group_tiles(group_sizes, m, tokens)
         most_row_tiles = table.shape[1]
     else:
         table, used = experts, None
@@ -111,22 +104,19 @@ def grouped_swapped(
     # TMA clips boxes at the end of an array, in whole tiles of the swizzle, which may be narrower than a slot. Rows of
     # x that 8, K that 32 and N that 8 do not divide cost a copy here; so do scales and bias, which are read without
     # bounds, of N that 64 does not divide.
-    x = _pad(x, (-m % ROW_ALIGN, -k % 32))
-    w = _pad(w, (0, -n % ROW_ALIGN, -k % 32))
+    x = pad(x, (-m % ROW_ALIGN, -k % 32))
+    w = pad(w, (0, -n % ROW_ALIGN, -k % 32))
     padded_n = n + -n % WAVE
     if scaled_by_row:
-        w_scale = _pad(w_scale, (0, padded_n - n, 0)[: w_scale.ndim])
+        w_scale = pad(w_scale, (0, padded_n - n, 0)[: w_scale.ndim])
     if x_scale is not None and x_scale.shape != (1,):
         # Rows of an even length: they are loaded in pairs, which a GPU wants at multiples of 8 bytes.
-        x_scale = _pad(x_scale, (0,) * (x_scale.ndim - 1) + (tokens + m % 2,))
-    bias = None if bias is None else _pad(bias.astype(jnp.float32), (0, padded_n - n))
+        x_scale = pad(x_scale, (0,) * (x_scale.ndim - 1) + (tokens + m % 2,))
+    bias = None if bias is None else pad(bias.astype(jnp.float32), (0, padded_n - n))
 
-    # What shares the memory of a block: each warpgroup's buffers on the way out, used in turn, and the ring.
+    panel, buffers = out_buffers(tiling, out_type.itemsize)
     panels = tokens // panel
-    buffers = 2 if out_type.itemsize == 2 and waves * panels % 2 == 0 else 1
-    slot_bytes = tiling.rows * block_k + tokens * block_k * x.dtype.itemsize
-    free = SHARED_MEMORY - 2 * buffers * panel * WAVE * out_type.itemsize - 1024  # barriers
-    stages = tiling.stages or free // slot_bytes
+    stages = tiling.stages or slots(tiling, block_k, x.dtype.itemsize, out_type.itemsize)
 
     def kernel(table, used, x, w, x_scale, w_scale, bias, out, x_smem, w_smem, out_smem, full, empty, a_smem):
         """`full[slot]`: both operands came; `empty[slot]`: both compute warpgroups have read them."""
@@ -386,9 +376,3 @@ def _store(ref, y) -> None:
         plgpu.store(ref, y, optimized=False)
     else:
         ref[...] = y
-
-
-def _pad(x: Array, after: tuple[int, ...]) -> Array:
-    """Zeros after the end of each dim; ones in e8m0, which has no zero."""
-    value = 1 if x.dtype == jnp.float8_e8m0fnu else 0
-    return jnp.pad(x, [(0, count) for count in after], constant_values=value) if any(after) else x

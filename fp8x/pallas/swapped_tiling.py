@@ -5,10 +5,9 @@ import itertools
 
 from jax.experimental import pallas as pl
 
-SMS = 132  # of an H100 or H200 SXM; another number costs balance, not correctness
-BLOCK_K = 128  # one row of weights in a slot is 128 bytes, the widest swizzle
-CLOCK = 1.83e9
-L2_BYTES = 34  # a cycle and SM: assumed (8.2 TB/s), never measured
+from fp8x.pallas.sm90 import BLOCK_K, CLOCK, L2_BYTES, ROW_ALIGN, SHARED_MEMORY, SMS, WAVE
+
+PANEL = 64  # tokens that leave at a time, at most
 MEMORY = 4.8e12  # bytes a second, of an H200
 TASK = 1500  # cycles from a task's first request to its first product, and from its last to the next: a guess
 SUM = 2e-6  # seconds for the launch that adds splits up: a guess
@@ -65,3 +64,18 @@ def estimates(
     shapes = itertools.product((1, 2, 4, 8), tokens, (128, 256))
     tilings = (Tiling(t, rows, splits=splits) for splits, t, rows in shapes if t <= 64 or splits == 1)
     return {tiling: seconds(tiling) for tiling in tilings if tiling.splits == 1 or tiling.splits * 4 <= steps}
+
+
+def out_buffers(tiling: Tiling, out_bytes: int) -> tuple[int, int]:
+    """How many tokens leave at a time, and through how many buffers in turn a warpgroup's do, by WAVE of w's rows."""
+    panel = next(panel for panel in range(PANEL, 0, -ROW_ALIGN) if tiling.tokens % panel == 0)
+    turns = tiling.rows // (2 * WAVE) * (tiling.tokens // panel)
+    return panel, 2 if out_bytes == 2 and turns % 2 == 0 else 1
+
+
+def slots(tiling: Tiling, block_k: int, x_bytes: int, out_bytes: int) -> int:
+    """As many slots with `block_k` of K as fit a block's shared memory beside both warpgroups' buffers."""
+    panel, buffers = out_buffers(tiling, out_bytes)
+    barriers = 1024
+    free = SHARED_MEMORY - 2 * buffers * panel * WAVE * out_bytes - barriers
+    return free // ((tiling.rows + tiling.tokens * x_bytes) * block_k)

@@ -11,6 +11,7 @@ import pytest
 from fp8x.ops.gate import KERNEL_ACTIVATIONS
 from fp8x.pallas import aot
 from fp8x.pallas.epilogue import Gated
+from fp8x.pallas.sm90 import SHARED_MEMORY
 from fp8x.pallas.sm90_grouped_fp8 import Tiling, gated_fp8, grouped_fp8
 from fp8x.scheme import Scheme, per_tensor
 
@@ -64,7 +65,7 @@ def test_fp8(tiling, scales, options):
         pytest.skip("more registers than there are; estimates has no such tiling")
     report = compile_fp8(tiling, scales=scales, **options)
     assert report.spill_bytes == 0 and not report.instructions["LDL"] and not report.instructions["STL"]
-    assert report.shared_memory <= aot.SHARED_MEMORY
+    assert report.shared_memory <= SHARED_MEMORY
     waves = tiling.block_m // 64
     assert report.instructions["QGMMA"] == 4 * waves  # 32 of K each: one step of 128 in the loop, and no other copy
     assert f"QGMMA.64x{tiling.block_n // 2}x32.F32.E4M3.E4M3" in report.sass
@@ -112,7 +113,7 @@ def test_weights_of_ragged_k(k, is_copied):
 def test_gated(options):
     report = compile_gated(**options)
     assert report.spill_bytes == 0 and not report.instructions["LDL"] and not report.instructions["STL"]
-    assert report.shared_memory <= aot.SHARED_MEMORY
+    assert report.shared_memory <= SHARED_MEMORY
     assert report.instructions["QGMMA"] == 8
     assert re.search(r"F2FP\.SATFINITE\.E[45]M[23]", report.sass), "quantized in registers"
     assert report.instructions["MUFU"] >= 128  # 2^x and 1/√x of each element of h: 64 × 128 on 128 threads
