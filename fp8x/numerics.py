@@ -88,9 +88,9 @@ def dequantize(q: ScaledArray, dtype=jnp.float32) -> Float[Array, "..."]:
     """`data * scale` in float32, cast once to `dtype`."""
     data = q.data.astype(jnp.float32)
     if not q.scheme.is_mx:
-        return (data * _expand(q.scale, q.shape, q.scheme)).astype(dtype)
+        return rounded((data * _expand(q.scale, q.shape, q.scheme)).astype(dtype))
     half, power = factors_of_byte(_byte(q.scale))
-    return ((data * _expand(half, q.shape, q.scheme)) * _expand(power, q.shape, q.scheme)).astype(dtype)
+    return rounded(((data * _expand(half, q.shape, q.scheme)) * _expand(power, q.shape, q.scheme)).astype(dtype))
 
 
 def factors_of_byte(byte: Int[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
@@ -242,8 +242,11 @@ def reciprocal(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def _cast(y: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
     """Finite values within ±max, or NaN, to 8 bits; to nearest even."""
     # XLA's CPU backend converts element by element; the same in integer arithmetic is vectorized, and 3 times faster.
+    # Elsewhere XLA takes float32 → float8 → float32 for nothing, unless it can't see both conversions at once.
     return jax.lax.platform_dependent(
-        y, cpu=functools.partial(_cast_by_bits, scheme=scheme), default=lambda y: y.astype(scheme.dtype)
+        y,
+        cpu=functools.partial(_cast_by_bits, scheme=scheme),
+        default=lambda y: jax.lax.optimization_barrier(y.astype(scheme.dtype)),
     )
 
 
@@ -266,12 +269,25 @@ def _cast_by_bits(y: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]
     return jax.lax.bitcast_convert_type((code | ((bits >> 24) & 0x80)).astype(jnp.uint8), scheme.dtype)
 
 
+def rounded(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x`, a result that was just cast to 16 bits, so that what is computed from it starts from the rounded numbers.
+
+    Inside jit XLA skips the rounding of a result that is cast up again at once ("excess precision", on GPUs for every
+    type). Used wherever a contract names a rounding and arithmetic follows. On CPU `x` goes on as it is: there XLA does
+    so with bfloat16 alone, and `_float32` meets it.
+    """
+    if x.dtype.itemsize != 2:
+        return x
+    return jax.lax.platform_dependent(x, cpu=lambda x: x, default=jax.lax.optimization_barrier)
+
+
 def _float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`x` in float32, with no more mantissa than its own type has.
 
-    Inside jit XLA skips the rounding of a bfloat16 result that is cast up at once ("excess precision"); a scale and
-    an element made from the unrounded value would differ from those that eager execution finds.
+    A scale and an element made from a number that XLA did not round to bfloat16 (see `rounded`) would differ from those
+    that eager execution finds. float16 has a shorter exponent too, which `reduce_precision` does not keep to.
     """
+    x = rounded(x) if x.dtype == jnp.float16 else x
     mantissa_bits = min(jnp.finfo(x.dtype).nmant, jnp.finfo(jnp.float32).nmant)
     return jax.lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=mantissa_bits)
 

@@ -97,5 +97,6 @@ class Linear(QuantizedLayer):
         if self.k_axes:
             # In float32, as the op accumulates: then bias, then one cast.
             y = jax.lax.psum(y, self.k_axes)
-            y = (y if bias is None else y + bias.astype(jnp.float32)).astype(self.recipe.out_dtype)
+            y = y if bias is None else y + bias.astype(jnp.float32)
+            y = numerics.rounded(y.astype(self.recipe.out_dtype))
         return y.reshape(*x.shape[:-1], y.shape[-1])

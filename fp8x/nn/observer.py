@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float64, Int64, UInt32
 
+from fp8x.numerics import rounded
 from fp8x.scheme import Scheme
 
 
@@ -56,8 +57,9 @@ def count_bins(x: Float[Array, "m k"], scheme: Scheme, is_row: Bool[Array, " m"]
     """The histogram of `x`, by group of K: finite values of the rows in `is_row` (None: of all)."""
     k = x.shape[1]
     groups, width = scheme.scale_shape(x.shape)[1], scheme.block_of(x.shape)[1]
-    rounded = jax.lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=_MANTISSA_BITS)
-    bits = jax.lax.bitcast_convert_type(jnp.abs(rounded), jnp.int32) >> (23 - _MANTISSA_BITS)
+    x = rounded(x)
+    shortened = jax.lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=_MANTISSA_BITS)
+    bits = jax.lax.bitcast_convert_type(jnp.abs(shortened), jnp.int32) >> (23 - _MANTISSA_BITS)
     index = jnp.clip(bits - _FIRST, 0, BINS - 1) + BINS * (jnp.arange(k) // width)
     is_counted = jnp.isfinite(x) if is_row is None else jnp.isfinite(x) & is_row[:, None]
     index = jnp.where(is_counted, index, groups * BINS)

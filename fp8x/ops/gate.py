@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fp8x.errors import ShapeError
+from fp8x.numerics import rounded
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -30,8 +31,9 @@ def gated(gate_up: Float[Array, "m 2 i"], activation: str) -> Float[Array, "m i"
 
     In 16 bits XLA would round after every operation or after some, depending on the backend and on what is fused.
     """
+    gate_up = rounded(gate_up)
     gate, up = gate_up[:, 0].astype(jnp.float32), gate_up[:, 1].astype(jnp.float32)
-    return (gate_activation(activation)(gate) * up).astype(gate_up.dtype)
+    return rounded((gate_activation(activation)(gate) * up).astype(gate_up.dtype))
 
 
 def _sigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:

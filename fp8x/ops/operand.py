@@ -47,7 +47,7 @@ def as_operand(q: Float[Array, "r k"] | ScaledArray, dtype: np.dtype) -> Operand
     if not isinstance(q, ScaledArray):
         return Operand(q, None)
     if q.scheme.is_mx:
-        return Operand(q.dequantize(dtype), None)
+        return Operand(as_float32(q).astype(dtype), None)  # exact, so XLA may fuse it with what comes before and after
     rows, _ = q.scheme.block_of(q.shape)
     return Operand(q.data.astype(dtype), jnp.repeat(q.scale, rows, axis=0)[: q.shape[0]])
 

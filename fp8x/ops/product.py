@@ -48,7 +48,7 @@ def _product(
     elif gate is not None:
         x = gated(x, gate)
     x = x if rows is None else take_rows(x, rows)
-    return kernel.run(x, w, *(() if groups is None else (groups,)), bias, out_dtype)
+    return numerics.rounded(kernel.run(x, w, *(() if groups is None else (groups,)), bias, out_dtype))
 
 
 def take_rows(x: Float[Array, "t k"] | ScaledArray, rows: Int[Array, " m"]) -> Float[Array, "m k"] | ScaledArray:
@@ -85,7 +85,7 @@ def _backward(kernel, quantizer, activation, gate, out_dtype, residuals, dy):
         dx = jnp.zeros((like.shape[0], dx.shape[1]), dx.dtype).at[rows].add(dx)
     if clipped is not None:
         dx = jnp.where(clipped, 0, dx)
-    dx = None if like is None else dx.astype(like.dtype)
+    dx = None if like is None else numerics.rounded(dx.astype(like.dtype))
     dx = dx if through_gate is None else through_gate(dx)[0]
     dbias = None if bias is None else dbias.astype(bias.dtype)
     return dx, None, None, None, None, dbias
