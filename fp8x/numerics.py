@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from fp8x import meshes
 from fp8x.array import ScaledArray
 from fp8x.errors import RecipeError, ShapeError
 from fp8x.scheme import ELEMENTS, MIN_SCALE, Scheme
@@ -33,7 +34,12 @@ def quantize(x: Float[Array, "..."], scheme: Scheme, *, name: str = "x") -> Scal
     """
     x = jnp.asarray(x)
     _check_input(x, scheme, name)
-    return quantize_with_scale(x, compute_scale(block_amax(x, scheme), scheme), scheme)
+
+    def by_own_amax(x):
+        scale = compute_scale(block_amax(x, scheme), scheme)
+        return [_codes(x, scale, scheme), scale]
+
+    return ScaledArray(*meshes.by_xla(by_own_amax, lambda: _dims(x, scheme), x), scheme)
 
 
 def quantize_with_scale(x: Float[Array, "..."], scale: Float[Array, "..."], scheme: Scheme) -> ScaledArray:
@@ -44,13 +50,28 @@ def quantize_with_scale(x: Float[Array, "..."], scale: Float[Array, "..."], sche
     """
     # The invariants, before anything is computed from a scale that does not meet them.
     ScaledArray(jax.ShapeDtypeStruct(x.shape, scheme.dtype), scale, scheme)
+    codes = functools.partial(_codes, scheme=scheme)
+    return ScaledArray(meshes.by_xla(codes, lambda: meshes.explicit_dims(x), x, scale), scale, scheme)
+
+
+def _codes(x: Float[Array, "..."], scale: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
     limit = np.float32(scheme.max)
-    return ScaledArray(_cast(jnp.clip(_divided(x, scale, scheme), -limit, limit), scheme), scale, scheme)
+    return _cast(jnp.clip(_divided(x, scale, scheme), -limit, limit), scheme)
+
+
+def _dims(x: Float[Array, "..."], scheme: Scheme) -> list[tuple[meshes.Axes, ...]]:
+    """How codes and scales lie of an `x` on an Explicit mesh."""
+    dims = meshes.explicit_dims(x)
+    return [dims, meshes.scale_dims(dims, scheme, x.shape, meshes.explicit_mesh(x))]
 
 
 def is_clipped(x: Float[Array, "..."], scale: Float[Array, "..."], scheme: Scheme) -> Bool[Array, "..."]:
     """Where `quantize_with_scale` clips."""
-    return jnp.abs(_divided(x, scale, scheme)) > np.float32(scheme.max)
+
+    def is_over(x, scale):
+        return jnp.abs(_divided(x, scale, scheme)) > np.float32(scheme.max)
+
+    return meshes.by_xla(is_over, lambda: meshes.explicit_dims(x), x, scale)
 
 
 def quantize_weight(w: Float[Array, "..."], scheme: Scheme, *, name: str, allow_nonfinite: bool = False) -> ScaledArray:
@@ -86,11 +107,15 @@ _quantize_jit = jax.jit(quantize, static_argnames="scheme")
 
 def dequantize(q: ScaledArray, dtype=jnp.float32) -> Float[Array, "..."]:
     """`data * scale` in float32, cast once to `dtype`."""
-    data = q.data.astype(jnp.float32)
-    if not q.scheme.is_mx:
-        return rounded((data * _expand(q.scale, q.shape, q.scheme)).astype(dtype))
-    half, power = factors_of_byte(_byte(q.scale))
-    return rounded(((data * _expand(half, q.shape, q.scheme)) * _expand(power, q.shape, q.scheme)).astype(dtype))
+
+    def multiply(data, scale):
+        data = data.astype(jnp.float32)
+        if not q.scheme.is_mx:
+            return rounded((data * _expand(scale, data.shape, q.scheme)).astype(dtype))
+        half, power = (_expand(factor, data.shape, q.scheme) for factor in factors_of_byte(_byte(scale)))
+        return rounded(((data * half) * power).astype(dtype))
+
+    return meshes.by_xla(multiply, lambda: meshes.explicit_dims(q.data), q.data, q.scale)
 
 
 def factors_of_byte(byte: Int[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
@@ -101,7 +126,7 @@ def factors_of_byte(byte: Int[Array, "..."]) -> tuple[Float[Array, "..."], Float
 
 def block_amax(x: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
     """The largest finite magnitude of every block, float32, in the shape of the scales. 0 for an empty block."""
-    return _block_max(x, scheme, finite=True)
+    return meshes.by_xla(lambda x: _block_max(x, scheme, finite=True), lambda: _dims(x, scheme)[1], x)
 
 
 def block_max(x: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:

@@ -10,11 +10,13 @@ scales are frozen, and so is an `x` that is quantized already. Reverse mode only
 """
 
 import dataclasses
+import itertools
 import math
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fp8x import meshes
 from fp8x.array import ScaledArray
 from fp8x.errors import ShapeError
 from fp8x.ops.dispatch import Call, Choice, backend, choose, explain
@@ -23,6 +25,7 @@ from fp8x.ops.gated import GatedCall, gated_product
 from fp8x.ops.groups import check_experts, check_group_sizes, group_sizes_from_indptr
 from fp8x.ops.product import product
 from fp8x.ops.quantize import QuantizeCall
+from fp8x.ops.split import plan
 from fp8x.recipe import OUT_DTYPES
 from fp8x.scheme import Scheme, as_dtype
 
@@ -68,9 +71,10 @@ def matmul(
     _check_input(rows, w, activation, activation_scale)
     _check_bias(bias, w.shape[:1])
     call = _call("matmul", rows, w, activation, bias, out_dtype)
-    kernels = choose(call, _quantization(rows, activation, activation_scale))
-    y = product(*kernels, activation, None, call.out_dtype, rows, None, activation_scale, w, None, bias)
-    return y.reshape(*x.shape[:-1], w.shape[0])
+    split = plan(call, rows, None, w)
+    kernels = choose(call, _quantization(rows, activation, activation_scale), (rows, w), split)
+    y = product(*kernels, split, activation, None, call.out_dtype, rows, None, activation_scale, w, None, bias)
+    return _unmerged(y, x)
 
 
 def grouped_matmul(
@@ -110,8 +114,10 @@ def grouped_matmul(
     group_sizes = check_group_sizes(group_sizes, w.shape[0], m)
     _check_bias(bias, w.shape[:2])
     call = _call("grouped_matmul", x, w, activation, bias, out_dtype, m)
-    kernels = choose(call, _quantization(x, activation, activation_scale, gate))
-    return product(*kernels, activation, gate, call.out_dtype, x, rows, activation_scale, w, group_sizes, bias)
+    split = plan(call, x, rows, w)
+    kernels = choose(call, _quantization(x, activation, activation_scale, gate), (x, rows, w), split)
+    operands = x, rows, activation_scale, w, group_sizes, bias
+    return product(*kernels, split, activation, gate, call.out_dtype, *operands)
 
 
 def expert_matmul(
@@ -148,8 +154,10 @@ def expert_matmul(
     experts = check_experts(experts, w.shape[0], r)
     _check_bias(bias, w.shape[:2])
     call = _call("expert_matmul", x, w, activation, bias, out_dtype, r)
-    kernels = choose(call, _quantization(x, activation, activation_scale, gate))
-    return product(*kernels, activation, gate, call.out_dtype, x, rows, activation_scale, w, experts, bias)
+    split = plan(call, x, rows, w)
+    kernels = choose(call, _quantization(x, activation, activation_scale, gate), (x, rows, w), split)
+    operands = x, rows, activation_scale, w, experts, bias
+    return product(*kernels, split, activation, gate, call.out_dtype, *operands)
 
 
 def gated_matmul(
@@ -200,25 +208,49 @@ def gated_matmul(
     one = _call("gated_matmul", x, w, activation, bias, out_dtype, m)
     fields = one.m, one.n, one.k, w.shape[0], one.x, one.w, one.bias, one.out_dtype
     call = GatedCall(*fields, gate, out_activation, out_activation_scale is not None)
-    kernels = choose(call, _quantization(x, activation, activation_scale))
+    split = plan(call, x, rows, w)
+    kernels = choose(call, _quantization(x, activation, activation_scale), (x, rows, w), split)
     operands = x, rows, activation_scale, w, group_sizes, bias, out_activation_scale
-    return gated_product(*kernels, activation, call, *operands)
+    return gated_product(*kernels, split, activation, call, *operands)
 
 
 def _rows(x: Float[Array, "... k"] | ScaledArray) -> Float[Array, "m k"] | ScaledArray:
     """`x` as `[M, K]`."""
-    if not isinstance(x, ScaledArray):
-        return x.reshape(math.prod(x.shape[:-1]), *x.shape[-1:])
     if x.ndim == 2:
         return x
+    if not isinstance(x, ScaledArray):
+        return _merged(x)
     *above, rows, _ = (1, *x.scheme.block_of(x.shape))
     if x.ndim > 2 and (any(block != 1 for block in above) or not x.shape[-2] or x.shape[-2] % rows):
         raise ShapeError(
             f"x: shape is {x.shape}, and its blocks of {x.scheme} are none of [M, K]; quantize it as [M, K]"
         )
-    shape = (math.prod(x.shape[:-1]), x.shape[-1])
     scheme = dataclasses.replace(x.scheme, block=(rows, x.scheme.block[-1]))  # None stays: kernels look for it
-    return ScaledArray(x.data.reshape(shape), x.scale.reshape(scheme.scale_shape(shape)), scheme)
+    return ScaledArray(_merged(x.data), _merged(x.scale), scheme)
+
+
+def _merged(x: Float[Array, "... k"]) -> Float[Array, "m k"]:
+    """`x` with its leading dims as one, on an Explicit mesh over the axes of all of them."""
+
+    def dims():
+        *lead, columns = meshes.explicit_dims(x)
+        return tuple(itertools.chain.from_iterable(lead)), columns
+
+    return meshes.by_xla(lambda x: x.reshape(math.prod(x.shape[:-1]), *x.shape[-1:]), dims, x)
+
+
+def _unmerged(y: Float[Array, "m n"], x: Array | ScaledArray) -> Float[Array, "... n"]:
+    """`y`, whose rows are those of `_rows(x)`, with x's leading dims."""
+    shape = (*x.shape[:-1], y.shape[-1])
+    if y.ndim == len(shape):
+        return y
+    data = x.data if isinstance(x, ScaledArray) else x
+
+    def dims():
+        lead, (rows, columns) = meshes.explicit_dims(data)[:-1], meshes.explicit_dims(y)
+        return (*(tuple(axis for axis in axes if axis in rows) for axes in lead), columns)
+
+    return meshes.by_xla(lambda y: y.reshape(shape), dims, y)
 
 
 def _check_rows(rows, x, activation: Scheme | None) -> int:

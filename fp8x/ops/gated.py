@@ -14,8 +14,10 @@ from fp8x.array import ScaledArray
 from fp8x.errors import BackendError
 from fp8x.ops import mosaic
 from fp8x.ops.gate import KERNEL_ACTIVATIONS
+from fp8x.ops.groups import take_rows
 from fp8x.ops.mosaic_swapped import unsupported_few_rows
 from fp8x.ops.quantize import QuantizeCall
+from fp8x.ops.split import Split, flat, gated_layout, is_split, on_explicit_mesh
 from fp8x.scheme import Scheme
 
 
@@ -47,10 +49,11 @@ class GatedCall:
         )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
 def _gated_product(
     kernel,
     quantizer,
+    split: Split | None,
     activation: Scheme | None,
     call: GatedCall,
     x: Float[Array, "t k"] | ScaledArray,
@@ -62,12 +65,17 @@ def _gated_product(
     out_scale: Float[Array, "..."] | None,
 ) -> ScaledArray:
     """Quantizes `x` in `activation` by `quantizer`, if there are, takes `rows` of it, and runs `kernel`."""
-    from fp8x.ops.product import take_rows  # late: it imports this module
+    from fp8x.ops.product import quantize_input  # late: it imports this module
 
     if activation is not None:
-        x = quantizer.run(x, activation, scale, jnp.sum(group_sizes) if rows is None else None)
+        used = jnp.sum(group_sizes) if rows is None else None
+        x = quantize_input(quantizer, x, activation, scale, used, None)
     x = x if rows is None else take_rows(x, rows)
-    return kernel.run(x, w, group_sizes, bias, call.out_dtype, call.gate, call.out, out_scale)
+    if split is None or kernel.backend != "mosaic_gpu":
+        return kernel.run(x, w, group_sizes, bias, call.out_dtype, call.gate, call.out, out_scale)
+    operands = (*flat(x, w, group_sizes, bias), out_scale)
+    data, scale = on_explicit_mesh(gated_layout(split, call, kernel.run), split.mesh, operands)
+    return ScaledArray(data, scale, call.out)
 
 
 def _no_gradient(*_):
@@ -78,7 +86,7 @@ def _no_gradient(*_):
 
 _gated_product.defvjp(_no_gradient, _no_gradient)
 
-gated_product = jax.jit(_gated_product, static_argnums=(0, 1, 2, 3))
+gated_product = jax.jit(_gated_product, static_argnums=(0, 1, 2, 3, 4))
 
 
 def unsupported_by_factors(call: GatedCall) -> str | None:
@@ -146,17 +154,19 @@ def in_two_steps(
     scale: Float[Array, "..."] | None,
 ) -> ScaledArray:
     """`grouped_matmul`, then what quantizes through a gate; each by the kernel that it takes on its own."""
-    # Late: both import this module.
+    # Late: all import this module.
     from fp8x.ops import grouped_matmul
     from fp8x.ops.dispatch import choose
+    from fp8x.ops.product import quantize_input
 
     def multiply(x, w, bias):
         return grouped_matmul(x, w, group_sizes, bias=bias, out_dtype=out_dtype)
 
     gate_up = multiply_parts(multiply, x, w, bias)
     m, _, i = gate_up.shape
-    quantizer, _ = choose(QuantizeCall(m, i, gate_up.dtype, scheme, scale is not None, gate))
-    return quantizer.run(gate_up, scheme, scale, jnp.sum(group_sizes), gate)
+    call = QuantizeCall(m, i, gate_up.dtype, scheme, scale is not None, gate)
+    quantizer, _ = choose(call, operands=gate_up)
+    return quantize_input(quantizer, gate_up, scheme, scale, jnp.sum(group_sizes), gate)
 
 
 def multiply_parts(
@@ -171,11 +181,12 @@ def multiply_parts(
 
 
 def merge_rows(w: ScaledArray) -> ScaledArray | None:
-    """`[E, P, N, K]` as `[E, P * N, K]`, or None where a block would reach from one matrix into the next."""
+    """`[E, P, N, K]` as `[E, P * N, K]`, or None where a block would reach from one matrix into the next, or where rows
+    of each lie on several devices."""
     e, p, n, k = w.shape
     block = (1,) * (4 - len(w.scheme.block)) + w.scheme.block
     rows = block[2] or n
-    if block[1] != 1 or rows == 0 or n % rows:
+    if block[1] != 1 or rows == 0 or n % rows or is_split(w.data, 2):
         return None
     scheme = dataclasses.replace(w.scheme, block=(block[0], rows, block[3]))
     return ScaledArray(w.data.reshape(e, p * n, k), w.scale.reshape(w.scale.shape[0], -1, w.scale.shape[-1]), scheme)

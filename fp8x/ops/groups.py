@@ -1,10 +1,14 @@
 """Group sizes: int32 `[E]`, the number of rows of each expert, as `jax.lax.ragged_dot` takes them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
+from fp8x import meshes
+from fp8x.array import ScaledArray
 from fp8x.errors import ShapeError
 
 
@@ -87,6 +91,19 @@ def row_mask(group_sizes: Int[Array, " e"], m: int) -> Array:
 def row_groups(group_sizes: Int[Array, " e"], m: int) -> Int[Array, " m"]:
     """The group of each row; the number of groups for rows past the sum."""
     return jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(m), side="right", method="scan_unrolled")
+
+
+def take_rows(x: Float[Array, "t k"] | ScaledArray, rows: Int[Array, " m"]) -> Float[Array, "m k"] | ScaledArray:
+    """`x[rows]`, of an array whose scales belong to one row each, or to all."""
+
+    def take(x):
+        dims = lambda: (meshes.explicit_dims(rows)[0], *meshes.explicit_dims(x)[1:])  # noqa: E731
+        return meshes.by_xla(functools.partial(jnp.take, axis=0, mode="clip"), dims, x, rows)
+
+    if not isinstance(x, ScaledArray):
+        return take(x)
+    is_shared = (1, *x.scheme.block)[-2] is None
+    return ScaledArray(take(x.data), x.scale if is_shared else take(x.scale), x.scheme)
 
 
 def concrete(x: Array) -> np.ndarray | None:

@@ -45,11 +45,31 @@ def _not_fp8(call) -> str | None:
 
 
 def no_hopper() -> str | None:
-    """Why the GPU here is none. Without any GPU the kernels still lower for CUDA, and run in Pallas' interpreter."""
-    device = jax.devices()[0]
-    if device.platform == "gpu" and device.compute_capability != "9.0":
-        return f"needs compute capability 9.0 (Hopper); {device.device_kind} has {device.compute_capability}"
+    """Why the GPUs here are none. Without any GPU the kernels still lower for CUDA, and run in Pallas' interpreter."""
+    for device in jax.devices():
+        if device.platform == "gpu" and device.compute_capability != "9.0":
+            return f"needs compute capability 9.0 (Hopper); {device.device_kind} has {device.compute_capability}"
     return None
+
+
+MANY_ROWS = 1024  # measured at 4096; below 1024 nobody has looked
+
+
+def on_request(call) -> str | None:
+    """Why a kernel that supports a call has to be asked for: there is no GPU, or XLA is quicker; None if it need not.
+
+    Measured on an H200 (docs/performance.md): `[4096, 16384] x [7168, 16384]` takes cuBLASLt, by XLA, 821 µs sustained
+    and `sm90_fp8` 836 to 888. It has 8-bit products of all operands but e5m2 by e5m2.
+    """
+    if jax.devices()[0].platform != "gpu":
+        return "there is no GPU here; taken where backend 'mosaic_gpu' is asked for"
+    if call.op != "matmul" or call.m < MANY_ROWS or call.n % 16 or call.k % 16 or not isinstance(call.x, Scheme):
+        return None
+    if any(scheme.is_mx or scheme.block[-1] is not None for scheme in (call.x, call.w)):
+        return None
+    if call.x.element == call.w.element == "e5m2":
+        return None
+    return "cuBLASLt, by XLA, is quicker at dense products of many rows with a scale a row or a matrix (measured)"
 
 
 def grouped_matmul_by_factors(

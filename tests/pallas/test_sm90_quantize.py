@@ -305,7 +305,7 @@ class TestInOps:
         assert (other.kernel, other.quantize.kernel) == ("sm90_fp8", "xla_quantize")
         (choice,) = ops.explain(lambda x, w: ops.matmul(x, w, activation=TOKEN), x, w)
         assert choice.quantize.kernel == "xla_quantize"
-        reason = "never measured on a GPU; taken where backend 'mosaic_gpu' is asked for"
+        reason = "there is no GPU here; taken where backend 'mosaic_gpu' is asked for"
         assert choice.quantize.rejected == (("sm90_quantize", reason),)
         assert ops.explain(lambda x, w: ops.matmul(x, w), x, w)[0].quantize is None
 
