@@ -265,7 +265,8 @@ def main(arguments: list[str] | None = None) -> None:
         names, who, tokens = (QUICK[name] for name in ("mixtures", "who", "tokens"))
     mixtures = {name: known[name] for name in names if name in known and re.search(options.mixtures, name)}
     who = [name for name in who if re.search(options.who, name)]
-    header = facts() | {"backend": options.backend, "copy_bandwidth": copy_bandwidth(2**20 if options.tiny else 2**31)}
+    nbytes = 2**20 if options.tiny else 2**31
+    header = lambda: facts() | {"backend": options.backend, "copy_bandwidth": copy_bandwidth(nbytes)}  # noqa: E731
     with fp8x.backend(options.backend) if options.backend else contextlib.nullcontext():
         run(Results(options.json, header), mixtures, options.tokens or tokens, who, options.load, options.parts, end)
 
