@@ -26,6 +26,9 @@ def pytest_addoption(parser):
     parser.addoption("--stall", type=float, default=40.0, help="seconds after which a test is taken to hang")
 
 
+FAILED: dict[str, str] = {}  # to be collected, and why
+
+
 class Outcomes:
     """What each test came to, in a file."""
 
@@ -64,6 +67,12 @@ class Worker:
         return f"exit {code}"
 
 
+def pytest_collectreport(report) -> None:
+    """A file that can't be imported is an outcome too, and those beside it run."""
+    if report.failed:
+        FAILED[report.nodeid] = report.longreprtext[-2000:]
+
+
 def pytest_runtestloop(session) -> bool | None:
     options = session.config.option
     if options.collectonly:
@@ -71,6 +80,8 @@ def pytest_runtestloop(session) -> bool | None:
     if xla_bridge.backends_are_initialized():
         raise pytest.UsageError("collecting the tests started a backend of JAX, which no fork can use")
     outcomes, end = Outcomes(options.results), time.monotonic() + options.seconds
+    for name, text in FAILED.items():
+        outcomes.add(name, "not collected", text=text)
     names = [item.nodeid for item in session.items]
     waiting = [index for index, name in enumerate(names) if name not in outcomes.of]
     workers: list[Worker] = []
@@ -88,7 +99,7 @@ def pytest_runtestloop(session) -> bool | None:
     finally:
         for worker in workers:
             worker.kill()
-    count = Counter(outcomes.of[name]["outcome"] if name in outcomes.of else "not run" for name in names)
+    count = Counter(outcomes.of[name]["outcome"] if name in outcomes.of else "not run" for name in [*FAILED, *names])
     print(f"\n{json.dumps(count)}", flush=True)
     session.testsfailed = sum(number for outcome, number in count.items() if outcome not in ("passed", "skipped"))
     return True

@@ -37,9 +37,11 @@ def run(cwd, *arguments, **environment):
 @pytest.mark.slow  # starts pytest three times
 def test_each_outcome(tmp_path):
     (tmp_path / "test_it.py").write_text(TESTS)
-    done = run(tmp_path, "test_it.py")
+    (tmp_path / "test_other.py").write_text("import no_such_module")
+    done = run(tmp_path, "test_it.py", "test_other.py")
     found = json.loads((tmp_path / "out.json").read_text())
     found = {name.removeprefix("test_it.py::test_"): value for name, value in found.items()}
+    assert "no_such_module" in found.pop("test_other.py")["text"]
     last = next(name for name in found if name.startswith("comes_last"))
     assert {name: value["outcome"] for name, value in found.items()} == {
         "passes": "passed",
@@ -51,7 +53,8 @@ def test_each_outcome(tmp_path):
         last: "passed",
     }, done.stdout + done.stderr
     assert "because" in found["fails"]["text"] and "no reason" in found["skips"]["text"]
-    assert '{"passed": 2, "stalled": 1, "failed": 2, "exit 7": 1, "skipped": 1}' in done.stdout and done.returncode == 1
+    count = '{"not collected": 1, "passed": 2, "stalled": 1, "failed": 2, "exit 7": 1, "skipped": 1}'
+    assert count in done.stdout and done.returncode == 1
     # What is there is not run again, and nothing begins after the end.
     (tmp_path / "test_it.py").write_text("def test_passes(): assert False\ndef test_is_new(): pass\n")
     assert '{"passed": 1, "not run": 1}' in run(tmp_path, "test_it.py", "--seconds", "0").stdout
