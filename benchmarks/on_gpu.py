@@ -4,10 +4,10 @@
     OUT=out python benchmarks/on_gpu.py products    # beside PyTorch and, where benchmarks/deepgemm.py was run, DeepGEMM
 
 `tests` runs the kernels against float64, and the tests of ops and numerics on XLA's GPU backend. `products` compiles in
-several processes, of which one at a time has the GPU; then blocks and decoders, which need much memory, one after the
-other; then a model's bits per byte. What hangs, crashes or loses the GPU costs its own process: that is killed and
-noted, and the rest goes on in a new one. Results are written as they come, and a second run into the same directory
-goes on.
+several processes, of which one at a time has the GPU: products, then blocks; then decoders, which need much memory, one
+after the other; then a model's bits per byte. What hangs, crashes or loses the GPU costs its own process: that is
+killed and noted, and the rest goes on in a new one. Results are written as they come, and a second run into the same
+directory goes on.
 
     tests.json      what came of each test
     grouped.json, quantize.json, moe.json, decode.json
@@ -22,6 +22,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -31,13 +32,13 @@ from pathlib import Path
 from supervise import ROOT, news_of, run, run_again
 
 SECONDS = 145  # of a call
-TEST_PROCESSES, PRODUCT_PROCESSES = 15, 11  # of 16 cores: most of either is compiling
+TEST_PROCESSES, PRODUCT_PROCESSES, BLOCK_PROCESSES = 15, 11, 6  # of 16 cores: most of it is compiling
 # The kernels first: what time does not reach is the end of numerics' tests.
 TESTS = ["tests/gpu", "tests/ops", "tests/test_numerics.py"]
-# One compilation serves all processes. What XLA's autotuner would choose by time is no concern of a test.
-COMPILING = {
+# What one process compiled no other compiles again. Not in $OUT, which comes back from a lent machine.
+SHARED = {
+    "JAX_COMPILATION_CACHE_DIR": str(Path(tempfile.gettempdir()) / "fp8x-compiled"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "XLA_FLAGS": "--xla_gpu_autotune_level=0",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
 }
 RECIPES = ("e4m3_bf16", "fp8_e4m3fn_bf16_block_scale", "e4m3_e4m3_bf16_dynamic", "mxfp8_bf16")
@@ -48,8 +49,8 @@ def tests(out: Path, log: Path, end: float, tiny: bool) -> None:
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:xdist", "-p", "no:cacheprovider", "-s"]
     command += ["-p", "forked_tests", "--results", outcomes, "--processes", 2 if tiny else TEST_PROCESSES]
     command += ["--seconds", seconds, "-m", "not slow", *(["tests/ops/test_groups.py"] if tiny else TESTS)]
-    caching = COMPILING | {"JAX_COMPILATION_CACHE_DIR": str(out / "cache")}
-    ended = run(command, log, end, lambda: news_of(outcomes), **caching)
+    # What XLA's autotuner would choose by time is no concern of a test.
+    ended = run(command, log, end, lambda: news_of(outcomes), XLA_FLAGS="--xla_gpu_autotune_level=0", **SHARED)
     found = json.loads(outcomes.read_text()) if outcomes.exists() else {}
     print(ended, dict(Counter(test["outcome"] for test in found.values())))
     for name, test in found.items():
@@ -60,24 +61,23 @@ def tests(out: Path, log: Path, end: float, tiny: bool) -> None:
 def products(out: Path, log: Path, end: float, tiny: bool) -> None:
     """Each step has a share of the time that is left to it and those behind it."""
 
-    def benchmark(name: str, share: float, *options: str, processes: int = 1) -> None:
+    def benchmark(name: str, share: float, *arguments: str, processes: int = 1) -> None:
         start = time.monotonic()
         until, results = start + share * (end - start), out / f"{name.removesuffix('_gemm')}.json"
-        command = [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--quick", "--json", results, *options]
+        command = [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--quick", "--json", results, *arguments]
         command += ["--tiny"] if tiny else []
-        environment = {"FP8X_GPU_LOCK": str(out / "gpu.lock"), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        ended = in_parallel(processes, lambda log: run_again(command, results, log, until, **environment), log)
+        options = SHARED | {"FP8X_GPU_LOCK": str(out / "gpu.lock")}
+        ended = in_parallel(processes, lambda log: run_again(command, results, log, until, **options), log)
         print(f"{name}, {time.monotonic() - start:.0f} s: {ended}", flush=True)
 
     kernels = ["--backend", "xla"] if tiny else ["--backend", "mosaic_gpu"]
-    benchmark("grouped_gemm", 0.55, *kernels, processes=2 if tiny else PRODUCT_PROCESSES)
-    benchmark("quantize", 0.25)
-    benchmark("moe", 0.45)
+    benchmark("grouped_gemm", 0.45, *kernels, processes=2 if tiny else PRODUCT_PROCESSES)
+    benchmark("quantize", 0.12)
+    benchmark("moe", 0.5, processes=2 if tiny else BLOCK_PROCESSES)
     benchmark("decode", 0.6)
-    for backend in ("mosaic_gpu", "xla")[tiny:]:
-        command = [sys.executable, "-m", "fp8x", "eval", "examples/tiny_mixtral", "--data", "examples/heldout.jsonl"]
-        command += [word for recipe in RECIPES[: 1 if tiny else None] for word in ("--recipe", recipe)]
-        print(f"bits per byte by {backend}:", run(command, log, end, lambda: None, FP8X_BACKEND=backend), "see the log")
+    evaluate = [sys.executable, "-m", "fp8x", "eval", "examples/tiny_mixtral", "--data", "examples/heldout.jsonl"]
+    evaluate += [word for recipe in RECIPES[: 1 if tiny else None] for word in ("--recipe", recipe)]
+    print("bits per byte, in the log:", run(evaluate, log, end, lambda: None, stall=SECONDS))
     table = [sys.executable, ROOT / "benchmarks" / "grouped_gemm.py", "--table", out / "grouped.json"]
     subprocess.run(table, env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"})
 
