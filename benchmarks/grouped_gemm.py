@@ -2,6 +2,7 @@
 
     python benchmarks/grouped_gemm.py --json grouped.json            # every shape in every form; goes on where it was
     python benchmarks/grouped_gemm.py --json grouped.json --quick    # the shapes with published figures, and a few more
+    FP8X_GPU_LOCK=lock python benchmarks/grouped_gemm.py --json …    # several at once: one of them measures
     python benchmarks/grouped_gemm.py --table grouped.json           # the table in Markdown
 
 Each product is checked against float64 first, on fresh random operands; a wrong one is not timed. A time has all that a
@@ -19,12 +20,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from peers import floor_in_16_bits, peers, peers_in_16_bits
+from peers import Run, floor_in_16_bits, peers, peers_in_16_bits
 
 import fp8x
 from fp8x import Recipe, Scheme
 from fp8x.benchmark import Floor, Results, copy_bandwidth, facts
-from fp8x.benchmark.grouped import Operands, Shape, floor, gemm_seconds, inputs, measure
+from fp8x.benchmark.grouped import Shape, floor, gemm_seconds, inputs, measure, sizes_of_sets
+from fp8x.benchmark.timing import alone
 from fp8x.ops.dispatch import BACKENDS
 from fp8x.scheme import mx, per_row, per_tensor
 
@@ -63,6 +65,7 @@ DECODE = {
     for name, shape in LAYERS.items()
 }
 SHAPES = PREFILL | DECODE
+QUICK_FORMS = ("per tensor", "per token · channel", "1×128 · 128×128", "W8A16, per channel", "MXFP8 weights")
 QUICK = [*list(PREFILL)[:3], *(name for name in DECODE if name.endswith((" 1 token", " 64 tokens")))]
 
 
@@ -79,13 +82,13 @@ class Case:
     Attributes:
         who: `"fp8x"` or a peer.
         quantized: whether x comes quantized, as peers want it.
-        run: of the operands; gives fields of the result.
+        run: gives fields of the result.
         floor: of the group sizes.
     """
 
     who: str
     quantized: bool
-    run: Callable[[list[Operands]], dict[str, Any]]
+    run: Callable[[], dict[str, Any]]
     floor: Callable[[Any], Floor]
 
 
@@ -93,34 +96,38 @@ def cases(shape: Shape, form: str) -> Iterator[Case]:
     recipe = FORMS[form]
     for quantized in (False, True) if recipe.activation else (False,):
         floor_of = functools.partial(floor, shape, recipe, quantized=quantized)
-        yield Case("fp8x", quantized, functools.partial(measure, shape, recipe), floor_of)
+        yield Case("fp8x", quantized, functools.partial(measure, shape, recipe, quantized=quantized), floor_of)
+
+    def of_peer(run: Run, quantized: bool) -> dict[str, Any]:
+        with alone():
+            return run(inputs(shape, recipe, quantized=quantized))
+
     for name, run in peers(shape, recipe):
-        yield Case(name, True, run, floor_of)
+        yield Case(name, True, functools.partial(of_peer, run, True), floor_of)
     if form == IN_16_BITS:
         for name, run in peers_in_16_bits(shape, recipe):
-            yield Case(name, False, run, functools.partial(floor_in_16_bits, shape))
+            yield Case(name, False, functools.partial(of_peer, run, False), functools.partial(floor_in_16_bits, shape))
 
 
-def run(results: Results, shapes: dict[str, Shape], forms: list[str], *, ours: bool, deadline: float) -> None:
-    """Adds the results of our cases, or of the others, that are not there yet, until the deadline."""
+def run(results: Results, shapes: dict[str, Shape], forms: list[str], *, ours: bool, quick: bool, end: float) -> None:
+    """Adds the results of our cases, or of the others, that are not there yet, until the time `end`.
+
+    In a `quick` run x comes quantized where it can.
+    """
     for name, shape in shapes.items():
         for form in forms:
-            made: dict[bool, list[Operands]] = {}  # the operands of the case before
 
-            def attempt(case: Case, made=made, shape=shape, form=form) -> dict[str, Any]:
-                if case.quantized not in made:
-                    made.clear()
-                    made[case.quantized] = inputs(shape, FORMS[form], quantized=case.quantized)
-                sets = made[case.quantized]
-                floors = [case.floor(given.group_sizes) for given in sets]
+            def attempt(case: Case, shape=shape, form=form) -> dict[str, Any]:
+                sizes = sizes_of_sets(shape, FORMS[form], quantized=case.quantized)
+                floors = [case.floor(of_set) for of_set in sizes]
                 mean = dataclasses.replace(floors[0], bytes=sum(least.bytes for least in floors) // len(floors))
                 least = {"bytes": mean.bytes, "flops": mean.flops, "floor_seconds": mean.seconds}
-                return dataclasses.asdict(shape) | least | case.run(sets)
+                return dataclasses.asdict(shape) | least | case.run()
 
             for case in cases(shape, form):
-                if (case.who == "fp8x") != ours:
+                if (case.who == "fp8x") != ours or (quick and ours and case.quantized != bool(FORMS[form].activation)):
                     continue
-                if time.monotonic() > deadline:
+                if time.monotonic() > end:
                     return
                 key = {"shape": name, "form": form, "who": case.who, "quantized": case.quantized}
                 results.attempt(key, functools.partial(attempt, case))
@@ -158,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write results here, and go on where they are")
     parser.add_argument("--table", type=Path, metavar="JSON", help="print results as Markdown, and do nothing else")
-    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK_FORMS)} of {', '.join(QUICK)}")
     parser.add_argument("--shapes", default="", metavar="REGEX", help="only those in whose name it is found")
     parser.add_argument("--forms", default="", metavar="REGEX", help="likewise")
     parser.add_argument("--backend", choices=BACKENDS, default="mosaic_gpu")
@@ -169,22 +176,22 @@ def main(arguments: list[str] | None = None) -> None:
         return print(table(json.loads(options.table.read_text())))
     if not options.json:
         parser.error("--json or --table is needed")
-    deadline = time.monotonic() + options.seconds
+    end = time.monotonic() + options.seconds
     shapes = {name: tiny(shape) if options.tiny else shape for name, shape in SHAPES.items()}
     shapes = {
         name: shape
         for name, shape in shapes.items()
         if re.search(options.shapes, name) and (name in QUICK or not options.quick)
     }
-    forms = [form for form in FORMS if re.search(options.forms, form)]
+    forms = [form for form in (QUICK_FORMS if options.quick else FORMS) if re.search(options.forms, form)]
     nbytes = 2**20 if options.tiny else 2**31
-    header = facts() | {"backend": options.backend, "copy_bandwidth": copy_bandwidth(nbytes)}
+    header = lambda: facts() | {"backend": options.backend, "copy_bandwidth": copy_bandwidth(nbytes)}  # noqa: E731
     results = Results(options.json, header)
     with fp8x.backend(options.backend):
         for kind in (PREFILL, DECODE):
             some = {name: shape for name, shape in shapes.items() if name in kind}
             for ours in (True, False):
-                run(results, some, forms, ours=ours, deadline=deadline)
+                run(results, some, forms, ours=ours, quick=options.quick, end=end)
 
 
 if __name__ == "__main__":

@@ -1,103 +1,134 @@
-"""Everything that waits for a Hopper GPU, in one command and within ten minutes.
+"""What waits for a Hopper GPU, in two commands of at most 150 seconds each on 16 cores.
 
-    OUT=out python benchmarks/on_gpu.py                       # in the repository's root; python has jax with CUDA
-    OUT=out python benchmarks/on_gpu.py --steps tests,tune    # or some of the steps
+    OUT=out python benchmarks/on_gpu.py tests       # in the repository's root; python has jax with CUDA and pytest
+    OUT=out python benchmarks/on_gpu.py products    # beside PyTorch and, where benchmarks/deepgemm.py was run, DeepGEMM
 
-Steps: `tests`, the kernels against float64; `xla`, the tests of ops on XLA's GPU backend; `bench`, times beside other
-libraries; `tune`, the tilings; `eval`, a model's bits per byte. What hangs, crashes or loses the GPU costs its own
-process: that is killed, noted, and the rest goes on in a new one. Results are written as they come, and a second run
-into the same directory goes on.
+`tests` runs the kernels against float64, and the tests of ops and numerics on XLA's GPU backend. `products` compiles in
+several processes, of which one at a time has the GPU: products, then blocks; then decoders, which need much memory, one
+after the other; then a model's bits per byte. What hangs, crashes or loses the GPU costs its own process: that is
+killed and noted, and the rest goes on in a new one. Results are written as they come, and a second run into the same
+directory goes on.
 
     tests.json      what came of each test
-    quantize.json, grouped.json, moe.json, decode.json
+    grouped.json, quantize.json, moe.json, decode.json
                     times; the scripts in benchmarks make tables of them: --table out/moe.json
-    tuning.json     the fastest tilings, as fp8x/pallas/tuning/nvidia_h200.json would hold them
+    clocks.csv      the SM's clock and the board's power, four times a second
     log.txt         what everything printed, and what came of each step
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from supervise import ROOT, TEST_STALL, Outcomes, news_of, run, run_again, run_tests
+from supervise import ROOT, news_of, run, run_again
 
-XLA_TESTS = ["-m", "not slow", "tests/ops/test_matmul.py", "tests/ops/test_grouped_matmul.py", "tests/test_numerics.py"]
-# Rows, N, K and experts; those with published figures first.
-TUNED = [(32768, 4096, 7168, 8), (32768, 7168, 2048, 8), (4096, 7168, 16384, 1), (64, 4096, 7168, 8)]
-TUNED_RECIPES = ("fp8_e4m3fn_bf16_block_scale", "e4m3_e4m3_bf16_dynamic", "mxfp8_bf16")
-
-
-def bench(out: Path, log: Path, deadline: float) -> dict[str, str]:
-    """Every benchmark for its share of the time that is left."""
-    found = {}
-    for name, share in {"quantize": 0.15, "grouped_gemm": 0.5, "moe": 0.5, "decode": 1.0}.items():
-        now, results = time.monotonic(), out / f"{name.removesuffix('_gemm')}.json"
-        command = [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--quick", "--json", results]
-        end = now + share * (deadline - now)
-        found[name] = run_again(command, results, log, end, FP8X_BACKEND="mosaic_gpu")
-    return found
+SECONDS = 145  # of a call
+TEST_PROCESSES, PRODUCT_PROCESSES, BLOCK_PROCESSES = 15, 11, 6  # of 16 cores: most of it is compiling
+# The kernels first: what time does not reach is the end of numerics' tests.
+TESTS = ["tests/gpu", "tests/ops", "tests/test_numerics.py"]
+# What one process compiled no other compiles again. Not in $OUT, which comes back from a lent machine.
+SHARED = {
+    "JAX_COMPILATION_CACHE_DIR": str(Path(tempfile.gettempdir()) / "fp8x-compiled"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+}
+RECIPES = ("e4m3_bf16", "fp8_e4m3fn_bf16_block_scale", "e4m3_e4m3_bf16_dynamic", "mxfp8_bf16")
 
 
-def evaluate(log: Path, deadline: float) -> dict[str, str]:
-    """A model's bits per byte in several recipes, by the kernels and on XLA: read them in the log."""
-    command = [sys.executable, "-m", "fp8x", "eval", "examples/tiny_mixtral", "--data", "examples/heldout.jsonl"]
-    command += [word for recipe in ("e4m3_bf16", *TUNED_RECIPES) for word in ("--recipe", recipe)]
-    return {name: run(command, log, deadline, lambda: None, FP8X_BACKEND=name) for name in ("mosaic_gpu", "xla")}
+def tests(out: Path, log: Path, end: float, tiny: bool) -> None:
+    outcomes, seconds = out / "tests.json", max(0.0, end - time.monotonic() - 5)
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:xdist", "-p", "no:cacheprovider", "-s"]
+    command += ["-p", "forked_tests", "--results", outcomes, "--processes", 2 if tiny else TEST_PROCESSES]
+    command += ["--seconds", seconds, "-m", "not slow", *(["tests/ops/test_groups.py"] if tiny else TESTS)]
+    # What XLA's autotuner would choose by time is no concern of a test.
+    ended = run(command, log, end, lambda: news_of(outcomes), XLA_FLAGS="--xla_gpu_autotune_level=0", **SHARED)
+    found = json.loads(outcomes.read_text()) if outcomes.exists() else {}
+    print(ended, dict(Counter(test["outcome"] for test in found.values())))
+    for name, test in found.items():
+        if test["outcome"] not in ("passed", "skipped"):
+            print(test["outcome"], name, *test.get("text", "").strip().splitlines()[-1:])
 
 
-def tune(table: Path, log: Path, deadline: float) -> dict[str, str]:
-    found = {}
-    recipes = [word for recipe in TUNED_RECIPES for word in ("--recipe", recipe)]
-    for m, n, k, experts in TUNED:
-        shape = ["-t", m, "-n", n, "-k", k, "--experts", experts]
-        command = [sys.executable, "-m", "fp8x", "bench", "grouped", *shape, *recipes, "--tune", "--table", table]
-        found[f"{m} rows, N {n}, K {k}, {experts} experts"] = run(
-            command, log, deadline, lambda: news_of(table), stall=TEST_STALL
-        )
-    return found
+def products(out: Path, log: Path, end: float, tiny: bool) -> None:
+    """Each step has a share of the time that is left to it and those behind it."""
+
+    def benchmark(name: str, share: float, *arguments: str, processes: int = 1) -> None:
+        start = time.monotonic()
+        until, results = start + share * (end - start), out / f"{name.removesuffix('_gemm')}.json"
+        command = [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--quick", "--json", results, *arguments]
+        command += ["--tiny"] if tiny else []
+        options = SHARED | {"FP8X_GPU_LOCK": str(out / "gpu.lock")}
+        ended = in_parallel(processes, lambda log: run_again(command, results, log, until, **options), log)
+        print(f"{name}, {time.monotonic() - start:.0f} s: {ended}", flush=True)
+
+    kernels = ["--backend", "xla"] if tiny else ["--backend", "mosaic_gpu"]
+    benchmark("grouped_gemm", 0.45, *kernels, processes=2 if tiny else PRODUCT_PROCESSES)
+    benchmark("quantize", 0.12)
+    benchmark("moe", 0.5, processes=2 if tiny else BLOCK_PROCESSES)
+    benchmark("decode", 0.6)
+    evaluate = [sys.executable, "-m", "fp8x", "eval", "examples/tiny_mixtral", "--data", "examples/heldout.jsonl"]
+    evaluate += [word for recipe in RECIPES[: 1 if tiny else None] for word in ("--recipe", recipe)]
+    print("bits per byte, in the log:", run(evaluate, log, end, lambda: None, stall=SECONDS))
+    table = [sys.executable, ROOT / "benchmarks" / "grouped_gemm.py", "--table", out / "grouped.json"]
+    subprocess.run(table, env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"})
+
+
+def in_parallel(processes: int, work: Callable[[Path], str], log: Path) -> list[str]:
+    """What `work` gave in each of so many threads; it gets a log of its own, which goes to the end of `log`."""
+    logs, ended = [log.with_suffix(f".{index}") for index in range(processes)], [""] * processes
+
+    def keep(index: int) -> None:
+        ended[index] = work(logs[index])
+
+    threads = [threading.Thread(target=keep, args=(index,)) for index in range(processes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with log.open("a") as whole:
+        for part in logs:
+            whole.write(part.read_text())
+            part.unlink()
+    return ended
+
+
+@contextlib.contextmanager
+def clocks(path: Path) -> Iterator[None]:
+    """What the GPU's clock and power are meanwhile, and what holds them down."""
+    query = "timestamp,clocks.sm,power.draw,clocks_event_reasons.active"
+    try:
+        with path.open("a") as file:
+            child = subprocess.Popen(["nvidia-smi", f"--query-gpu={query}", "--format=csv", "-lms", "250"], stdout=file)
+    except FileNotFoundError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        child.terminate()
+        child.wait()
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", default="tests,xla,bench,tune,eval", help="some of them")
-    parser.add_argument("--seconds", type=float, default=570, help="for all steps together")
+    parser.add_argument("call", choices=("tests", "products"))
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all of it")
+    parser.add_argument("--tiny", action="store_true", help="a few tests and small shapes on XLA, to try this script")
     options = parser.parse_args(arguments)
     out = Path(os.environ.get("OUT", "out")).absolute()
     out.mkdir(parents=True, exist_ok=True)
-    log, outcomes, start = out / "log.txt", Outcomes(out / "tests.json"), time.monotonic()
-
-    def step(name: str, until: float, work: Callable[[float], Any]) -> None:
-        """`until`: the share of the time after which the step is over."""
-        if name not in options.steps.split(","):
-            return
-        before = time.monotonic()
-        try:
-            found = work(start + until * options.seconds)
-        except Exception as error:  # of this script: the other steps still run
-            found = f"{type(error).__name__}: {error}"
-        line = f"{name}, {time.monotonic() - before:.0f} s: {json.dumps(found)}"
-        print(line, flush=True)
-        with log.open("a") as file:
-            file.write(f"\n{line}\n")
-
-    step("tests", 0.3, lambda end: run_tests(["-m", "gpu", "tests/gpu"], outcomes, log, end))
-    step("xla", 0.36, lambda end: run_tests(XLA_TESTS, outcomes, log, end, FP8X_BACKEND="xla"))
-    step("bench", 0.8, lambda end: bench(out, log, end))
-    step("tune", 0.93, lambda end: tune(out / "tuning.json", log, end))
-    step("eval", 1.0, lambda end: evaluate(log, end))
-    for name, found in outcomes.of.items():
-        if found["outcome"] not in ("passed", "skipped"):
-            print(found["outcome"], name, *found.get("text", "").strip().splitlines()[-1:])
-    if (out / "grouped.json").exists():
-        script = ROOT / "benchmarks" / "grouped_gemm.py"
-        paths = os.environ | {"PYTHONPATH": str(ROOT)}
-        subprocess.run([sys.executable, script, "--table", out / "grouped.json"], env=paths)
+    call = {"tests": tests, "products": products}[options.call]
+    with clocks(out / "clocks.csv"):
+        call(out, out / "log.txt", time.monotonic() + options.seconds, options.tiny)
 
 
 if __name__ == "__main__":

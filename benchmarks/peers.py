@@ -8,6 +8,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import deepgemm
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +38,8 @@ def peers(shape: Shape, recipe: Recipe) -> Iterator[tuple[str, Run]]:
         for fast in (True, False):
             name = f"torch._scaled_grouped_mm, {'fast' if fast else 'full'} accumulation"
             yield name, functools.partial(_torch, recipe, functools.partial(_scaled_grouped_mm, fast=fast))
+    if pair == (BLOCK, GROUP) and deepgemm.is_there() and shape.top_k is None:  # groups of whole tiles of 128 rows
+        yield "DeepGEMM", functools.partial(_torch, recipe, deepgemm.product)
     if dense and pair in ((per_tensor(), per_tensor()), (per_row(), per_row())):
         yield "XLA's dot, fp8", functools.partial(_jax, recipe, _xla_fp8, lambda given: (given.x, given.w))
 
@@ -105,7 +108,7 @@ def _torch(recipe: Recipe, prepare: Callable, sets: list[Operands]) -> dict[str,
     return checked(arrays, sets, recipe, LIMIT, time)
 
 
-def _tensor(torch, x: jax.Array):
+def tensor(torch, x: jax.Array):
     """The same memory as a tensor; DLPack has no 8-bit floats, so they go as bytes."""
     if x.dtype.itemsize > 1:
         return torch.from_dlpack(x)
@@ -115,8 +118,8 @@ def _tensor(torch, x: jax.Array):
 
 def _scaled_mm(torch, given: Operands, *, fast: bool) -> Callable:
     scaled_mm, kinds = torch.nn.functional.scaled_mm, torch.nn.functional.ScalingType
-    x, w = _tensor(torch, given.x.data), _tensor(torch, given.w.data).t()
-    x_scale, w_scale = _tensor(torch, given.x.scale), _tensor(torch, given.w.scale)
+    x, w = tensor(torch, given.x.data), tensor(torch, given.w.data).t()
+    x_scale, w_scale = tensor(torch, given.x.scale), tensor(torch, given.w.scale)
 
     def kind_and_scale(scheme, scale, of_weight: bool):
         match scheme.block:
@@ -134,21 +137,21 @@ def _scaled_mm(torch, given: Operands, *, fast: bool) -> Callable:
 
 
 def _scaled_grouped_mm(torch, given: Operands, *, fast: bool) -> Callable:
-    x, w = _tensor(torch, given.x.data), _tensor(torch, given.w.data).transpose(1, 2)
+    x, w = tensor(torch, given.x.data), tensor(torch, given.w.data).transpose(1, 2)
     # It takes a scale for each row and column alone.
-    x_scale = _tensor(torch, jnp.broadcast_to(given.x.scale[:, 0], given.x.shape[:1]))
-    w_scale = _tensor(torch, jnp.broadcast_to(given.w.scale[:, :, 0], given.w.shape[:2]))
-    ends = _tensor(torch, jnp.cumsum(given.group_sizes))
+    x_scale = tensor(torch, jnp.broadcast_to(given.x.scale[:, 0], given.x.shape[:1]))
+    w_scale = tensor(torch, jnp.broadcast_to(given.w.scale[:, :, 0], given.w.shape[:2]))
+    ends = tensor(torch, jnp.cumsum(given.group_sizes))
     options = dict(offs=ends, out_dtype=torch.bfloat16, use_fast_accum=fast)
     return lambda: torch._scaled_grouped_mm(x, w, x_scale, w_scale, **options)
 
 
 def _mm(torch, given: Operands) -> Callable:
-    x, w = _tensor(torch, given.x), _tensor(torch, _dequantize(given.w)).t()
+    x, w = tensor(torch, given.x), tensor(torch, _dequantize(given.w)).t()
     return lambda: torch.mm(x, w)
 
 
 def _grouped_mm(torch, given: Operands) -> Callable:
-    x, w = _tensor(torch, given.x), _tensor(torch, _dequantize(given.w)).transpose(1, 2)
-    ends = _tensor(torch, jnp.cumsum(given.group_sizes))
+    x, w = tensor(torch, given.x), tensor(torch, _dequantize(given.w)).transpose(1, 2)
+    ends = tensor(torch, jnp.cumsum(given.group_sizes))
     return lambda: torch._grouped_mm(x, w, offs=ends)

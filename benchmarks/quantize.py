@@ -105,7 +105,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.json:
         parser.error("--json or --table is needed")
     end = time.monotonic() + options.seconds
-    results = Results(options.json, facts() | {"copy_bandwidth": copy_bandwidth(2**20 if options.tiny else 2**31)})
+    nbytes = 2**20 if options.tiny else 2**31
+    results = Results(options.json, lambda: facts() | {"copy_bandwidth": copy_bandwidth(nbytes)})
     for case in cases(quick=options.quick, tiny=options.tiny):
         for who in options.who:
             if time.monotonic() < end:

@@ -78,6 +78,12 @@ def fits(shape: Shape, *schemes: Scheme | None) -> bool:
     return not any(scheme is not None and scheme.is_mx and shape.k % scheme.block[-1] for scheme in schemes)
 
 
+def quantized_zeros(shape: tuple[int, ...], scheme: Scheme) -> ScaledArray:
+    """Zeros of numpy: for what a test module holds, since collecting tests touches no device and compiles nothing."""
+    scale = np.ones(scheme.scale_shape(shape), scheme.scale_dtype)
+    return ScaledArray(np.zeros(shape, scheme.dtype), scale, scheme)
+
+
 def operands(shape: Shape, w: Scheme, *, dtype=jnp.bfloat16, seed: int = 0) -> Operands:
     """Random operands of a shape; columns of x and experts of w differ in magnitude, so that scales matter."""
     rng = np.random.default_rng(seed)

@@ -1,6 +1,7 @@
 """One grouped or dense product on random operands: right or not, then how fast, beside its floor."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,17 +9,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from fp8x import numerics, ops
 from fp8x.array import ScaledArray
 from fp8x.benchmark.hardware import H200, Floor
-from fp8x.benchmark.timing import Timing, chained, sets_needed, time_queue
+from fp8x.benchmark.timing import Timing, alone, chained, sets_needed, time_queue
 from fp8x.pallas import tuning
 from fp8x.recipe import Recipe
 from fp8x.scheme import Scheme
 
-CHECKED_ROWS = 1024  # of a result; all where there are no more
+SAMPLE = 64  # rows and columns of a result that are checked; all where there are no more
+STATIC_SCALE = 0.02  # of activations that a static recipe quantizes: a few of normal values saturate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Shape:
         return np.bincount(drawn.ravel(), minlength=self.experts).astype(np.int32)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Operands:
     """Arguments of an op.
@@ -69,44 +72,49 @@ class Operands:
 
 
 def operands(shape: Shape, recipe: Recipe, seed: int, *, quantized: bool = False) -> Operands:
-    """Random ones: normal values of w with scales of any size, and of x with columns of any size.
+    """Random ones: codes of normal values, with scales of any size.
 
     Arguments:
         quantized: x comes as the recipe stores it.
     """
-    of_x, of_w, of_scale = jax.random.split(jax.random.key(seed), 3)
-    x = _random_rows(shape.m, shape.k, recipe.out_dtype, of_x)
-    matrices = (shape.n, shape.k) if shape.experts == 1 else (shape.experts, shape.n, shape.k)
-    scales = _random_scales(recipe.weight.scale_shape(matrices), shape.k, recipe.weight.is_mx, of_scale)
-    w = ScaledArray(_random_codes(matrices, recipe.weight, of_w), scales, recipe.weight)
-    scale = None
-    if recipe.is_static or quantized:
-        scale = _scale_of(x, recipe.activation)
+    return _operands(shape, recipe, quantized, np.uint32(seed), shape.group_sizes(seed))
+
+
+# One program: a hash of each element's index draws from a table, which takes neither a generator nor a host's arrays.
+@jax.jit(static_argnums=(0, 1, 2))
+def _operands(shape: Shape, recipe: Recipe, quantized: bool, seed, group_sizes) -> Operands:
+    m, n, k = shape.m, shape.n, shape.k
+    matrices = (n, k) if shape.experts == 1 else (shape.experts, n, k)
+    w = _random_array(matrices, recipe.weight, 4 * seed)
     if quantized:
-        x = _quantize(x, scale, recipe.activation)
-    return Operands(x, w, jnp.asarray(shape.group_sizes(seed)), scale if recipe.is_static and not quantized else None)
+        return Operands(_random_array((m, k), recipe.activation, 4 * seed + 2), w, group_sizes, None)
+    scale = jnp.full(recipe.activation.scale_shape((m, k)), STATIC_SCALE) if recipe.is_static else None
+    return Operands(_drawn((m, k), recipe.out_dtype, 4 * seed + 2), w, group_sizes, scale)
 
 
-# Each is compiled by itself, so that forms of one shape share what they can.
-@jax.jit(static_argnums=(0, 1, 2))
-def _random_rows(m: int, k: int, dtype, key):
-    columns, values = jax.random.split(key)
-    return (jax.random.normal(values, (m, k)) * jnp.exp(jax.random.normal(columns, (k,)))).astype(dtype)
+def _random_array(shape: tuple[int, ...], scheme: Scheme, seed) -> ScaledArray:
+    """Of values as large as 1/sqrt(K), by scales that differ by a factor of 32."""
+    bits = _hash(scheme.scale_shape(shape), seed + 1)
+    largest = 2 - round(math.log2(shape[-1]) / 2) - round(math.log2(scheme.max))
+    scale = jnp.exp2((largest - (bits % 5).astype(jnp.int32)).astype(jnp.float32))
+    scale = scale if scheme.is_mx else scale * (1 + (bits >> 16).astype(jnp.float32) * 2.0**-16)
+    return ScaledArray(_drawn(shape, scheme.dtype, seed), scale.astype(scheme.scale_dtype), scheme)
 
 
-@jax.jit(static_argnums=(0, 1))
-def _random_codes(shape: tuple[int, ...], scheme: Scheme, key):
-    return jnp.clip(scheme.max / 4 * jax.random.normal(key, shape), -scheme.max, scheme.max).astype(scheme.dtype)
+def _drawn(shape: tuple[int, ...], dtype, seed) -> Float[Array, "..."]:
+    """Normal values; in 8 bits, up to the largest."""
+    values, dtype = np.random.default_rng(0).normal(size=256), np.dtype(dtype)
+    if dtype.itemsize == 1:
+        values = np.clip(values / 4, -1, 1) * float(jnp.finfo(dtype).max)
+    return jnp.asarray(values.astype(dtype))[_hash(shape, seed) & 255]
 
 
-@jax.jit(static_argnums=(0, 1, 2))
-def _random_scales(shape: tuple[int, ...], k: int, e8m0: bool, key):
-    scales = jnp.exp2(jax.random.randint(key, shape, -10, -5).astype(jnp.float32)) * 2.0 ** -round(math.log2(k) / 2)
-    return scales.astype(jnp.float8_e8m0fnu) if e8m0 else scales * jax.random.uniform(key, shape, minval=1, maxval=2)
-
-
-_scale_of = jax.jit(lambda x, scheme: numerics.quantize(x, scheme).scale, static_argnums=1)
-_quantize = jax.jit(numerics.quantize_with_scale, static_argnums=2)
+def _hash(shape: tuple[int, ...], seed) -> UInt32[Array, "..."]:
+    """32 random bits for each element of an array."""
+    bits = jax.lax.iota(jnp.uint32, math.prod(shape)) + jnp.uint32(seed) * jnp.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return (bits ^ (bits >> 16)).reshape(shape)
 
 
 def product(shape: Shape, recipe: Recipe, *, quantized: bool = False) -> Callable:
@@ -134,7 +142,8 @@ def floor(shape: Shape, recipe: Recipe, group_sizes, *, quantized: bool = False)
 
 
 def _stored(scheme: Scheme, rows: int, columns: int) -> int:
-    """Bytes of a matrix and its scales."""
+    """Bytes of a matrix and its scales; experts that share some count theirs each."""
+    scheme = dataclasses.replace(scheme, block=scheme.block[-2:])
     return rows * columns + int(np.prod(scheme.scale_shape((rows, columns)))) * scheme.scale_dtype.itemsize
 
 
@@ -144,53 +153,82 @@ def tolerance(dtype) -> float:
 
 
 def relative_error(y: Float[Array, "m n"], given: Operands, recipe: Recipe) -> float:
-    """`‖y - expected‖ / ‖expected‖` in float64 over CHECKED_ROWS random rows, the first and the last among them."""
-    m = y.shape[0]
-    rows = np.union1d(np.random.default_rng().choice(m, min(m, CHECKED_ROWS), replace=False), [0, m - 1])
-    x, w = given.x, _dequantize(given.w)
-    if recipe.activation is not None and not isinstance(x, ScaledArray):
-        x = _quantize(x, given.scale if recipe.is_static else _scale_of(x, recipe.activation), recipe.activation)
-    x = _dequantize(x) if isinstance(x, ScaledArray) else x.astype(jnp.float32)
-    with jax.enable_x64(True):
-        return float(_relative_error(y, x, w if w.ndim == 3 else w[None], given.group_sizes, rows))
+    """`‖y - expected‖ / ‖expected‖` in float64 over SAMPLE rows and columns, the first and the last among them.
+
+    The host computes what is expected: the device has no part in it but to copy the samples.
+    """
+    activation, quantized = recipe.activation, isinstance(given.x, ScaledArray)
+    codes = given.x.data if quantized else given.x
+    rows, columns = map(_sampled, y.shape)
+    x, w, y = jax.device_get(_taken(codes, given.w.data, y, rows, columns))
+    if quantized:
+        x = x.astype(np.float64) * _scales_of(given.x, rows)
+    elif activation is not None:
+        scale = given.scale if recipe.is_static else _scale_of(given.x, activation)
+        scale = np.asarray(scale)[rows // activation.block_of(codes.shape)[0]]
+        with jax.default_device(jax.devices("cpu")[0]):
+            by_row = dataclasses.replace(activation, block=(1, activation.block[-1]))
+            x = numerics.quantize_with_scale(jnp.asarray(x), jnp.asarray(scale), by_row).dequantize(jnp.float32)
+    w = (w.astype(np.float64) * _scales_of(given.w, columns)).reshape(-1, *w.shape[-2:])
+    ends = np.cumsum(given.group_sizes) if len(w) > 1 else [len(codes)]
+    expert = np.searchsorted(ends, rows, side="right")
+    expected = np.stack([w[e] @ row for e, row in zip(expert, np.asarray(x, np.float64))])
+    return float(np.linalg.norm(y.astype(np.float64) - expected) / np.linalg.norm(expected))
 
 
-_dequantize = jax.jit(lambda q: q.dequantize(jnp.float32))  # off by 2^-24; all that follows is in float64
+def _sampled(size: int) -> Int[np.ndarray, " s"]:
+    drawn = np.random.default_rng(size).permutation(size)[: SAMPLE - 2]
+    return np.union1d(drawn, [0, size - 1])
 
 
 @jax.jit
-def _relative_error(y, x, w, group_sizes, rows) -> Float[Array, ""]:
-    x, y = x[rows].astype(jnp.float64), y[rows].astype(jnp.float64)
-    group = jnp.searchsorted(jnp.cumsum(group_sizes), rows, side="right")
+def _taken(x, w, y, rows, columns) -> tuple:
+    return x[rows], w[..., columns, :], y[rows][:, columns]
 
-    def add(expected, expert):
-        matrix, index = expert
-        return expected + jnp.where((group == index)[:, None], x, 0) @ matrix.astype(jnp.float64).T, None
 
-    expected, _ = jax.lax.scan(add, jnp.zeros_like(y), (w, jnp.arange(w.shape[0])))
-    return jnp.linalg.norm(y - expected) / jnp.linalg.norm(expected)
+_scale_of = jax.jit(lambda x, scheme: numerics.quantize(x, scheme).scale, static_argnums=1)
+
+
+def _scales_of(x: ScaledArray, rows: Int[np.ndarray, " s"]) -> Float[np.ndarray, "... s k"]:
+    """The scale of each element of some rows."""
+    *lead, block, width = x.scheme.block_of(x.shape)
+    scale = np.asarray(x.scale)[..., rows // block, :].astype(np.float64)
+    for axis, extent in enumerate(lead):
+        scale = scale.repeat(extent, axis=axis).take(range(x.shape[axis]), axis=axis)
+    return scale.repeat(width, axis=-1)[..., : x.shape[-1]]
 
 
 def inputs(shape: Shape, recipe: Recipe, *, quantized: bool = False) -> list[Operands]:
     """Sets of operands, enough of them for a call to find none of its own in a GPU's cache."""
-    nbytes = floor(shape, recipe, shape.group_sizes(0), quantized=quantized).bytes
-    count = sets_needed(nbytes) if jax.default_backend() == "gpu" else 1
+    count = len(sizes_of_sets(shape, recipe, quantized=quantized))
     return [operands(shape, recipe, seed, quantized=quantized) for seed in range(count)]
 
 
-def measure(shape: Shape, recipe: Recipe, sets: Sequence[Operands]) -> dict[str, Any]:
-    """The op in the backend and tiling that are in force: checked, and then timed if it is right."""
-    fn = product(shape, recipe, quantized=isinstance(sets[0].x, ScaledArray))
-    arguments = [given.arguments for given in sets]
+def sizes_of_sets(shape: Shape, recipe: Recipe, *, quantized: bool = False) -> list[Int[np.ndarray, " e"]]:
+    """The group sizes of each of `inputs`."""
+    nbytes = floor(shape, recipe, shape.group_sizes(0), quantized=quantized).bytes
+    return [shape.group_sizes(seed) for seed in range(sets_needed(nbytes) if jax.default_backend() == "gpu" else 1)]
+
+
+def measure(shape: Shape, recipe: Recipe, *, quantized: bool = False) -> dict[str, Any]:
+    """The op in the backend and tiling that are in force: checked, and then timed if it is right.
+
+    All that takes long on the host comes first, then all that runs on the device, `alone`.
+    """
+    fn = product(shape, recipe, quantized=quantized)
+    sizes = sizes_of_sets(shape, recipe, quantized=quantized)
+    make = _operands.lower(shape, recipe, quantized, np.uint32(0), sizes[0]).compile()
+    abstract = jax.eval_shape(functools.partial(operands, shape, recipe, 0, quantized=quantized)).arguments
     with tuning.recorded() as tilings:
-        (choice,) = ops.explain(fn, *arguments[0])
-    program = chained(fn).lower(arguments).compile()
-    results = jax.block_until_ready(program(arguments))
+        (choice,) = ops.explain(fn, *abstract)
+    program = chained(fn).lower([abstract] * len(sizes)).compile()
     found = {"kernel": choice.kernel} | ({"tiling": dataclasses.asdict(tilings[-1].tiling)} if tilings else {})
-    limit = tolerance(recipe.out_dtype)
-    return found | checked(
-        results, sets, recipe, limit, lambda: time_queue(lambda: program(arguments), jax.block_until_ready, len(sets))
-    )
+    with alone():
+        sets = [make(np.uint32(seed), given) for seed, given in enumerate(sizes)]
+        arguments = [given.arguments for given in sets]
+        results = jax.block_until_ready(program(arguments))
+        time = functools.partial(time_queue, lambda: program(arguments), jax.block_until_ready, len(sizes))
+        return found | checked(results, sets, recipe, tolerance(recipe.out_dtype), time)
 
 
 def checked(

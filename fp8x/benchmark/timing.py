@@ -5,12 +5,16 @@ does not find its inputs in the L2 cache. `Timing.seconds` has everything that a
 `Timing.kernels` has the kernels alone, from CUPTI.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import math
+import os
+import signal
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +23,7 @@ L2_BYTES = 60 * 2**20  # of an H200
 REPEATS = 20
 BATCH_SECONDS = 0.01  # queued at a time: long beside the wait at its end
 MAX_SECONDS = 2.0  # for a timing as a whole, where fewer repeats are enough
+ALONE_SECONDS = 25  # after which a process that has the GPU for itself hangs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +64,40 @@ def sets_needed(nbytes: int, most: int = 8) -> int:
     return min(most, 1 + math.ceil(2 * L2_BYTES / max(nbytes, 1)))
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """The GPU for this process alone, among those with the same file in $FP8X_GPU_LOCK; one that hangs is killed.
+
+    So several processes compile at once, and one of them at a time measures.
+    """
+    global _is_alone
+    path = os.environ.get("FP8X_GPU_LOCK")
+    if path is None or _is_alone:
+        yield
+        return
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        signal.alarm(ALONE_SECONDS)
+        _is_alone = True
+        try:
+            yield
+        finally:
+            _is_alone = False
+            signal.alarm(0)
+
+
+_is_alone = False  # this process, already
+
+
 def time_calls(fn: Callable, inputs: Sequence[tuple]) -> tuple[Timing, list]:
-    """The time of `fn(*arguments)`, and its results: one for each tuple of arguments in `inputs`.
+    """The time of `fn(*arguments)`, run `alone`, and its results: one for each tuple of arguments in `inputs`.
 
     One program makes all the calls, since the host takes longer to launch one than the device needs for a small one.
     """
     program = chained(fn).lower(inputs).compile()
-    results = jax.block_until_ready(program(inputs))
-    return time_queue(lambda: program(inputs), jax.block_until_ready, len(inputs)), results
+    with alone():
+        results = jax.block_until_ready(program(inputs))
+        return time_queue(lambda: program(inputs), jax.block_until_ready, len(inputs)), results
 
 
 def chained(fn: Callable):

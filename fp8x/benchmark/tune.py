@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from fp8x.benchmark.grouped import Shape, candidates, gemm_seconds, inputs, measure
+from fp8x.benchmark.grouped import Shape, candidates, gemm_seconds, measure
 from fp8x.errors import BackendError
 from fp8x.pallas import tuning
 from fp8x.recipe import Recipe
@@ -36,11 +36,10 @@ def tune(shape: Shape, recipe: Recipe, most: int) -> Iterator[Trial]:
     choice = candidates(shape, recipe)
     if choice is None:
         raise BackendError(f"{shape}, {recipe}: takes a kernel without tilings; ask for backend 'mosaic_gpu'")
-    sets = inputs(shape, recipe, quantized=recipe.activation is not None)
     for tiling, estimate in sorted(choice.estimates.items(), key=lambda item: item[1])[:most]:
         with tuning.forced(tiling):
             try:
-                found = measure(shape, recipe, sets)
+                found = measure(shape, recipe, quantized=recipe.activation is not None)
             except Exception as error:  # of the compiler: the others may do
                 found = {"failure": f"{type(error).__name__}: {error}"}
         seconds = None if "failure" in found else gemm_seconds(found) or found["seconds"]

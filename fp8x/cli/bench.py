@@ -74,15 +74,14 @@ def grouped(
 
 def _measure(cases: Cases, as_json: bool) -> None:
     from fp8x.benchmark import facts
-    from fp8x.benchmark.grouped import floor, inputs, measure
+    from fp8x.benchmark.grouped import floor, measure
 
     results = []
     with terminal.progress("measuring") as update:
         for code, recipe, shape in cases:
-            sets = inputs(shape, recipe)
-            least = floor(shape, recipe, sets[0].group_sizes)
+            least = floor(shape, recipe, shape.group_sizes(0))
             found = {"bytes": least.bytes, "flops": least.flops, "floor_seconds": least.seconds}
-            results.append({"recipe": code, **dataclasses.asdict(shape)} | found | measure(shape, recipe, sets))
+            results.append({"recipe": code, **dataclasses.asdict(shape)} | found | measure(shape, recipe))
             update(len(results), len(cases))
     header = facts()
     if as_json:

@@ -13,6 +13,7 @@ from fp8x.array import ScaledArray
 from fp8x.benchmark import grouped
 from fp8x.benchmark.grouped import Shape
 from fp8x.pallas import tuning
+from fp8x.scheme import mx
 
 ROUTED = Shape(16, 48, 128, experts=4, top_k=2)
 STATIC = fp8x.recipe("e4m3_e4m3_bf16")
@@ -29,20 +30,46 @@ def test_group_sizes():
 
 @pytest.mark.parametrize(
     ("shape", "recipe"),
-    [(ROUTED, STATIC), (Shape(3, 48, 128), Recipe(Scheme("e4m3", block=(1, 128))))],
-    ids=["grouped", "dense"],
+    [
+        (ROUTED, STATIC),
+        (ROUTED, BLOCK),
+        (Shape(3, 48, 128), Recipe(Scheme("e4m3", block=(1, 128)))),
+        (ROUTED, Recipe(Scheme("e4m3", block=(2, None, 64)), mx("e5m2"), "dynamic")),
+    ],
+    ids=["grouped", "blocks", "dense", "experts that share scales"],
 )
 def test_measured_product(shape, recipe):
     quantized = recipe.activation is not None
-    (given,) = sets = grouped.inputs(shape, recipe, quantized=quantized)
+    (given,) = grouped.inputs(shape, recipe, quantized=quantized)
     assert isinstance(given.x, ScaledArray) == quantized and given.w.shape[-2:] == (48, 128)
-    found = grouped.measure(shape, recipe, sets)
-    assert found["seconds"] > 0 and found["kernel"] == ("xla_grouped_matmul" if shape is ROUTED else "xla_matmul")
+    found = grouped.measure(shape, recipe, quantized=quantized)
+    assert found["seconds"] > 0 and found["kernel"] == ("xla_grouped_matmul" if shape.experts > 1 else "xla_matmul")
     y = grouped.product(shape, recipe, quantized=quantized)(*given.arguments)
-    w = given.w if shape is ROUTED else ScaledArray(given.w.data[None], given.w.scale[None], given.w.scheme)
+    w = given.w if shape.experts > 1 else ScaledArray(given.w.data[None], given.w.scale[None], given.w.scheme)
     expected = metric.grouped_matmul(given.x, w, np.asarray(given.group_sizes))
     assert grouped.relative_error(y, given, recipe) == pytest.approx(metric.relative_error(y, expected), rel=1e-3)
     assert found["relative_error"] <= grouped.tolerance(y.dtype)
+
+
+@pytest.mark.parametrize(
+    "recipe", [STATIC, BLOCK, fp8x.recipe("e4m3_e4m3_bf16_dynamic")], ids=["static", "blocks", "rows"]
+)
+def test_activations_are_quantized_anew(recipe):
+    """By the host, of samples; a product of what was never quantized is seen."""
+    given = grouped.operands(ROUTED, recipe, 0)
+    y = grouped.product(ROUTED, recipe)(*given.arguments)
+    assert grouped.relative_error(y, given, recipe) < 2**-8
+    exact = metric.grouped_matmul(given.x, given.w, np.asarray(given.group_sizes))
+    assert grouped.relative_error(jnp.asarray(exact, jnp.float32), given, recipe) > 1e-2
+
+
+def test_a_sample_of_a_large_product():
+    shape = Shape(300, 200, 128, experts=3)
+    given = grouped.operands(shape, BLOCK, 0, quantized=True)
+    y = jnp.asarray(metric.grouped_matmul(given.x, given.w, np.asarray(given.group_sizes)), jnp.float32)
+    assert grouped.relative_error(y, given, BLOCK) < 2**-22
+    for wrong in (y.at[-1].set(0), y.at[:, 0].set(0), y.at[100:200].set(y[:100])):
+        assert grouped.relative_error(wrong, given, BLOCK) > 0.05
 
 
 def test_a_wrong_product_is_not_timed():

@@ -1,6 +1,10 @@
 """Times, floors and results of benchmarks: what can be shown of them without a GPU."""
 
+import itertools
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -83,10 +87,10 @@ def test_facts(monkeypatch):
 
 def test_results_outlive_the_run(tmp_path):
     path = tmp_path / "out.json"
-    first = Results(path, {"device": "a"})
+    first = Results(path, lambda: {"device": "a"})
     first.add(case="x", seconds=1.0)
     first.add(case="y", error="hung")
-    again = Results(path, {"device": "b"})
+    again = Results(path, lambda: pytest.fail("they are there"))
     assert again.has(case="x") and not again.has(case="z") and not again.has(case="y", error=None)
     again.add(case="z")
     document = json.loads(path.read_text())
@@ -97,13 +101,13 @@ def test_results_outlive_the_run(tmp_path):
 
 def test_attempts(tmp_path):
     path = tmp_path / "out.json"
-    results = Results(path, {})
+    results = Results(path, dict)
     results.attempt({"case": 1}, lambda: {"seconds": 1.0})
     results.attempt({"case": 1}, lambda: pytest.fail("it is there"))
     results.attempt({"case": 2}, lambda: 1 / 0)
     with pytest.raises(KeyboardInterrupt):
         results.attempt({"case": 3}, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-    again = Results(path, {})  # of the next process
+    again = Results(path, dict)  # of the next process
     assert list(again) == [
         {"case": 1, "seconds": 1.0},
         {"case": 2, "failure": "ZeroDivisionError: division by zero"},
@@ -115,4 +119,29 @@ def test_attempts(tmp_path):
 
     with pytest.raises(RuntimeError, match="ILLEGAL_ADDRESS"):
         again.attempt({"case": 4}, lose_the_gpu)
-    assert len(list(Results(path, {}))) == 4
+    assert len(list(Results(path, dict))) == 4
+
+
+SHARED = """
+import sys, time
+from pathlib import Path
+from fp8x.benchmark import Results
+from fp8x.benchmark.timing import alone
+results = Results(Path("out.json"), dict)
+def run():
+    with alone(), alone():
+        start = time.time()
+        time.sleep(0.05)
+        return {"process": sys.argv[1], "start": start, "end": time.time()}
+for case in range(12):
+    results.attempt({"case": case}, run)
+"""
+
+
+def test_processes_share_cases_and_measure_one_at_a_time(tmp_path):
+    command, environment = [sys.executable, "-c", SHARED], os.environ | {"FP8X_GPU_LOCK": str(tmp_path / "gpu")}
+    children = [subprocess.Popen([*command, name], cwd=tmp_path, env=environment) for name in "ab"]
+    assert [child.wait() for child in children] == [0, 0]
+    found = sorted(Results(tmp_path / "out.json", dict), key=lambda result: result["start"])
+    assert sorted(result["case"] for result in found) == list(range(12))
+    assert all(before["end"] <= after["start"] for before, after in itertools.pairwise(found))

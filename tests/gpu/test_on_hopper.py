@@ -34,8 +34,8 @@ MOST_TILINGS = 16
 LARGE = Shape((700, 3, 0, 1345), 1024, 2048)
 
 pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU"),
+    pytest.mark.gpu,  # the condition is text, since collecting tests starts no backend
+    pytest.mark.skipif("jax.default_backend() != 'gpu'", reason="there is no GPU"),
 ]
 pairs = pytest.mark.parametrize("pair", PAIRS)
 

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from metric import assert_close, float64
-from shapes import GROUPED, Shape, fits, operands, quantize
+from shapes import GROUPED, Shape, fits, operands, quantize, quantized_zeros
 
-import fp8x
 from fp8x import ops
 from fp8x.errors import ShapeError
 from fp8x.ops import reference
@@ -169,17 +168,17 @@ def test_gradient_is_that_of_the_dequantized_product(weight, activation):
     assert_close(dbias, one_hot.T @ float64(dy))
 
 
-X, W = jnp.zeros((4, 64)), fp8x.quantize(jnp.zeros((3, 8, 64)), per_row())
+X, W = np.zeros((4, 64), np.float32), quantized_zeros((3, 8, 64), per_row())
 
 
 @pytest.mark.parametrize(
     ("changed", "match"),
     [
-        (dict(w=fp8x.quantize(jnp.zeros((8, 64)), per_row())), r"w: shape is \(8, 64\); use \[E, N, K\]"),
+        (dict(w=quantized_zeros((8, 64), per_row())), r"w: shape is \(8, 64\); use \[E, N, K\]"),
         (dict(x=X[:, 1:]), r"x: shape is \(4, 63\)"),
         (dict(experts=np.arange(3)), r"experts: shape is \(3,\), but x has 4 rows; use \[4\]"),
         (dict(experts=np.ones(4)), "experts: dtype is float32; use int32"),
-        (dict(bias=jnp.zeros(8)), r"bias: shape is \(8,\), but w needs \(3, 8\)"),
+        (dict(bias=np.zeros(8, np.float32)), r"bias: shape is \(8,\), but w needs \(3, 8\)"),
     ],
 )
 def test_errors_name_the_argument(changed, match):

@@ -97,7 +97,12 @@ def explained(weight=BLOCK, activation=GROUP, out=GROUP, gate="silu", scale=None
         (dict(), "sm90_fp8_block_gated"),
         (dict(weight=per_row(), activation=per_row()), "sm90_fp8_gated"),
         (
-            dict(weight=per_tensor(), activation=GROUP, out=Scheme("e5m2", block=(None, 128)), scale=jnp.ones((1, 2))),
+            dict(
+                weight=per_tensor(),
+                activation=GROUP,
+                out=Scheme("e5m2", block=(None, 128)),
+                scale=np.ones((1, 2), np.float32),
+            ),
             "sm90_fp8_block_gated",
         ),
     ],
@@ -115,7 +120,7 @@ def test_choice_of_kernel(options, kernel):
         (dict(out=per_row()), "finds the amax of a row's 128 columns, a tile's; out_activation is e4m3 1×· f32"),
         (dict(out=mx()), "quantizes with float32 scales; those of out_activation are e8m0"),
         (
-            dict(out=Scheme("e4m3", block=(None, 64)), scale=jnp.ones((1, 3))),
+            dict(out=Scheme("e4m3", block=(None, 64)), scale=np.ones((1, 3), np.float32)),
             "takes scales of all rows and 128 columns",
         ),
         (dict(rows=32), "is for tiles of 128 rows; a group has few here"),

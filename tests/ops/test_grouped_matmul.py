@@ -6,7 +6,7 @@ import metric
 import numpy as np
 import pytest
 from metric import assert_close, float64
-from shapes import GROUPED, Shape, fits, operands, quantize
+from shapes import GROUPED, Shape, fits, operands, quantize, quantized_zeros
 
 import fp8x
 from fp8x import ops
@@ -207,27 +207,27 @@ class TestGradient:
         assert memory.temp_size_in_bytes < given.w.data.size / 2  # float32 copies of all experts are 8 times that
 
 
-X, W, SIZES = jnp.zeros((4, 64)), fp8x.quantize(jnp.zeros((3, 8, 64)), per_row()), jnp.asarray([1, 0, 2])
+X, W, SIZES = np.zeros((4, 64), np.float32), quantized_zeros((3, 8, 64), per_row()), np.int32([1, 0, 2])
 
 
 @pytest.mark.parametrize(
     ("changed", "match"),
     [
-        (dict(w=fp8x.quantize(jnp.zeros((8, 64)), per_row())), r"w: shape is \(8, 64\); use \[E, N, K\]"),
+        (dict(w=quantized_zeros((8, 64), per_row())), r"w: shape is \(8, 64\); use \[E, N, K\]"),
         (dict(x=X[None]), r"x: shape is \(1, 4, 64\), but w \(3, 8, 64\) takes rows \[M, 64\]"),
         (dict(x=X[:, 1:]), r"x: shape is \(4, 63\)"),
         (dict(gate="silu"), r"x: shape is \(4, 64\), but w \(3, 8, 64\) takes rows \[M, 2, 64\]"),
         (dict(gate="swish"), "activation: 'swish' is unknown; use one of 'silu'"),
-        (dict(gate="silu", x=fp8x.quantize(X, per_row())), "gate: x is quantized already"),
+        (dict(gate="silu", x=quantized_zeros(X.shape, per_row())), "gate: x is quantized already"),
         (dict(group_sizes=SIZES[:2]), r"group_sizes: shape is \(2,\), but the weights hold 3 experts"),
-        (dict(group_sizes=SIZES.astype(jnp.float32)), "group_sizes: dtype is float32"),
+        (dict(group_sizes=SIZES.astype(np.float32)), "group_sizes: dtype is float32"),
         (dict(group_sizes=SIZES + 1), "group_sizes: they sum to 6, but x has 4 rows"),
         (dict(group_sizes=SIZES - 1), "group_sizes: group 1 is -1"),
-        (dict(bias=jnp.zeros(8)), r"bias: shape is \(8,\), but w needs \(3, 8\)"),
-        (dict(rows=jnp.zeros(2)), r"rows: float32\[2\] does not fit; use int32\[M\], rows of x"),
-        (dict(rows=jnp.arange(2)), "group_sizes: they sum to 3, but x has 2 rows"),
+        (dict(bias=np.zeros(8, np.float32)), r"bias: shape is \(8,\), but w needs \(3, 8\)"),
+        (dict(rows=np.zeros(2, np.float32)), r"rows: float32\[2\] does not fit; use int32\[M\], rows of x"),
+        (dict(rows=np.arange(2, dtype=np.int32)), "group_sizes: they sum to 3, but x has 2 rows"),
         (
-            dict(rows=jnp.arange(3), activation=Scheme("e4m3", block=(128, 128))),
+            dict(rows=np.arange(3, dtype=np.int32), activation=Scheme("e4m3", block=(128, 128))),
             "rows: they cut the blocks of e4m3 128×128 f32; use blocks of one row",
         ),
     ],

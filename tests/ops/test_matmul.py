@@ -8,10 +8,10 @@ import metric
 import numpy as np
 import pytest
 from metric import TOLERANCE, assert_close, float64, relative_error
-from shapes import DENSE, fits, operands, quantize
+from shapes import DENSE, fits, operands, quantize, quantize_with_scale, quantized_zeros
 
 import fp8x
-from fp8x import numerics, ops
+from fp8x import ops
 from fp8x.errors import ShapeError
 from fp8x.ops import reference
 from fp8x.scheme import Scheme, mx, per_row, per_tensor
@@ -65,7 +65,7 @@ def test_out_dtype(out_dtype):
 def test_a_long_k_accumulates_in_float32():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(8, 16384)), jnp.float32)
-    w = fp8x.quantize(jnp.asarray(rng.normal(size=(8, 16384)), jnp.float32), per_row())
+    w = quantize(jnp.asarray(rng.normal(size=(8, 16384)), jnp.float32), per_row())
     assert_close(ops.matmul(x, w), metric.matmul(x, w))
 
 
@@ -75,13 +75,13 @@ class TestInput:
     def test_quantized_before_is_the_same_bit_for_bit(self):
         x, w, bias = dense_operands(DENSE[3], mx())
         expected = ops.matmul(x, w, activation=mx(), bias=bias)
-        np.testing.assert_array_equal(ops.matmul(fp8x.quantize(x, mx()), w, bias=bias), expected)
+        np.testing.assert_array_equal(ops.matmul(quantize(x, mx()), w, bias=bias), expected)
 
     @pytest.mark.parametrize("scheme", [per_tensor(), Scheme("e4m3", block=(None, 128)), mx()], ids=str)
     def test_given_scale(self, scheme):
         x, w, _ = dense_operands(DENSE[1], per_row())
-        scale = fp8x.quantize(4 * x, scheme).scale
-        expected = ops.matmul(numerics.quantize_with_scale(x, scale, scheme), w)
+        scale = quantize(4 * x, scheme).scale
+        expected = ops.matmul(quantize_with_scale(x, scale, scheme), w)
         np.testing.assert_array_equal(ops.matmul(x, w, activation=scheme, activation_scale=scale), expected)
 
     @pytest.mark.parametrize("lead", [(), (2, 3), (0,), (2, 0, 3)])
@@ -94,7 +94,7 @@ class TestInput:
 
     def test_default_output_type_of_a_quantized_x(self):
         x, w, _ = dense_operands(DENSE[1], per_tensor(), jnp.float32)
-        assert ops.matmul(fp8x.quantize(x, per_tensor()), w).dtype == jnp.bfloat16
+        assert ops.matmul(quantize(x, per_tensor()), w).dtype == jnp.bfloat16
 
     def test_nan_stays_in_its_row_and_inf_saturates(self):
         x, w, _ = dense_operands(DENSE[3], per_row(), jnp.float32)
@@ -103,7 +103,7 @@ class TestInput:
         assert np.isnan(y[3]).all()
         others = np.delete(np.arange(x.shape[0]), [3, 4])
         np.testing.assert_array_equal(y[others], clean[others])
-        row = fp8x.quantize(x[4:5].at[0, 7].set(0), per_row())
+        row = quantize(x[4:5].at[0, 7].set(0), per_row())
         saturated = float64(row)
         saturated[0, 7] = 448 * float64(row.scale)[0, 0]
         assert_close(y[4:5], metric.matmul(saturated, w))
@@ -112,7 +112,7 @@ class TestInput:
 def test_vmap_over_rows_and_over_weights():
     x, w, _ = dense_operands(DENSE[2], per_row())
     stacked = jnp.stack([x, 2 * x])
-    weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), w, fp8x.quantize(w.dequantize()[::-1], per_row()))
+    weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), w, quantize(w.dequantize()[::-1], per_row()))
 
     def run(x, w):
         return ops.matmul(x, w, activation=per_row())
@@ -181,28 +181,28 @@ class TestGradient:
         assert_close(grad(x), np.broadcast_to(float64(w).sum(0), x.shape))
 
 
-X, W = jnp.zeros((2, 64)), fp8x.quantize(jnp.zeros((8, 64)), per_row())
+X, W = np.zeros((2, 64), np.float32), quantized_zeros((8, 64), per_row())
 
 
 @pytest.mark.parametrize(
     ("x", "w", "options", "match"),
     [
-        (X, jnp.zeros((8, 64)), {}, r"w: a \w+ came; use a ScaledArray \[N, K\]"),
-        (X, fp8x.quantize(jnp.zeros((2, 8, 64)), per_row()), {}, r"w: shape is \(2, 8, 64\); use \[N, K\]"),
+        (X, np.zeros((8, 64), np.float32), {}, r"w: a \w+ came; use a ScaledArray \[N, K\]"),
+        (X, quantized_zeros((2, 8, 64), per_row()), {}, r"w: shape is \(2, 8, 64\); use \[N, K\]"),
         (X[:, :32], W, {}, r"x: shape is \(2, 32\), but w \(8, 64\) takes rows \[M, 64\]"),
-        (X.astype(jnp.int32), W, {}, "x: dtype is int32; use one of bfloat16, float16, float32 or a ScaledArray"),
-        (fp8x.quantize(X, per_row()), W, dict(activation=per_row()), "activation: x is quantized already"),
-        (fp8x.quantize(jnp.ones((2, 3, 64)), Scheme("e4m3", block=(2, None))), W, {}, r"are none of \[M, K\]"),
-        (X, W, dict(bias=jnp.zeros(7)), r"bias: shape is \(7,\), but w needs \(8,\)"),
+        (X.astype(np.int32), W, {}, "x: dtype is int32; use one of bfloat16, float16, float32 or a ScaledArray"),
+        (quantized_zeros(X.shape, per_row()), W, dict(activation=per_row()), "activation: x is quantized already"),
+        (quantized_zeros((2, 3, 64), Scheme("e4m3", block=(2, None))), W, {}, r"are none of \[M, K\]"),
+        (X, W, dict(bias=np.zeros(7, np.float32)), r"bias: shape is \(7,\), but w needs \(8,\)"),
         (X, W, dict(out_dtype=jnp.int8), "out_dtype: int8 does not fit"),
-        (X, W, dict(activation_scale=jnp.ones((2, 1))), "activation_scale: it came without activation"),
+        (X, W, dict(activation_scale=np.ones((2, 1), np.float32)), "activation_scale: it came without activation"),
         (
             X,
             W,
-            dict(activation=per_row(), activation_scale=jnp.ones((1, 1))),
+            dict(activation=per_row(), activation_scale=np.ones((1, 1), np.float32)),
             r"float32\[1, 1\] does not fit x \(2, 64\)",
         ),
-        (X[:, :48], fp8x.quantize(jnp.zeros((8, 48)), per_row()), dict(activation=mx()), "x: dim 1 .* is 48"),
+        (X[:, :48], quantized_zeros((8, 48), per_row()), dict(activation=mx()), "x: dim 1 .* is 48"),
     ],
 )
 def test_errors_name_the_argument(x, w, options, match):
