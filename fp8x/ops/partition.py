@@ -37,7 +37,8 @@ def partitioned(run: Callable, layout_of: Callable, rule: str, operands: tuple[A
     """`run(*operands)` on every device's own part.
 
     Arguments:
-        layout_of: a `split.Layout` from the mesh and the axes of each operand's dims, None where there is none.
+        layout_of: a `split.Layout` from the mesh, the axes of each operand's dims, None where there is none, and those
+            that XLA wants the rows of the result split over.
         rule: how dims correspond, as `custom_partitioning` has it; of the operands that are not None.
     """
     present = [index for index, operand in enumerate(operands) if operand is not None]
@@ -47,7 +48,8 @@ def partitioned(run: Callable, layout_of: Callable, rule: str, operands: tuple[A
         return [values.get(index) for index in range(len(operands))]
 
     def partition(mesh: Mesh, arguments, result):
-        layout = layout_of(mesh, spread(_dims(argument) for argument in arguments))
+        rows = _dims(jax.tree.leaves(result)[0])[0]
+        layout = layout_of(mesh, spread(_dims(argument) for argument in arguments), rows)
         sharding = lambda dims: NamedSharding(mesh, spec_of(dims))  # noqa: E731
         return (
             mesh,

@@ -72,7 +72,7 @@ def quantize_input(quantizer: Kernel, x, activation: Scheme, scale, used, gate: 
         data, scale = on_explicit_mesh(rows_layout(split, call, quantizer.run), mesh, operands)
     elif is_left_to_xla(operands):
 
-        def layout_of(mesh, dims):
+        def layout_of(mesh, dims, _):
             split = split_rows(call, dims[0], mesh)
             return rows_layout(split, call, on_one_device(quantizer, split.local(call)).run)
 
@@ -97,8 +97,8 @@ def multiply(kernel: Kernel, split: Split | None, x, w: ScaledArray, groups, bia
     if kernel.backend != "mosaic_gpu" or not is_left_to_xla(operands):
         return numerics.rounded(kernel.run(x, w, *given, bias, out_dtype))
 
-    def layout_of(mesh, dims):
-        split = split_product(call, dims[0], dims[0][0], dims[2], mesh)
+    def layout_of(mesh, dims, rows):
+        split = split_product(call, dims[0], rows, dims[2], mesh)
         return layout(split, call, on_one_device(kernel, split.local(call)).run)
 
     def run(x, x_scale, w_data, w_scale, groups, bias):

@@ -185,7 +185,7 @@ class RowSplit:
     """Over which axes of a mesh the rows and K of what is quantized are split.
 
     Attributes:
-        reaches: axes of K that a scale reaches over: no device can find it by itself.
+        reaches: axes over which a scale reaches: no device can find it by itself.
     """
 
     mesh: AbstractMesh | Mesh
@@ -203,10 +203,12 @@ class RowSplit:
 def split_rows(call, dims: tuple[Axes, ...], mesh) -> RowSplit:
     """How what a `QuantizeCall` says is split, of an x that lies so."""
     rows, depth = dims[0], dims[-1]
-    rows = rows if call.m and call.m % parts(mesh, rows) == 0 else ()
+    if call.m % parts(mesh, rows) or not ((1, *call.scheme.block)[-2] == 1 or call.has_scale):
+        rows = ()
     block, own = call.scheme.block[-1], call.k / parts(mesh, depth)
-    is_whole = own % block == 0 if block is not None else call.has_scale and own == int(own)
-    return RowSplit(mesh, rows, depth if is_whole else (), () if is_whole else depth)
+    if not (own % block == 0 if block is not None else call.has_scale and own == int(own)):
+        depth = ()
+    return RowSplit(mesh, rows, depth, tuple(axis for axis in (*dims[0], *dims[-1]) if axis not in (*rows, *depth)))
 
 
 @dataclasses.dataclass(frozen=True)
