@@ -4,6 +4,7 @@ On a mesh whose axes are Explicit (what `jax.make_mesh` makes) an array's type h
 could give several are refused. On Auto axes XLA decides, after everything is traced.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from fp8x.errors import MeshError
 from fp8x.scheme import Scheme
@@ -75,6 +76,16 @@ def by_xla(function: Callable, dims: Callable[[], Any], *args: Any) -> Any:
         lambda dims: NamedSharding(mesh, spec_of(dims)), dims(), is_leaf=lambda node: isinstance(node, tuple)
     )
     return jax.sharding.auto_axes(function, axes=axes_of_type(mesh, AxisType.Explicit), out_sharding=shardings)(*args)
+
+
+def merge_rows(x: Float[Array, "... k"]) -> Float[Array, "m k"]:
+    """`x` with its leading dims as one, on an Explicit mesh over the axes of all of them."""
+
+    def dims():
+        *lead, columns = explicit_dims(x)
+        return tuple(itertools.chain.from_iterable(lead)), columns
+
+    return by_xla(lambda x: x.reshape(math.prod(x.shape[:-1]), *x.shape[-1:]), dims, x)
 
 
 def scale_dims(dims: Sequence[Axes], scheme: Scheme, shape: Sequence[int], mesh: AbstractMesh) -> tuple[Axes, ...]:

@@ -88,7 +88,9 @@ class GroupedLinear(QuantizedLayer):
         scheme = weight_scheme(recipe, source.weight.ndim)
         weight = numerics.quantize_weight(source.weight[...], scheme, name=name, allow_nonfinite=allow_nonfinite)
         bias = None if source.bias is None else source.bias[...]
-        return cls.from_arrays(weight, recipe, bias=bias)
+        layer = cls.from_arrays(weight, recipe, bias=bias)
+        layer.keep_sharding(source.weight, source.bias)
+        return layer
 
     def __call__(
         self,

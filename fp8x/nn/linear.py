@@ -74,7 +74,9 @@ class Linear(QuantizedLayer):
             linear.kernel[...].T, recipe.weight, name=name, allow_nonfinite=allow_nonfinite
         )
         bias = None if linear.bias is None else linear.bias[...]
-        return cls.from_arrays(weight, recipe, bias=bias)
+        layer = cls.from_arrays(weight, recipe, bias=bias)
+        layer.keep_sharding(linear.kernel, linear.bias, transposed=True)
+        return layer
 
     def __call__(self, x: Float[Array, "... k"]) -> Float[Array, "... n"]:
         """One product, of the recipe's output type, whatever the batch.
@@ -86,17 +88,17 @@ class Linear(QuantizedLayer):
         k = self.weight.shape[-1]
         if x.shape[-1:] != (k,):
             raise ShapeError(f"x: shape is {x.shape}, but the layer takes [..., {k}]")
-        rows, bias = x.reshape(-1, k), None if self.bias is None else self.bias[...]
+        bias = None if self.bias is None else self.bias[...]
         y = ops.matmul(
-            rows,
+            x,
             self.quantized_weight,
             bias=None if self.k_axes else bias,
             out_dtype=jnp.float32 if self.k_axes else self.recipe.out_dtype,
-            **self._activation(rows),
+            **self._activation(x),
         )
         if self.k_axes:
             # In float32, as the op accumulates: then bias, then one cast.
             y = jax.lax.psum(y, self.k_axes)
             y = y if bias is None else y + bias.astype(jnp.float32)
             y = numerics.rounded(y.astype(self.recipe.out_dtype))
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return y

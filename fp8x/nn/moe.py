@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from fp8x import meshes
 from fp8x.errors import ShapeError
 from fp8x.nn.convert import quantize_model
 from fp8x.nn.grouped import GroupedLinear
+from fp8x.nn.observer import Statistic
 from fp8x.nn.routing import Scores, check_scores, choose_experts, sort_by_expert
 from fp8x.nn.unquantized import GatedMLP, UnquantizedGroupedLinear
 from fp8x.ops.gate import gate_activation
@@ -106,12 +108,30 @@ class MoE(nnx.Module):
         hidden = self.w2.weight.shape[1]
         if x.shape[-1:] != (hidden,):
             raise ShapeError(f"x: shape is {x.shape}, but the layer takes [..., {hidden}]")
+        if meshes.explicit_mesh((nnx.state(self), x)) is not None:
+            return self._by_xla(x)
         tokens = x.reshape(-1, hidden)
         weights, experts = self.route(tokens)
         y = self.combine(tokens, weights, experts)
         if self.shared is not None:
             y += self.shared(tokens)
         return y.astype(x.dtype).reshape(x.shape)
+
+    def _by_xla(self, x: Float[Array, "... h"]) -> Float[Array, "... h"]:
+        """The layer on an Explicit mesh: tokens are sorted and gathered, whose layout no type can say."""
+        graphdef, state = nnx.split(self)
+        dims = (*meshes.explicit_dims(x)[:-1], ())
+
+        def call(state, x):
+            layer = nnx.merge(graphdef, state)
+            y = layer(x)
+            return [y, *jax.tree.leaves(nnx.state(layer, Statistic))]
+
+        statistics = nnx.state(self, Statistic)
+        leaves, tree = jax.tree.flatten(statistics)
+        y, *found = meshes.by_xla(call, lambda: [dims, *(((),) * leaf.ndim for leaf in leaves)], state, x)
+        nnx.update(self, jax.tree.unflatten(tree, found))
+        return y
 
     def route(self, tokens: Float[Array, "t h"]) -> tuple[Float[Array, "t k"], Int[Array, "t k"]]:
         """Router weights (float32) and experts of each token."""

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.core.spmd import get_pspec
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from fp8x import numerics
+from fp8x import meshes, numerics
 from fp8x.array import ScaledArray
 from fp8x.errors import CalibrationError, RecipeError, ShapeError
 from fp8x.nn.observer import BINS, Amax, Histogram, NonfiniteCount, TokenCount, add_counts, count_bins
@@ -67,6 +69,26 @@ class QuantizedLayer(nnx.Module):
         if recipe.observer:
             self.start_calibration()
 
+    def keep_sharding(self, weight: nnx.Variable, bias: nnx.Variable | None, *, transposed: bool = False) -> None:
+        """Gives the variables the partitioning metadata of those that they replace (`nnx.with_partitioning`).
+
+        Scales lie over the axes of their weight's dims, but for dims with one scale, and dims whose blocks a boundary
+        between devices would cut, where the mesh is known.
+        """
+        if bias is not None:
+            _copy_partitioning(bias, self.bias, bias.get_metadata("out_sharding", None))
+        if (names := weight.get_metadata("out_sharding", None)) is None:
+            return
+        names = (*names, *[None] * (weight.ndim - len(names)))[:: -1 if transposed else 1]
+        of_scales = [name if count > 1 else None for name, count in zip(names, self.weight_scale.shape)]
+        mesh = weight.get_metadata("mesh", None) or meshes.explicit_mesh(self.weight[...])
+        if mesh is not None:
+            spec = get_pspec(P(*names), weight.get_metadata("sharding_rules", None))
+            dims = meshes.scale_dims(meshes.dims_of(spec, len(names)), self.weight_scheme, self.weight.shape, mesh)
+            of_scales = [name if axes else None for name, axes in zip(of_scales, dims)]
+        _copy_partitioning(weight, self.weight, names)
+        _copy_partitioning(weight, self.weight_scale, tuple(of_scales))
+
     @property
     def quantized_weight(self) -> ScaledArray:
         """Weight and scale as one array."""
@@ -119,12 +141,12 @@ class QuantizedLayer(nnx.Module):
         self.amax = self.tokens = self.nonfinite = self.histogram = nnx.data(None)
 
     def _activation(
-        self, x: Float[Array, "m k"], group_sizes: Int[Array, " e"] | None = None
+        self, x: Float[Array, "... k"], group_sizes: Int[Array, " e"] | None = None
     ) -> dict[str, Scheme | Array | None]:
         """How a product is to quantize its input `x`; in calibration, after `x` has joined the statistics."""
         scheme, scale = self.recipe.activation, None
         if self.is_calibrating:
-            self._observe(jax.lax.stop_gradient(x), group_sizes)
+            self._observe(meshes.merge_rows(jax.lax.stop_gradient(x)), group_sizes)
             if not self.fake_quantize:
                 return {"activation": None, "activation_scale": None}
             scale = numerics.compute_scale(self.amax[...], scheme)
@@ -137,6 +159,7 @@ class QuantizedLayer(nnx.Module):
                     "run fp8x.calibrate(model, batches), or use a recipe with dynamic activation scales"
                 )
         elif self.amax_axes:
+            x = meshes.merge_rows(x)
             if group_sizes is not None:
                 x = jnp.where(row_mask(group_sizes, x.shape[0])[:, None], x, 0)
             amax = jax.lax.pmax(numerics.block_amax(x, scheme), self.amax_axes)
@@ -144,16 +167,31 @@ class QuantizedLayer(nnx.Module):
         return {"activation": scheme, "activation_scale": scale}
 
     def _observe(self, x: Float[Array, "m k"], group_sizes: Int[Array, " e"] | None) -> None:
-        is_row = None if group_sizes is None else row_mask(group_sizes, x.shape[0])
-        if self.histogram is not None:
-            counts = count_bins(x, self.recipe.activation, is_row)
+        scheme, has_histogram = self.recipe.activation, self.histogram is not None
+
+        def statistics(x, group_sizes):
+            is_row = None if group_sizes is None else row_mask(group_sizes, x.shape[0])
+            counts = count_bins(x, scheme, is_row) if has_histogram else None
+            if is_row is not None:
+                x = jnp.where(is_row[:, None], x, 0)
+            nonfinite = jnp.sum(~jnp.all(jnp.isfinite(x), axis=1), dtype=jnp.int32)
+            return [numerics.block_amax(x, scheme), nonfinite, counts]
+
+        on_every_device = [((), ()), (), ((), (), ()) if has_histogram else None]
+        amax, nonfinite, counts = meshes.by_xla(statistics, lambda: on_every_device, x, group_sizes)
+        if has_histogram:
             self.histogram[...] = add_counts(self.histogram[...], counts)
-        if is_row is not None:
-            x = jnp.where(is_row[:, None], x, 0)
-        self.amax[...] = jnp.maximum(self.amax[...], numerics.block_amax(x, self.recipe.activation))
+        self.amax[...] = jnp.maximum(self.amax[...], amax)
         self.tokens[...] = self.tokens[...] + (x.shape[0] if group_sizes is None else group_sizes)
-        is_nonfinite = ~jnp.all(jnp.isfinite(x), axis=1)
-        self.nonfinite[...] = self.nonfinite[...] + jnp.sum(is_nonfinite, dtype=jnp.int32)
+        self.nonfinite[...] = self.nonfinite[...] + nonfinite
+
+
+def _copy_partitioning(source: nnx.Variable, to: nnx.Variable, names: tuple | None) -> None:
+    """The metadata of `source` that says how it lies on a mesh, for a variable with `names` for its dims."""
+    if names is not None:
+        metadata = source.get_metadata()
+        kept = {name: metadata[name] for name in ("sharding_rules", "mesh") if name in metadata}
+        to.set_metadata(**kept | {"out_sharding": names})
 
 
 def weight_scheme(recipe: Recipe, ndim: int) -> Scheme:

@@ -10,8 +10,6 @@ scales are frozen, and so is an `x` that is quantized already. Reverse mode only
 """
 
 import dataclasses
-import itertools
-import math
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -219,24 +217,14 @@ def _rows(x: Float[Array, "... k"] | ScaledArray) -> Float[Array, "m k"] | Scale
     if x.ndim == 2:
         return x
     if not isinstance(x, ScaledArray):
-        return _merged(x)
+        return meshes.merge_rows(x)
     *above, rows, _ = (1, *x.scheme.block_of(x.shape))
     if x.ndim > 2 and (any(block != 1 for block in above) or not x.shape[-2] or x.shape[-2] % rows):
         raise ShapeError(
             f"x: shape is {x.shape}, and its blocks of {x.scheme} are none of [M, K]; quantize it as [M, K]"
         )
     scheme = dataclasses.replace(x.scheme, block=(rows, x.scheme.block[-1]))  # None stays: kernels look for it
-    return ScaledArray(_merged(x.data), _merged(x.scale), scheme)
-
-
-def _merged(x: Float[Array, "... k"]) -> Float[Array, "m k"]:
-    """`x` with its leading dims as one, on an Explicit mesh over the axes of all of them."""
-
-    def dims():
-        *lead, columns = meshes.explicit_dims(x)
-        return tuple(itertools.chain.from_iterable(lead)), columns
-
-    return meshes.by_xla(lambda x: x.reshape(math.prod(x.shape[:-1]), *x.shape[-1:]), dims, x)
+    return ScaledArray(meshes.merge_rows(x.data), meshes.merge_rows(x.scale), scheme)
 
 
 def _unmerged(y: Float[Array, "m n"], x: Array | ScaledArray) -> Float[Array, "... n"]:
