@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from fp8x import numerics
+from fp8x.pallas.packed import pack
 from fp8x.pallas.reciprocal import reciprocal
 from fp8x.pallas.sm90 import WAVE
 from fp8x.scheme import Scheme
@@ -132,8 +133,7 @@ class Gated:
 
 def _rounded(y: Float[Array, "m n"], dtype) -> Float[Array, "m n"]:
     """`y` as `dtype` has it, in float32."""
-    # The barrier has pairs converted: single values go through the special function unit, an eighth as fast.
-    return lax.optimization_barrier(y.astype(dtype)).astype(jnp.float32)
+    return pack(y, dtype).astype(jnp.float32)
 
 
 def _buffer(panels: int, columns: int, dtype) -> plgpu.SMEM:
