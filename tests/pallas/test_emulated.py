@@ -37,6 +37,11 @@ def interpreted():
     return context
 
 
+@pytest.fixture
+def short_sums():
+    return True
+
+
 @pytest.fixture(autouse=True)
 def swapped_however_many_rows(request, monkeypatch):
     if request.function.__module__ == swapped.__name__:

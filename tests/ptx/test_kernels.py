@@ -30,5 +30,6 @@ def test_ragged_groups(weight, activation):
         y = np.asarray(ops.grouped_matmul(given.x, given.w, given.group_sizes, activation=activation, bias=given.bias))
     x = jnp.nan_to_num(given.x)
     x = x if activation is None else quantize(x, activation)
-    assert_close(y, metric.grouped_matmul(x, given.w, shape.group_sizes, given.bias))
+    expected = metric.grouped_matmul(x, given.w, shape.group_sizes, given.bias)
+    assert_close(y, expected, short_sums=activation is not None)
     assert not np.any(y[shape.m - shape.spare :]), "rows past the groups are zero"
