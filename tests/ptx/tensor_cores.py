@@ -122,8 +122,8 @@ class TensorCore:
 def add_products(sums: np.ndarray, a: np.ndarray, b: np.ndarray, bits: int) -> np.ndarray:
     """`sums + a @ b.T` in float32, as tensor cores add for one instruction.
 
-    The products and the sum so far are aligned to the largest magnitude among them, and cut off `bits` below its leading
-    bit, toward zero. The exact sum of what is left is cut off in the same way below its own leading bit, as float32.
+    The products and the sum so far are aligned to the largest magnitude among them, and cut off `bits` below its
+    leading bit, toward zero. The exact sum of what is left is cut off likewise below its own leading bit, as float32.
 
     Arguments:
         sums: float32 `[m, n]`.
