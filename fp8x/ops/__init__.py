@@ -102,7 +102,8 @@ def grouped_matmul(
         w: `[E, N, K]`.
         group_sizes: int32 `[E]`, rows of each expert, as `jax.lax.ragged_dot` has it. Empty experts, one hot expert and
             M = 0 are ordinary. Rows past the sum come out zero, and enter no activation scale. Outside of jit they
-            are fetched from their device, to be checked.
+            are fetched from their device, to be checked. Inside, sizes below zero count as none, and those that sum
+            past M are cut off there: each group ends at row M at the latest.
         activation, activation_scale, out_dtype: as in `matmul`.
         bias: `[E, N]`.
 
