@@ -117,6 +117,7 @@ def quantize_blocks(
             _store(out.at[pl.ds(row, tile.rows), at_block, pl.ds(start, size)], y.astype(out.dtype))
 
         def store_scale(row, found):
+            found = plgpu.layout_cast(found, layout.reduce(2))  # scales of "unit" are a constant, which has none
             _store(out_scale.at[pl.ds(row, tile.rows), at_block], found.astype(out_scale.dtype))
 
         # Where tiles do not divide the rows, the last block takes one more, which ends with them.
