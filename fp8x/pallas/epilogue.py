@@ -118,6 +118,7 @@ class Gated:
             magnitude = jnp.abs(h)
             amax = jnp.max(jnp.where(magnitude < np.float32(np.inf), magnitude, np.float32(0)), axis=1)
             scale = numerics.compute_scale(amax, self.scheme)
+            scale = plgpu.layout_cast(scale, ROW_OF_WGMMA)  # those of "unit" are a constant, which has none
             inverse = lax.broadcast_in_dim(reciprocal(scale), h.shape, [0])
 
             @pl.when(block < scales[0].shape[0])
