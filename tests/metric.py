@@ -4,8 +4,10 @@ import numpy as np
 
 from fp8x.array import ScaledArray
 
-# One rounding to the output type, and float32 accumulation: what fp8x/ops/__init__.py promises.
+# What fp8x/ops/__init__.py promises: one rounding to the output type, and float32 accumulation; and where tensor cores
+# multiply 8 bits by 8 bits, with shorter sums that are promoted every 128 of K.
 TOLERANCE = {np.dtype(dtype): 2.0**-bits + 2.0**-18 for dtype, bits in [("bfloat16", 8), ("float16", 11), ("f4", 24)]}
+SHORT_SUMS = TOLERANCE | {np.dtype("float16"): 3.3e-4, np.dtype("f4"): 2.1e-4}
 
 
 def relative_error(actual, expected) -> float:
@@ -16,10 +18,23 @@ def relative_error(actual, expected) -> float:
     return float(np.linalg.norm(actual - expected) / (norm if norm else 1.0))
 
 
-def assert_close(actual, expected, *, tolerance: float | None = None) -> None:
-    """The relative error is within the tolerance of `actual`'s type, unless another is given."""
-    error, limit = relative_error(actual, expected), tolerance or TOLERANCE[np.dtype(actual.dtype)]
+def assert_close(actual, expected, *, short_sums: bool = False, tolerance: float | None = None) -> None:
+    """The relative error is within the tolerance of `actual`'s type, unless another is given.
+
+    Arguments:
+        short_sums: whether tensor cores, or their emulation, have added products of two 8-bit operands.
+    """
+    limits = SHORT_SUMS if short_sums else TOLERANCE
+    error, limit = relative_error(actual, expected), tolerance or limits[np.dtype(actual.dtype)]
     assert error <= limit, f"relative error {error:.3g} is over {limit:.3g}"
+
+
+def assert_codes_close(actual: ScaledArray, expected: ScaledArray) -> None:
+    """What `gated_matmul` promises: few codes differ between a kernel with short sums and XLA, and by little."""
+    share = np.mean(as_bits(actual.data) != as_bits(expected.data))
+    assert share < 3e-2, f"{share:.2%} of the codes differ"
+    limit = {"e4m3": 2.0**-7, "e5m2": 2.0**-6}[expected.scheme.element]  # codes of e5m2 are twice as far apart
+    assert_close(float64(actual), float64(expected), tolerance=limit)
 
 
 def float64(x) -> np.ndarray:

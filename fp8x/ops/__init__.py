@@ -2,7 +2,13 @@
 
 Tolerance, for every backend and batch size: relative Frobenius error against the float64 product of the dequantized
 arrays at most one rounding to the output type (bfloat16 2^-8, float16 2^-11, float32 2^-24) plus 2^-18 for float32
-accumulation. That holds where products do not mostly cancel and results are in the output type's normal range.
+accumulation. That holds where products do not mostly cancel and results are in the output type's normal range. On an
+H200 products of 16 bits had 2.4e-7 at most in float32 (weight-only, MX, XLA's path).
+
+Kernels that multiply 8 bits by 8 bits on tensor cores (`sm90_fp8*`) have a tolerance of their own: 2.1e-4 in float32,
+3.3e-4 in float16, bfloat16's as above. Hopper adds fp8 products with 13 bits below the largest addend; kernels take the
+sum to float32 registers every 128 of K, so K does not matter. An H200 had 1.25e-4 to 2.07e-4, 2.7e-4 to 3.2e-4, and
+1.61e-3 to 1.73e-3, which is bfloat16's rounding alone.
 
 Gradients, whichever kernel ran: straight through the rounding (Bengio et al., 2013, arXiv:1308.3432). That of `x` is
 `dy @ dequantize(w)` in float32, zero where a given activation scale clips; that of `bias` sums dy's rows. Weights and
@@ -98,7 +104,8 @@ def grouped_matmul(
         w: `[E, N, K]`.
         group_sizes: int32 `[E]`, rows of each expert, as `jax.lax.ragged_dot` has it. Empty experts, one hot expert and
             M = 0 are ordinary. Rows past the sum come out zero, and enter no activation scale. Outside of jit they
-            are fetched from their device, to be checked.
+            are fetched from their device, to be checked. Inside, sizes below zero count as none, and those that sum
+            past M are cut off there: each group ends at row M at the latest.
         activation, activation_scale, out_dtype: as in `matmul`.
         bias: `[E, N]`.
 
@@ -175,8 +182,12 @@ def gated_matmul(
     """The first half of gated experts, quantized for the second: `[M, I]`, which `grouped_matmul` takes with w2.
 
     `grouped_matmul` by gate and up, each rounded to `out_dtype`; `activation(gate) * up` in float32, rounded once to
-    that type; then `quantize`. One kernel may do it all. It differs from the steps by what 2^-20 in the activation
-    makes of a rounding: h's next 16-bit number, rarely. No gradient.
+    that type; then `quantize`. One kernel may do it all. No gradient.
+
+    Backends differ by what their sums make of a rounding, to h's next 16-bit number, and so of some codes and scales.
+    Between a kernel, whose 8-bit sums are short, and XLA fewer than 3 in 100 codes differ (in emulation 1 to 2), and
+    what they dequantize to by a relative Frobenius error of less than 2^-7 in e4m3 and 2^-6 in e5m2 (in emulation
+    4.6e-3 and 1.33e-2). With equal sums, the kernel's 2^-20 in the activation moves fewer than 1 in 1000.
 
     Arguments:
         w: `[E, 2, I, K]`: gate, then up.

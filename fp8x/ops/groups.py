@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from fp8x import meshes
 from fp8x.array import ScaledArray
 from fp8x.errors import ShapeError
+from fp8x.pallas.schedule import group_bounds
 
 
 def group_sizes_from_indptr(indptr: Int[Array, " n"], num_groups: int) -> Int[Array, " e"]:
@@ -43,7 +44,8 @@ def group_sizes_from_indptr(indptr: Int[Array, " n"], num_groups: int) -> Int[Ar
 def check_group_sizes(group_sizes: Int[Array, " e"], num_groups: int, rows: int) -> Int[Array, " e"]:
     """The sizes in int32: a smaller or unsigned type would wrap in the arithmetic of tiles.
 
-    Concrete sizes are fetched from their device; traced ones, inside jit, cost nothing.
+    Concrete sizes are fetched from their device. Traced ones, inside jit, can't be: those below zero become zero, and
+    those that pass `rows` are cut off there, so that no kernel leaves its arrays.
 
     Raises:
         ShapeError: they do not fit `num_groups` experts or, where they are concrete, `rows` rows.
@@ -58,7 +60,8 @@ def check_group_sizes(group_sizes: Int[Array, " e"], num_groups: int, rows: int)
     group_sizes = group_sizes.astype(jnp.int32)
     values = concrete(group_sizes)
     if values is None:
-        return group_sizes
+        starts, ends = group_bounds(group_sizes, rows)
+        return ends - starts
     if (values < 0).any():
         group = int(np.argmax(values < 0))
         raise ShapeError(f"group_sizes: group {group} is {values[group]}; sizes are never negative")

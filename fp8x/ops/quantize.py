@@ -71,6 +71,8 @@ def unsupported(call: QuantizeCall) -> str | None:
         return f"reads whole blocks: {width} has to divide K, which is {call.k}"
     if call.m == 0:
         return None
+    if shape[0] >= 2**31:
+        return f"counts rows, or blocks where each has its own scale, in 32 bits; here are {shape[0]}"
     tile = choose_tile(*shape, call.x.itemsize, _parts(call))
     return None if isinstance(tile, Tile) else tile
 

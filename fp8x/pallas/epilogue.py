@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from fp8x import numerics
+from fp8x.pallas.packed import pack
 from fp8x.pallas.reciprocal import reciprocal
 from fp8x.pallas.sm90 import WAVE
 from fp8x.scheme import Scheme
@@ -117,6 +118,7 @@ class Gated:
             magnitude = jnp.abs(h)
             amax = jnp.max(jnp.where(magnitude < np.float32(np.inf), magnitude, np.float32(0)), axis=1)
             scale = numerics.compute_scale(amax, self.scheme)
+            scale = plgpu.layout_cast(scale, ROW_OF_WGMMA)  # those of "unit" are a constant, which has none
             inverse = lax.broadcast_in_dim(reciprocal(scale), h.shape, [0])
 
             @pl.when(block < scales[0].shape[0])
@@ -132,8 +134,7 @@ class Gated:
 
 def _rounded(y: Float[Array, "m n"], dtype) -> Float[Array, "m n"]:
     """`y` as `dtype` has it, in float32."""
-    # The barrier has pairs converted: single values go through the special function unit, an eighth as fast.
-    return lax.optimization_barrier(y.astype(dtype)).astype(jnp.float32)
+    return pack(y, dtype).astype(jnp.float32)
 
 
 def _buffer(panels: int, columns: int, dtype) -> plgpu.SMEM:

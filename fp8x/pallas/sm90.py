@@ -34,9 +34,9 @@ class GroupTiles(NamedTuple):
 
 
 def group_tiles(group_sizes: Int[Array, " e"], m: int, block_m: int) -> GroupTiles:
-    """Tiles of `block_m` rows, from multiples of ROW_ALIGN on."""
-    sizes = jnp.append(group_sizes, m - jnp.sum(group_sizes))
-    tiles = tile_table(sizes, m, block_m, ROW_ALIGN)
+    """Tiles of `block_m` rows, from multiples of ROW_ALIGN on. Sizes that do not fit `m` are cut to it."""
+    tiles = tile_table(jnp.append(group_sizes, m), m, block_m, ROW_ALIGN)  # the last group is cut to what is left
+    sizes = jnp.diff(tiles.ends, prepend=0)
     table = jnp.stack([tiles.group, tiles.start, tiles.skip, tiles.rows])
     return GroupTiles(sizes, tiles, table, jnp.sum(tiles.rows > 0, dtype=jnp.int32)[None])
 

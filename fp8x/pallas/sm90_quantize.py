@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from fp8x import numerics
 from fp8x.errors import ShapeError
+from fp8x.pallas.packed import pack
 from fp8x.pallas.quantize_tiles import Tile, choose_tile
 from fp8x.pallas.reciprocal import reciprocal
 from fp8x.scheme import Scheme
@@ -85,8 +86,7 @@ def quantize_blocks(
                 piece, *up = [plgpu.load(x.at[i], layout=layout, optimized=False) for i in at]
                 if gate is not None:
                     gated = gate(piece.astype(jnp.float32)) * up[0].astype(jnp.float32)
-                    # Two conversions in one instruction, as packed registers; apart, they would be slow ones.
-                    piece = lax.optimization_barrier(gated.astype(x.dtype))
+                    piece = pack(gated, x.dtype, (tile.thread_rows, tile.thread_blocks, tile.chunk))
                 pieces.append(piece)
             return pieces
 
@@ -117,6 +117,7 @@ def quantize_blocks(
             _store(out.at[pl.ds(row, tile.rows), at_block, pl.ds(start, size)], y.astype(out.dtype))
 
         def store_scale(row, found):
+            found = plgpu.layout_cast(found, layout.reduce(2))  # scales of "unit" are a constant, which has none
             _store(out_scale.at[pl.ds(row, tile.rows), at_block], found.astype(out_scale.dtype))
 
         # Where tiles do not divide the rows, the last block takes one more, which ends with them.

@@ -46,6 +46,11 @@ def mosaic_gpu():
         yield
 
 
+def has_short_sums(activation) -> bool:
+    """MX by MX goes through 16 bits."""
+    return activation is not None and not activation.is_mx
+
+
 def product(given, activation, bias=None, dtype=None):
     return ops.grouped_matmul(
         given.x, given.w, given.group_sizes, activation=activation, bias=bias, out_dtype=dtype or given.x.dtype
@@ -69,7 +74,7 @@ def check_tiling(pair, index):
         pytest.skip("no such tiling")
     with tuning.forced(tilings[index]):
         y = np.asarray(product(given, activation, dtype=DTYPES[index % 3]))
-    assert_close(y, expected(given, RAGGED, activation))
+    assert_close(y, expected(given, RAGGED, activation), short_sums=has_short_sums(activation))
     assert not np.any(y[RAGGED.m - RAGGED.spare :]), "rows past the groups are zero"
 
 
@@ -90,7 +95,7 @@ def test_grouped(pair, shape):
     bias = given.bias if GROUPED.index(shape) % 2 else None
     y = np.asarray(product(given, activation, bias, dtype))
     assert y.dtype == dtype
-    assert_close(y, expected(given, shape, activation, bias))
+    assert_close(y, expected(given, shape, activation, bias), short_sums=has_short_sums(activation))
     assert not np.any(y[shape.m - shape.spare :])
 
 
@@ -104,7 +109,7 @@ def test_dense(pair, shape):
     w = ScaledArray(given.w.data[0], given.w.scale[0], weight)
     y = np.asarray(ops.matmul(given.x, w, activation=activation, bias=given.bias[0]))
     x = given.x if activation is None else quantize(given.x, activation)
-    assert_close(y, metric.matmul(x, w, given.bias[0]))
+    assert_close(y, metric.matmul(x, w, given.bias[0]), short_sums=has_short_sums(activation))
 
 
 @pairs
@@ -117,7 +122,8 @@ def test_by_expert(pair):
     except fp8x.errors.BackendError as error:
         pytest.skip(str(error))
     x = metric.float64(given.x if activation is None else quantize(given.x, activation))
-    assert_close(y, np.einsum("mk,mnk->mn", x, metric.float64(given.w)[experts]))
+    y_true = np.einsum("mk,mnk->mn", x, metric.float64(given.w)[experts])
+    assert_close(y, y_true, short_sums=has_short_sums(activation))
 
 
 @pairs
@@ -126,14 +132,14 @@ def test_the_same_bits_every_time(pair):
     weight, activation = PAIRS[pair]
     given = operands(LARGE, weight)
     first = np.asarray(product(given, activation))
-    assert_close(first, expected(given, LARGE, activation))
+    assert_close(first, expected(given, LARGE, activation), short_sums=has_short_sums(activation))
     for _ in range(20):
         np.testing.assert_array_equal(first, np.asarray(product(given, activation)))
 
 
 @pytest.mark.parametrize("code", ["fp8_e4m3fn_bf16_block_scale", "e4m3_e4m3_bf16"])
 def test_gated(code):
-    """w13, its gate and the quantization behind it, beside XLA's: 16-bit roundings differ rarely, and by one code."""
+    """w13, its gate and the quantization behind it, beside XLA's, whose sums are longer."""
     recipe = fp8x.recipe(code)
     given = operands(Shape((700, 0, 1291), 192, 160, spare=7), recipe.weight)
     w = jnp.asarray(np.random.default_rng(1).normal(size=(3, 2, 192, 160)) * 160**-0.5, jnp.float32)
@@ -146,9 +152,8 @@ def test_gated(code):
     h = ops.gated_matmul(*arguments, **options)
     with fp8x.backend("xla"):
         other = ops.gated_matmul(*arguments, **options)
-    np.testing.assert_allclose(h.scale, other.scale, rtol=2**-7)
-    off = np.abs(metric.as_bits(h.data).astype(int) - metric.as_bits(other.data))
-    assert off.max() <= 1 and np.mean(off) < 5e-3
+    np.testing.assert_allclose(h.scale, other.scale, rtol=2**-6)
+    metric.assert_codes_close(h, other)
 
 
 @pytest.mark.parametrize("scheme", [per_tensor(), per_row("e5m2"), GROUP, mx()], ids=str)

@@ -50,6 +50,18 @@ def test_product(shape, weight, activation, dtype, use_bias):
     assert not np.any(y[shape.m - shape.spare :]), "rows past the groups are zero"
 
 
+@pytest.mark.parametrize("sizes", [(3, -2, 2**31 - 1, 7), (500, 500, 500, 500), (-1, -1, -1, -1)])
+def test_traced_sizes_that_do_not_fit(sizes):
+    """What is negative is nothing; groups end where the rows do."""
+    given, left, cut = operands(MIXED, per_row()), MIXED.m, []
+    for size in sizes:
+        cut.append(min(max(size, 0), left))
+        left -= cut[-1]
+    y = jax.jit(lambda sizes: ops.grouped_matmul(given.x, given.w, sizes, activation=per_row()))(np.int32(sizes))
+    x = as_multiplied(given.x, np.int32(cut), per_row())
+    assert_close(y, metric.grouped_matmul(x, given.w, cut))
+
+
 def test_reference_meets_the_contract():
     shape = GROUPED[6]
     given = operands(shape, per_row())

@@ -28,6 +28,12 @@ def interpreted():
     gpu_callbacks.reset_gpu_interpret_mode_state()  # after an exception in a kernel others would hang
 
 
+@pytest.fixture
+def short_sums() -> bool:
+    """Whether 8-bit products are added as tensor cores add them; the interpreter has float32."""
+    return False
+
+
 @pytest.fixture(autouse=True)
 def decode_kernel_only_where_it_is_tested(monkeypatch):
     """The shapes of tests have few rows, which would all take sm90_fp8_decode; its own tests set this back."""

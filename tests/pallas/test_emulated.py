@@ -1,4 +1,5 @@
-"""The interpreter's tests over again, of what the compiler makes of the kernels: their PTX, emulated (tests/ptx)."""
+"""What the compiler makes of the kernels, their PTX, emulated (tests/ptx): every form of each, and the interpreter's
+tests over again, for their shapes."""
 
 import contextlib
 
@@ -7,6 +8,7 @@ import test_gated_fp8 as gated
 import test_sm90_grouped_fp8 as fp8
 import test_sm90_grouped_swapped as swapped
 import test_sm90_quantize as quantize
+from ptx import examples, forms
 from ptx.emulated import emulated
 
 import fp8x
@@ -37,7 +39,17 @@ def interpreted():
     return context
 
 
+@pytest.fixture
+def short_sums():
+    return True
+
+
 @pytest.fixture(autouse=True)
 def swapped_however_many_rows(request, monkeypatch):
     if request.function.__module__ == swapped.__name__:
         monkeypatch.setattr(mosaic_swapped, "FEW_ROWS", 10**9)
+
+
+@pytest.mark.parametrize("form", forms.EMULATED, ids=str)
+def test_every_form(form):
+    examples.check(form)

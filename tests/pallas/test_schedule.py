@@ -72,6 +72,29 @@ def test_aligned_tiles_of_each_group_cover_its_rows_once(sizes):
     assert (table.rows[:used] > 0).all() and not table.rows[used:].any()
 
 
+@settings(deadline=None, max_examples=100)
+@given(sizes=st.lists(st.one_of(st.integers(-20, 60), st.integers(-(2**31), 2**31 - 1)), min_size=6, max_size=6))
+@example(sizes=[2**31 - 1] * 6)
+@example(sizes=[-(2**31), 2**31 - 1, 1, 0, 2, -1])
+def test_sizes_that_do_not_fit_are_cut(sizes):
+    """What is negative is nothing; groups end where the rows do."""
+    m, left, cut = 100, 100, []
+    for size in sizes:
+        cut.append(min(max(size, 0), left))
+        left -= cut[-1]
+    bad, good = (jax.device_get(_tile_table(np.int32(s), m, 16, 8)) for s in (sizes, cut))
+    for name, values in good._asdict().items():
+        np.testing.assert_array_equal(getattr(bad, name), values)
+    used = bad.rows > 0
+    assert (bad.start[used] >= 0).all() and ((bad.start + bad.skip + bad.rows)[used] <= m).all()
+
+
+def test_tables_of_a_batch():
+    sizes = np.int32([[5, 0, 9], [2**31 - 1, -4, 7]])
+    tables = jax.vmap(lambda sizes: tile_table(sizes, 20, 4))(sizes)
+    assert tables.ends.tolist() == [[5, 5, 14], [20, 20, 20]]
+
+
 @pytest.mark.parametrize("m", [1, 63, 64, 65, 128])
 def test_one_group(m):
     check([m], m, 64)

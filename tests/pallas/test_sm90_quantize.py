@@ -261,6 +261,10 @@ class TestGate:
         (QuantizeCall(8, 32776, BF16, TOKEN, False), "keeps blocks of up to 32768 elements in registers, not of 32776"),
         (QuantizeCall(8, 8200, F32, TOKEN, False, "silu"), "keeps blocks of up to 8192 elements in registers, not of"),
         (QuantizeCall(1, 768, BF16, TOKEN, False), "has 128 threads for blocks of 768 elements, and 1 × 1 of them are"),
+        (
+            QuantizeCall(2**26, 1024, BF16, mx(), False),
+            "counts rows, or blocks where each has its own scale, in 32 bits",
+        ),
         (QuantizeCall(8, 256, BF16, TOKEN, False, "gelu"), "applies silu or gelu_pytorch_tanh, not gelu"),
     ],
     ids=str,

@@ -151,7 +151,9 @@ class Arithmetic:
         if kind[0] not in "su":
             return _binary("mul", modifiers, x, y)
         bits = 8 * x.itemsize
-        if not set(modifiers) <= {"lo"} and bits > 32:
+        if "hi" in modifiers and bits == 64:
+            return np.array([int(a) * int(b) >> 64 for a, b in zip(x, y)], x.dtype)
+        if "wide" in modifiers and bits == 64:
             raise PtxError("not emulated")
         if "wide" in modifiers or "hi" in modifiers:
             double = f"{'' if kind[0] == 's' else 'u'}int{2 * bits}"
