@@ -4,6 +4,7 @@ them. Free of Mosaic, whose import takes a second."""
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from fp8x.pallas.schedule import TileTable, tile_table
@@ -39,6 +40,13 @@ def group_tiles(group_sizes: Int[Array, " e"], m: int, block_m: int) -> GroupTil
     tiles = tile_table(sizes, m, block_m, ROW_ALIGN)
     table = jnp.stack([tiles.group, tiles.start, tiles.skip, tiles.rows])
     return GroupTiles(sizes, tiles, table, jnp.sum(tiles.rows > 0, dtype=jnp.int32)[None])
+
+
+def one_group_tiles(m: int, block_m: int) -> tuple[Int[np.ndarray, "4 tiles"], Int[np.ndarray, "1"]]:
+    """`table` and `used` of `group_tiles` for one group of all m rows: constants of the program, no launch."""
+    start = np.arange(0, m, block_m, dtype=np.int32)
+    none = np.zeros_like(start)
+    return np.stack([none, start, none, np.minimum(m - start, block_m)]), np.array([len(start)], np.int32)
 
 
 def pad(x: Array, after: tuple[int, ...]) -> Array:
