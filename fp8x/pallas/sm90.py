@@ -4,7 +4,7 @@ them. Free of Mosaic, whose import takes a second."""
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
 from jaxtyping import Array, Int
 
 from fp8x.pallas.schedule import TileTable, tile_table
@@ -42,14 +42,17 @@ def group_tiles(group_sizes: Int[Array, " e"], m: int, block_m: int) -> GroupTil
     return GroupTiles(sizes, tiles, table, jnp.sum(tiles.rows > 0, dtype=jnp.int32)[None])
 
 
-def one_group_tiles(m: int, block_m: int) -> tuple[Int[np.ndarray, "4 tiles"], Int[np.ndarray, "1"]]:
-    """`table` and `used` of `group_tiles` for one group of all m rows: constants of the program, no launch."""
-    start = np.arange(0, m, block_m, dtype=np.int32)
-    none = np.zeros_like(start)
-    return np.stack([none, start, none, np.minimum(m - start, block_m)]), np.array([len(start)], np.int32)
-
-
 def pad(x: Array, after: tuple[int, ...]) -> Array:
     """Zeros after the end of each dim; ones in e8m0, which has no zero."""
     value = 1 if x.dtype == jnp.float8_e8m0fnu else 0
     return jnp.pad(x, [(0, count) for count in after], constant_values=value) if any(after) else x
+
+
+def zero_of_loop() -> Int[Array, ""]:
+    """A zero that no compiler knows to be one, to be added at the end of a loop that starts several sums.
+
+    LLVM takes one register of zero for all fresh accumulators. If they are its last use, it becomes one of the last
+    accumulator's own, and ptxas, which starts other sums from RZ, copies it into the 63 others at every step: dense
+    products lost a fifth to that on an H200. This zero is a later use.
+    """
+    return lax.optimization_barrier(jnp.int32(0))

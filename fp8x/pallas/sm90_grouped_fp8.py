@@ -35,7 +35,7 @@ from jaxtyping import Array, Float, Int
 
 from fp8x.pallas import tuning
 from fp8x.pallas.epilogue import COLUMN_OF_WGMMA, ROW_OF_WGMMA, Gated, Plain, Rows, load
-from fp8x.pallas.sm90 import BLOCK_K, CLOCK, L2_BYTES, ROW_ALIGN, SMS, WAVE, group_tiles, one_group_tiles, pad
+from fp8x.pallas.sm90 import BLOCK_K, CLOCK, L2_BYTES, ROW_ALIGN, SMS, WAVE, group_tiles, pad, zero_of_loop
 
 RASTER = 16  # row tiles side by side in the order of tiles: 16 × 128 rows by 8 × 256 columns are in flight on 132 SMs
 
@@ -102,7 +102,7 @@ def grouped_fp8(
         x_scale, w_scale: float32, both of rank one a matrix (factors of rows and columns, or one for all), or both of
             rank two (blocks, of 128 columns of w or of one).
         bias: any float type.
-        group_sizes: int32; None means that there is one group and it has all rows.
+        group_sizes: int32; None means that there is one group and it has all rows, which needs no table.
         out_dtype: bfloat16, float16 or float32.
         tiling: None chooses one.
         programs: blocks in the grid, at most one an SM.
@@ -162,14 +162,14 @@ def _run(
     waves = block_m // WAVE
     tile_n = block_n // parts  # columns of the output that are a tile's
     column_tiles = pl.cdiv(n, tile_n * tiling.cluster)
+    grouped = group_sizes is not None
 
-    if group_sizes is None:
-        # A product without a table would be another kernel, in whose loop ptxas zeroes an accumulator register by
-        # register, for want of a zero that lives longer: a fifth slower on an H200 (docs/kernels.md).
-        table, used = one_group_tiles(m, block_m)
-    else:
+    if grouped:
         sizes, tiles, table, used = group_tiles(group_sizes, m, block_m)
-    most_row_tiles = table.shape[1]
+        most_row_tiles = table.shape[1]
+    else:
+        table = used = None
+        most_row_tiles = pl.cdiv(m, block_m)
 
     # TMA clips boxes at the end of an array, in whole tiles of the swizzle, which may be narrower than a slot. Rows of
     # x that 8, K that 32 and N that 8 do not divide cost a copy here; so do scales and bias, which are read without
@@ -195,13 +195,17 @@ def _run(
 
         def for_each_tile(do):
             """`step = do(tile, step)` of this block's tiles; `step` counts slots."""
-            row_tiles = used[0]
+            row_tiles = used[0] if grouped else most_row_tiles
 
             def body(loop, carry):
                 row_tile, column_tile = plgpu.planar_snake(loop.index[0], (row_tiles, column_tiles), 0, RASTER)
-                group, start, skip, rows = (table[i, row_tile] for i in range(4))
-                start = pl.multiple_of(start, ROW_ALIGN)
-                steps = jnp.where(group < e, steps_of_k, 0)
+                if grouped:
+                    group, start, skip, rows = (table[i, row_tile] for i in range(4))
+                    start = pl.multiple_of(start, ROW_ALIGN)
+                    steps = jnp.where(group < e, steps_of_k, 0)
+                else:
+                    start = row_tile * block_m
+                    group, skip, rows, steps = 0, 0, jnp.minimum(m - start, block_m), steps_of_k
                 column = (column_tile * tiling.cluster + lax.axis_index("pair")) * tile_n
                 return do(_Tile(row_tile, group, start, skip, rows, column, steps), carry)
 
@@ -210,7 +214,7 @@ def _run(
 
         def half_of(tile, half):
             """The matrix of a half of a tile, and its first column there. The rest's factors are an expert's."""
-            group = jnp.minimum(tile.group, e - 1)
+            group = jnp.minimum(tile.group, e - 1) if grouped else tile.group
             return (group, tile.column + half * width) if parts == 1 else (group * parts + half, tile.column)
 
         @pl.when(warpgroup == 2)
@@ -301,7 +305,7 @@ def _run(
                                 row_factor = row_factor * w_factor
                             part = part * _spread(row_factor, part, 0)
                         promoted.append(totals[at] + part)
-                    return step + 1, tuple(promoted), next_factors
+                    return step + 1 + zero_of_loop(), tuple(promoted), next_factors
 
                 zeros = plgpu.layout_cast(jnp.zeros((WAVE, width), jnp.float32), plgpu.Layout.WGMMA)
                 init = step, (zeros,) * len(halves), load_factors(0)
@@ -313,6 +317,8 @@ def _run(
                 def store():
                     def of_a_group(factor):
                         """Zero in the rest, whose own may be NaN, and the last expert's too."""
+                        if not grouped:
+                            return factor
                         return jnp.where(lax.broadcast_in_dim(tile.group < e, factor.shape, []), factor, 0)
 
                     if not block_scaled:
@@ -365,7 +371,7 @@ def _run(
         ),
     )
     first, *others = run(table, used, x, w, x_scale, w_scale, bias, out_inverse)
-    if group_sizes is None:
+    if not grouped:
         return (first[:, :n], *others), slice(0, m)
     row, starts = jnp.arange(m), tiles.ends - sizes
     group = jnp.searchsorted(tiles.ends, row, side="right", method="compare_all")
