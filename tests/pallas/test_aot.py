@@ -7,11 +7,13 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from test_aot_swapped import compile_swapped
 
 from fp8x.ops.gate import KERNEL_ACTIVATIONS
 from fp8x.pallas import aot
 from fp8x.pallas.epilogue import Gated
 from fp8x.pallas.sm90_grouped_fp8 import Tiling, estimates, gated_fp8, grouped_fp8
+from fp8x.pallas.swapped_tiling import Tiling as SwappedTiling
 from fp8x.scheme import Scheme, per_tensor
 
 E4M3, E5M2, BF16, F16, F32 = jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.bfloat16, jnp.float16, jnp.float32
@@ -136,6 +138,37 @@ def compile_gated(
         of((1,), F32) if is_static else None,
     )
     return report
+
+
+LOOP = """
+        /*0000*/                   CS2R R40, SRZ ;
+.L_x_1:
+        /*0010*/                   IMAD.MOV.U32 R90, RZ, RZ, R91 ;
+        /*0020*/                   QGMMA.64x16x32.F32.E4M3.E4M3 R24, gdesc[UR8], RZ, !UPT, gsb0 ;
+        /*0030*/                   FADD R40, R24, R40 ;
+        /*0040*/                   UMOV UR24, 0x18 ;
+        /*0050*/               @P1 BRA `(.L_x_1) ;
+        /*0060*/                   MOV R24, R40 ;
+"""
+
+
+def test_moves_of_accumulators():
+    assert aot.moves_of_accumulators(LOOP) == 0  # what is before a loop, behind it, or of others, costs no tensor core
+    zeroed = LOOP.replace("IMAD.MOV.U32 R90, RZ, RZ, R91", "MOV R31, R90.reuse")
+    assert aot.moves_of_accumulators(zeroed) == 1
+    assert aot.moves_of_accumulators(zeroed.replace("R31", "R32")) == 0  # 64 × 16 sums are eight a thread
+    assert aot.moves_of_accumulators(LOOP.replace("UMOV UR24, 0x18", "IMAD.MOV.U32 R7, RZ, RZ, R40")) == 1, "a total"
+    assert aot.moves_of_accumulators(LOOP.replace("UMOV UR24, 0x18", "CS2R R26, SRZ")) == 1
+    assert aot.moves_of_accumulators("/*0010*/  MOV R1, R2 ;") == 0
+
+
+@needs_compiler
+def test_faults_of_kernels_that_are_not_offered():
+    """C7513: wgmmas one by one; and accumulators that more tokens leave no registers for."""
+    (message,) = compile_swapped("w8a16", SwappedTiling(64, 256)).faults
+    assert message.startswith("(C7513) ") and "serialized" in message
+    report = compile_swapped("w8a16 1×128", SwappedTiling(192, 128))
+    assert report.faults == [f"{report.spill_bytes} bytes spilled"] and message not in str(report)
 
 
 @needs_compiler
