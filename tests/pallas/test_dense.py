@@ -30,13 +30,16 @@ def test_same_kernel_form_and_tilings(weight, activation, m, monkeypatch):
         return ScaledArray(of(shape, weight.dtype), of(weight.scale_shape(shape), weight.scale_dtype), weight)
 
     scales = []
-    for module, name in ((sm90_grouped_fp8, "grouped_fp8"), (sm90_grouped_swapped, "grouped_swapped")):
 
-        def kernel(*arguments, run=getattr(module, name), **options):
+    def recorded(run):
+        def kernel(*arguments, **options):
             scales.append([None if scale is None else scale.shape for scale in arguments[2:4]])
             return run(*arguments, **options)
 
-        monkeypatch.setattr(module, name, kernel)
+        return kernel
+
+    for module, name in ((sm90_grouped_fp8, "grouped_fp8"), (sm90_grouped_swapped, "grouped_swapped")):
+        monkeypatch.setattr(module, name, recorded(getattr(module, name)))
 
     def choice(fn, *arguments):
         with fp8x.backend("mosaic_gpu"), tuning.recorded() as choices:
