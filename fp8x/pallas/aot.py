@@ -64,8 +64,8 @@ os._exit(not done)  # no destructors: there is no driver for them
 """
 
 
-# Between its sums a register of an accumulator may hold something else: one or two do, in a clean loop.
-STRAY_MOVES = 2
+# Between two sums a register of theirs may hold something else, which then moves: seen once a loop, never more.
+STRAY_MOVES = 1
 
 
 class CompileError(RuntimeError):
@@ -234,8 +234,9 @@ def moves_of_accumulators(sass: str) -> int:
         if added := re.search(r"\s(?:FADD|FFMA)\S* R(\d+), (.*);", lines[at]):
             sources = _registers(added[2])
             totals |= {int(added[1])} if int(added[1]) in sources and sources & parts else set()
-    moved = [_registers(lines[at]) for at in loop if re.search(r"\s(?:MOV|IMAD\.MOV|CS2R)\S* +R\d", lines[at])]
-    return sum(bool(registers & (parts | totals)) for registers in moved)
+    # Of a uniform register or a number other than zero: an address, in a register that is free just then.
+    move = r"\s(?:MOV|IMAD\.MOV(?:\.U32)?|CS2R(?:\.32)?) +R\d+, (?:RZ, RZ, )?(?:S?RZ|R\d+)(?:\.reuse)? ;"
+    return sum(bool(_registers(lines[at]) & (parts | totals)) for at in loop if re.search(move, lines[at]))
 
 
 _WGMMA = re.compile(r"[HQ]GMMA\.64x(\d+)x\S+ R(\d+),")

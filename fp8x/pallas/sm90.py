@@ -49,7 +49,7 @@ def pad(x: Array, after: tuple[int, ...]) -> Array:
 
 
 def zero_of_loop() -> Int[Array, ""]:
-    """A zero that no compiler knows to be one, to be added at the end of a loop that starts several sums.
+    """A zero that no compiler knows to be one, to be added to something after the last sum that a loop's body starts.
 
     LLVM takes one register of zero for all fresh accumulators. If they are its last use, it becomes one of the last
     accumulator's own, and ptxas, which starts other sums from RZ, copies it into the 63 others at every step: dense

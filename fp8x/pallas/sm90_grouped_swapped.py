@@ -293,8 +293,8 @@ def grouped_swapped(
                                 part = pl.run_scoped(mma, plgpu.ACC((WAVE, tokens), jnp.float32))
                                 total = total + scaled(part, own_scales, j)
                             promoted.append(total)
-                        release(step)
-                        return step + 1 + zero_of_loop(), tuple(promoted), tuple(next_scales)
+                        release(step + zero_of_loop())
+                        return step + 1, tuple(promoted), tuple(next_scales)
 
                     zeros = plgpu.layout_cast(jnp.zeros((WAVE, tokens), jnp.float32), plgpu.Layout.WGMMA)
                     step, totals, _ = lax.fori_loop(0, steps, multiply, (step, (zeros,) * waves, first_scales()))

@@ -159,6 +159,8 @@ def test_moves_of_accumulators():
     assert aot.moves_of_accumulators(zeroed.replace("R31", "R32")) == 0  # 64 × 16 sums are eight a thread
     assert aot.moves_of_accumulators(LOOP.replace("UMOV UR24, 0x18", "IMAD.MOV.U32 R7, RZ, RZ, R40")) == 1, "a total"
     assert aot.moves_of_accumulators(LOOP.replace("UMOV UR24, 0x18", "CS2R R26, SRZ")) == 1
+    for address in ("MOV R26, UR8", "IMAD.MOV.U32 R26, RZ, RZ, 0x1"):
+        assert aot.moves_of_accumulators(LOOP.replace("UMOV UR24, 0x18", address)) == 0
     assert aot.moves_of_accumulators("/*0010*/  MOV R1, R2 ;") == 0
 
 
