@@ -10,7 +10,7 @@ of `w` by `tokens` tokens, and a memory warpgroup that fills a ring of slots wit
 What is done with 128 of K follows from the types that come in; one of the three is compiled:
 - `x` in 16 bits, a scale a row of `w` or one e8m0 byte for 32 of K (bfloat16 only): the weights are converted
   exactly, times 2^k where there is one, and added up by wgmma itself, which has float32 for 16-bit products. While
-  the tensor cores multiply a wave, the next one is converted.
+  the tensor cores multiply one warpgroup's, the other converts.
 - `x` in 16 bits, other scales: each `depth` of K (128 for float32 scales, 32 for e8m0 with float16, where 2^k may not
   fit) go to a fresh accumulator, `part`, and `total += part * scale` in float32.
 - `x` in 8 bits: both operands straight from shared memory, a fresh accumulator for 128 of K, whose sum in the tensor
