@@ -62,7 +62,8 @@ def product(mixture: Mixture, code: str, tokens: int, n: int, k: int) -> Product
     active = mixture.active_experts(tokens)
     scales = math.prod(recipe.weight.scale_shape((n, k))) * recipe.weight.scale_dtype.itemsize
     x_bytes = 2 if recipe.activation is None or recipe.weight.is_mx else 1
-    options = dict(x_bytes=x_bytes, widest=128 if x_bytes == 2 else 64, by_expert=tokens == 1)
+    form = dict(widest=192, waves=(1,)) if x_bytes == 2 else dict(widest=64, waves=(1, 2))
+    options = dict(x_bytes=x_bytes, by_expert=tokens == 1, **form)
     rows = tokens * mixture.top_k
     choices = estimates(rows, n, k, mixture.experts, **options)
     tiling = min(choices, key=choices.get)

@@ -1,6 +1,5 @@
 """The Mosaic GPU kernels as ops: which calls each supports, and the scales in the form that it reads."""
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -101,7 +100,8 @@ def dense(grouped: Callable) -> Callable:
     """The dense product as a grouped one: of one group, which the kernel is specialized for."""
 
     def run(x: ScaledArray, w: ScaledArray, bias: Float[Array, " n"] | None, out_dtype) -> Float[Array, "m n"]:
-        w = ScaledArray(w.data[None], w.scale[None], dataclasses.replace(w.scheme, block=w.scheme.block_of(w.shape)))
+        # The scheme says what it said: an extent in place of None would be a block along K to whoever asks.
+        w = ScaledArray(w.data[None], w.scale[None], w.scheme)
         return grouped(x, w, None, None if bias is None else bias[None], out_dtype)
 
     return run

@@ -28,6 +28,8 @@ from pathlib import Path
 import jax
 from jax._src.lib.mlir import ir
 
+from fp8x.pallas.sm90 import SHARED_MEMORY
+
 # Attributes 75 and 76 are the compute capability; function attribute 8 is the size of dynamic shared memory.
 DRIVER = r"""
 #include <elf.h>
@@ -62,6 +64,10 @@ os._exit(not done)  # no destructors: there is no driver for them
 """
 
 
+# Between two sums a register of theirs may hold something else, which then moves: seen once a loop, never more.
+STRAY_MOVES = 1
+
+
 class CompileError(RuntimeError):
     """MLIR, LLVM or ptxas refused a kernel; the message is what they wrote."""
 
@@ -74,6 +80,8 @@ class Report:
         registers: a thread's at launch; warpgroups change theirs as they run.
         spill_bytes: stores to and loads from local memory for lack of registers.
         shared_memory: bytes a block, static and dynamic.
+        messages: ptxas' advice on wgmma (C7510 and up): that it runs them one by one, and why.
+        moves: accumulators that are copied, or set to zero, in the loops that multiply (`moves_of_accumulators`).
         instructions: how often each SASS opcode (without modifiers) stands in the code.
         sass: the code.
     """
@@ -81,16 +89,31 @@ class Report:
     registers: int
     spill_bytes: int
     shared_memory: int
+    messages: tuple[str, ...]
+    moves: int
     instructions: collections.Counter
     sass: str
 
     def __str__(self) -> str:
         shown = ("QGMMA", "HGMMA", "UTMALDG", "UTMASTG", "FADD", "FFMA", "LDL", "STL")
         counts = ", ".join(f"{op} {self.instructions[op]}" for op in shown)
-        return (
-            f"{self.registers} registers, {self.spill_bytes} bytes spilled, {self.shared_memory} bytes of shared "
-            f"memory; {counts}"
+        return "; ".join(
+            [
+                f"{self.registers} registers, {self.spill_bytes} bytes spilled, {self.shared_memory} bytes of shared "
+                f"memory, {self.moves} moves of accumulators",
+                counts,
+                *self.messages,
+            ]
         )
+
+    @property
+    def faults(self) -> list[str]:
+        """What a kernel may not have that is called compiled; empty if it has none of it."""
+        spilled = self.spill_bytes or self.instructions["LDL"] or self.instructions["STL"]
+        faults = [f"{self.spill_bytes} bytes spilled"] if spilled else []
+        faults += [f"{self.moves} moves of accumulators"] if self.moves > STRAY_MOVES else []
+        faults += [f"{self.shared_memory} bytes of shared memory"] if self.shared_memory > SHARED_MEMORY else []
+        return [*faults, *self.messages]
 
 
 def missing() -> str | None:
@@ -184,9 +207,48 @@ def _report(module: bytes) -> Report:
         registers=_number(r"Used (\d+) registers", log),
         spill_bytes=_number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log),
         shared_memory=_number(r"(\d+) bytes smem", log, absent=0) + dynamic,
+        messages=tuple(re.findall(r"\(C75\d\d\).*", log)),
+        moves=moves_of_accumulators(sass),
         instructions=collections.Counter(re.findall(r"^\s+/\*\w{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)", sass, re.M)),
         sass=sass,
     )
+
+
+def moves_of_accumulators(sass: str) -> int:
+    """How many instructions in the loops around wgmmas do nothing but copy or zero what these add up.
+
+    That is registers of their sums, and those which the sums are promoted to. While they are moved, no tensor core of
+    the warpgroup has work, and nothing in PTX tells of it: ptxas makes them.
+    """
+    lines = [line.strip() for line in sass.splitlines() if re.match(r"\.L_x_\d+:|\s+/\*[0-9a-f]{4,}\*/", line)]
+    labels = {line.rstrip(":"): at for at, line in enumerate(lines) if line.startswith(".L_x")}
+    jumps = [(labels[to[1]], at) for at, line in enumerate(lines) if (to := re.search(r"BRA `\((\.L_x_\d+)\)", line))]
+    wgmmas = [(at, found) for at, line in enumerate(lines) if (found := _WGMMA.search(line))]
+    parts = {register for _, found in wgmmas for register in _span(found)}
+    loop: set[int] = set()
+    for at, _ in wgmmas:
+        around = [(end - start, start, end) for start, end in jumps if start <= at < end]
+        loop |= set(range(*min(around)[1:])) if around else set()
+    totals = set()
+    for at in loop:
+        if added := re.search(r"\s(?:FADD|FFMA)\S* R(\d+), (.*);", lines[at]):
+            sources = _registers(added[2])
+            totals |= {int(added[1])} if int(added[1]) in sources and sources & parts else set()
+    # Of a uniform register or a number other than zero: an address, in a register that is free just then.
+    move = r"\s(?:MOV|IMAD\.MOV(?:\.U32)?|CS2R(?:\.32)?) +R\d+, (?:RZ, RZ, )?(?:S?RZ|R\d+)(?:\.reuse)? ;"
+    return sum(bool(_registers(lines[at]) & (parts | totals)) for at in loop if re.search(move, lines[at]))
+
+
+_WGMMA = re.compile(r"[HQ]GMMA\.64x(\d+)x\S+ R(\d+),")
+
+
+def _span(wgmma: re.Match) -> range:
+    """Registers of its sums: 64 rows of them, four bytes each, on 128 threads."""
+    return range(int(wgmma[2]), int(wgmma[2]) + int(wgmma[1]) // 2)
+
+
+def _registers(text: str) -> set[int]:
+    return {int(number) for number in re.findall(r"(?<!\w)R(\d+)", text)}
 
 
 def _number(pattern: str, log: str, absent: int | None = None) -> int:

@@ -35,7 +35,7 @@ from jaxtyping import Array, Float, Int
 
 from fp8x.pallas import tuning
 from fp8x.pallas.epilogue import COLUMN_OF_WGMMA, ROW_OF_WGMMA, Gated, Plain, Rows, load
-from fp8x.pallas.sm90 import BLOCK_K, CLOCK, L2_BYTES, ROW_ALIGN, SMS, WAVE, group_tiles, pad
+from fp8x.pallas.sm90 import BLOCK_K, CLOCK, L2_BYTES, ROW_ALIGN, SMS, WAVE, group_tiles, pad, zero_of_loop
 
 RASTER = 16  # row tiles side by side in the order of tiles: 16 × 128 rows by 8 × 256 columns are in flight on 132 SMs
 
@@ -305,7 +305,7 @@ def _run(
                                 row_factor = row_factor * w_factor
                             part = part * _spread(row_factor, part, 0)
                         promoted.append(totals[at] + part)
-                    return step + 1, tuple(promoted), next_factors
+                    return step + 1 + zero_of_loop(), tuple(promoted), next_factors
 
                 zeros = plgpu.layout_cast(jnp.zeros((WAVE, width), jnp.float32), plgpu.Layout.WGMMA)
                 init = step, (zeros,) * len(halves), load_factors(0)

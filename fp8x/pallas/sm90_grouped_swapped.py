@@ -10,7 +10,7 @@ of `w` by `tokens` tokens, and a memory warpgroup that fills a ring of slots wit
 What is done with 128 of K follows from the types that come in; one of the three is compiled:
 - `x` in 16 bits, a scale a row of `w` or one e8m0 byte for 32 of K (bfloat16 only): the weights are converted
   exactly, times 2^k where there is one, and added up by wgmma itself, which has float32 for 16-bit products. While
-  the tensor cores multiply a wave, the next one is converted.
+  the tensor cores multiply one warpgroup's, the other converts.
 - `x` in 16 bits, other scales: each `depth` of K (128 for float32 scales, 32 for e8m0 with float16, where 2^k may not
   fit) go to a fresh accumulator, `part`, and `total += part * scale` in float32.
 - `x` in 8 bits: both operands straight from shared memory, a fresh accumulator for 128 of K, whose sum in the tensor
@@ -33,7 +33,7 @@ from jaxtyping import Array, Float, Int
 from fp8x.pallas import tuning
 from fp8x.pallas.dequantize import interpreted, load_as_16_bits, power_of_two, scale_columns, wgmma_registers
 from fp8x.pallas.epilogue import COLUMN_OF_WGMMA, ROW_OF_WGMMA, load, send
-from fp8x.pallas.sm90 import BLOCK_K, ROW_ALIGN, SMS, WAVE, group_tiles, pad
+from fp8x.pallas.sm90 import BLOCK_K, ROW_ALIGN, SMS, WAVE, group_tiles, pad, zero_of_loop
 from fp8x.pallas.swapped_tiling import Tiling, estimates, out_buffers, slots
 
 MX_BLOCK = 32  # elements of K that share an e8m0 byte
@@ -79,11 +79,16 @@ def grouped_swapped(
     scaled_along_k = w_scale.ndim == 3
     scaled_by_row = w_scale.shape[1] == n
     in_place = is_16_bit and (x.dtype == jnp.bfloat16 if is_mx else not scaled_along_k)
-    widest = 128 if in_place else 120 if is_16_bit and not scaled_by_row else 64  # with more, 256 rows would spill
+    # 192 in place: 256 was no faster on an H200 and fits fewer groups. Elsewhere, with more, 256 rows would spill.
+    widest = 192 if in_place else 120 if is_16_bit and not scaled_by_row else 64
     if tiling is None:
         name = "sm90_fp8_decode" if not is_16_bit else "sm90_mx" if is_mx else "sm90_w8a16"
         name += ("" if in_place else "_promoted") + ("" if experts is None else "_by_expert")
-        choices = estimates(m, n, k, e, x_bytes=x.dtype.itemsize, widest=widest, by_expert=experts is not None)
+        # Two waves of sums in place: ptxas would wait for each wgmma, since the other's operand is written (C7513).
+        waves = (1,) if in_place else (1, 2)
+        choices = estimates(
+            m, n, k, e, x_bytes=x.dtype.itemsize, widest=widest, waves=waves, by_expert=experts is not None
+        )
         tiling = tuning.choose(tuning.Problem(name, m, n, k, e), choices)
     tokens, waves, splits = tiling.tokens, tiling.rows // (2 * WAVE), tiling.splits
     depth = MX_BLOCK if is_mx and not in_place else BLOCK_K  # of K, from one promotion to the next
@@ -288,7 +293,7 @@ def grouped_swapped(
                                 part = pl.run_scoped(mma, plgpu.ACC((WAVE, tokens), jnp.float32))
                                 total = total + scaled(part, own_scales, j)
                             promoted.append(total)
-                        release(step)
+                        release(step + zero_of_loop())
                         return step + 1, tuple(promoted), tuple(next_scales)
 
                     zeros = plgpu.layout_cast(jnp.zeros((WAVE, tokens), jnp.float32), plgpu.Layout.WGMMA)

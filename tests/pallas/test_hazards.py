@@ -19,9 +19,9 @@ WGMMA = re.compile(r"[HQ]GMMA\.64x(\d+)x\S+ R(\d+), (R(\d+)|gdesc)")
     "compiled",
     [
         pytest.param(lambda: compile_fp8(Tiling(128, 256, cluster=2), scales="blocks"), id="fp8"),
-        pytest.param(lambda: compile_swapped("w8a16", SwappedTiling(64, 256)), id="w8a16, two waves"),
-        pytest.param(lambda: compile_swapped("w8a16", SwappedTiling(8, 128)), id="w8a16, one wave"),
-        pytest.param(lambda: compile_swapped("mx", SwappedTiling(128, 256)), id="mx", marks=pytest.mark.slow),
+        pytest.param(lambda: compile_swapped("w8a16 blocks", SwappedTiling(64, 256)), id="w8a16 blocks"),
+        pytest.param(lambda: compile_swapped("w8a16", SwappedTiling(8, 128)), id="w8a16"),
+        pytest.param(lambda: compile_swapped("mx", SwappedTiling(192, 128)), id="mx", marks=pytest.mark.slow),
     ],
 )
 def test_code(compiled):

@@ -2,14 +2,20 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+import fp8x
+from fp8x import Recipe, Scheme
+from fp8x.benchmark.grouped import Shape, operands, product
 from fp8x.errors import BackendError
+from fp8x.ops import mosaic_swapped
 from fp8x.pallas import tuning
 from fp8x.pallas.tuning import Problem
+from fp8x.scheme import mx, per_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,3 +132,41 @@ def test_a_tiling_of_another_version(table):
     tuning.write(table, jax.devices()[0].device_kind, [MEASURED | dict(tiling=dict(width=3))])
     with pytest.raises(BackendError, match=r"sm90_rows has the tiling {'width': 3}; its fields are rows, depth"):
         tuning.choose(PROBLEM, ESTIMATES)
+
+
+BLOCK, GROUP = Scheme("e4m3", block=(128, 128)), Scheme("e4m3", block=(1, 128))
+RECIPES = {  # one that takes the kernel
+    "sm90_fp8": Recipe(per_row(), per_row(), "dynamic"),
+    "sm90_fp8_block": Recipe(BLOCK, GROUP, "dynamic"),
+    "sm90_fp8_decode_promoted": Recipe(BLOCK, GROUP, "dynamic"),
+    "sm90_w8a16": Recipe(per_row()),
+    "sm90_w8a16_promoted": Recipe(BLOCK),
+    "sm90_mx": Recipe(mx()),
+}
+SHIPPED = [
+    (path, entry)
+    for path in sorted(Path(tuning.__file__).parent.glob("*.json"))
+    for entry in json.loads(path.read_text())["entries"]
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "entry"),
+    SHIPPED,
+    ids=lambda v: v.stem if isinstance(v, Path) else "-".join(map(str, list(v.values())[:5])),
+)
+def test_shipped_tables_have_tilings_that_their_kernels_could_choose(path, entry, monkeypatch):
+    device = json.loads(path.read_text())["device"]
+    assert tuning.table_path(device) == path
+    monkeypatch.setattr(tuning, "_tables", lambda *_: [tuning.read(path, device)])
+    monkeypatch.setattr(mosaic_swapped, "FEW_ROWS", 32)
+    shape = Shape(entry["m"], entry["n"], entry["k"], entry["groups"])
+    given = jax.eval_shape(lambda: operands(shape, RECIPES[entry["kernel"]], 0).arguments)
+    with fp8x.backend("mosaic_gpu"), tuning.recorded() as choices:
+        jax.eval_shape(product(shape, RECIPES[entry["kernel"]]), *given)
+    choice = choices[-1]
+    assert dataclasses.asdict(choice.problem).items() <= entry.items()
+    assert dataclasses.asdict(choice.tiling) == entry["tiling"] and choice.seconds == entry["seconds"]
+    assert choice.tiling in choice.estimates
+    # A few times what the estimate says, at most: of seconds, not of µs.
+    assert choice.estimates[choice.tiling] / 2 < choice.seconds < 3 * choice.estimates[choice.tiling]
