@@ -23,7 +23,7 @@ from jax._src.interpreters import mlir
 
 from fp8x.pallas.aot import CompileError, missing, wheel_file
 
-# Of the device's own datasheet and CUDA's query; XLA's cost model reads it.
+# As `topologies.get_topology_desc` takes it. Of the device's own datasheet and CUDA's query; XLA's cost model reads it.
 _H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -140,22 +140,26 @@ def _compile(fn: Callable, *arguments) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
         (work / "program").write_bytes(mlir.module_to_bytecode(lowered.compiler_ir("stablehlo")))
-        path = [str(Path(sys.prefix) / "cuda-compiler"), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": os.pathsep.join(filter(None, path)),
-            "MOSAIC_GPU_RUNTIME_LIB_PATH": str(wheel_file("jax-cuda13-plugin", "libmosaic_gpu_runtime.so")),
-            # There is nothing to time on.
-            "XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_dump_to=dump --xla_dump_hlo_as_text",
-        }
+        flags = "--xla_dump_to=dump --xla_dump_hlo_as_text"
         child = subprocess.run(
-            [sys.executable, "-c", _COMPILE, _H200], cwd=work, env=environment, capture_output=True, text=True
+            [sys.executable, "-c", _COMPILE, _H200], cwd=work, env=environment(flags), capture_output=True, text=True
         )
         if child.returncode:
             raise CompileError(f"exit status {child.returncode}\n{child.stdout}{child.stderr}")
         # What passes made of it, if they made anything, comes last.
         *_, sequence = sorted((work / "dump").glob("*.thunk_sequence*.txt"))
         return (work / "optimized").read_text(), sequence.read_text()
+
+
+def environment(flags: str = "") -> dict[str, str]:
+    """Of a process that compiles for GPUs which are only described; `flags` are XLA's."""
+    path = [str(Path(sys.prefix) / "cuda-compiler"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "MOSAIC_GPU_RUNTIME_LIB_PATH": str(wheel_file("jax-cuda13-plugin", "libmosaic_gpu_runtime.so")),
+        "XLA_FLAGS": f"--xla_gpu_autotune_level=0 {flags}",  # there is nothing to time on
+    }
 
 
 def _bytes(shape: str) -> int:
