@@ -18,10 +18,11 @@ _LANE = np.arange(LANES)
 # Fragments: a warp has 16 rows, four lanes one of them; registers alternate between it and the one 8 below.
 _ROW = 16 * (_LANE // 32) + _LANE % 32 // 4
 _SWIZZLES = {1: 128, 2: 64, 3: 32}  # Matrix descriptor: bits 62 to 63
-# How many bits of an addend count, below the leading bit of the largest one. Nothing documents them; with these the
-# errors are those that an H200 showed (test_tensor_cores.py).
+# How many bits of an addend count, below the largest exponent. Nothing documents them; with these the errors are those
+# that an H200 showed, to three digits (test_tensor_cores.py).
 SUM_BITS = {"e4m3": 13, "e5m2": 13, "f16": 25, "bf16": 25}
 _FLOAT32_BITS = 23
+_LEAST = -500.0  # an exponent below all others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,24 +123,25 @@ class TensorCore:
 def add_products(sums: np.ndarray, a: np.ndarray, b: np.ndarray, bits: int) -> np.ndarray:
     """`sums + a @ b.T` in float32, as tensor cores add for one instruction.
 
-    The products and the sum so far are aligned to the largest magnitude among them, and cut off `bits` below its
-    leading bit, toward zero. The exact sum of what is left is cut off likewise below its own leading bit, as float32.
+    The products and the sum so far are aligned to the largest exponent among them, and cut off `bits` below it, toward
+    zero. A product's exponent is the sum of its operands', though its significand may reach 4. The exact sum of what is
+    left is cut off in the same way below its own leading bit, as float32 if not before.
 
     Arguments:
         sums: float32 `[m, n]`.
         a, b: `[m, k]` and `[n, k]`, of which k is the instruction's.
     """
-    products = a[:, None] * b
-    sums = sums.astype(np.float64)
-    unit = _unit(np.maximum(np.abs(products).max(axis=2), np.abs(sums)), bits)
+    products, sums = a[:, None] * b, sums.astype(np.float64)
+    exponents = np.where(products == 0, _LEAST, _exponent(a)[:, None] + _exponent(b))
+    top = np.maximum(exponents.max(axis=2), np.where(sums == 0, _LEAST, _exponent(sums)))
+    unit = np.exp2(top - bits)
     total = (np.trunc(products / unit[..., None]).sum(axis=2) + np.trunc(sums / unit)) * unit
-    unit = _unit(np.abs(total), min(bits, _FLOAT32_BITS))
+    unit = np.exp2(_exponent(total) - min(bits, _FLOAT32_BITS))
     return (np.trunc(total / unit) * unit).astype(np.float32)
 
 
-def _unit(magnitude: np.ndarray, bits: int) -> np.ndarray:
-    """The power of two that is `bits` below the leading bit of a number."""
-    return np.exp2(np.frexp(magnitude)[1] - 1.0 - bits)
+def _exponent(x: np.ndarray) -> np.ndarray:
+    return np.frexp(x)[1] - 1.0
 
 
 def _rows(descriptors: np.ndarray, rows: int) -> np.ndarray:
