@@ -114,6 +114,59 @@ def test_a_gpu_that_is_no_hopper(monkeypatch):
         call()
 
 
+class TestHopper:
+    """What a process takes whose GPU is a Hopper, without asking."""
+
+    @pytest.fixture(autouse=True)
+    def hopper(self, monkeypatch):
+        class Hopper:
+            platform, compute_capability, device_kind = "gpu", "9.0", "NVIDIA H200"
+
+        monkeypatch.setattr(jax, "devices", lambda: [Hopper()])
+
+    @pytest.mark.parametrize(
+        ("m", "weight", "activation", "kernel"),
+        [
+            (16, per_row(), per_row(), "sm90_fp8_decode"),
+            (512, per_row(), per_row(), "sm90_fp8"),
+            (4096, per_row(), per_row(), "xla_matmul"),
+            (4096, per_tensor("e5m2"), per_tensor("e5m2"), "sm90_fp8"),
+            (4096, Scheme("e4m3", block=(128, 128)), Scheme("e4m3", block=(1, 128)), "sm90_fp8_block"),
+            (4096, per_row(), None, "sm90_w8a16"),
+            (4096, mx(), mx(), "sm90_mx"),
+            (4096, Scheme("e4m3", block=(1, 64)), None, "xla_matmul"),
+        ],
+        ids=str,
+    )
+    def test_takes_kernels(self, m, weight, activation, kernel):
+        w = jax.eval_shape(lambda: fp8x.quantize(jnp.ones((256, 256)), weight))
+        x = jax.ShapeDtypeStruct((m, 256), jnp.bfloat16)
+        (choice,) = ops.explain(lambda x, w: ops.matmul(x, w, activation=activation), x, w)
+        assert choice.kernel == kernel
+        if m == 4096 and activation == per_row():
+            assert dict(choice.rejected)["sm90_fp8"].endswith("with a scale a row or a matrix (measured)")
+
+    def test_layers(self):
+        moe = fp8x.nn.MoE(256, 128, 4, 2, recipe="fp8_e4m3fn_bf16_block_scale", rngs=nnx.Rngs(0))
+        (w13_w2, w2) = ops.explain(moe, jnp.ones((512, 256), jnp.bfloat16))
+        assert (w13_w2.kernel, w13_w2.quantize.kernel) == ("sm90_fp8_block_gated", "sm90_quantize")
+        assert w2.kernel == "sm90_fp8_block"
+
+    def test_arrays_on_its_cpu_are_multiplied_by_xla(self):
+        """The one device that is really here."""
+        np.testing.assert_array_equal(call(), np.full((4, 8), 64))
+        np.testing.assert_array_equal(jax.grad(lambda x: call(x).sum().astype(jnp.float32))(X), np.full((4, 64), 8))
+
+    def test_another_gpu_beside_it_has_no_kernels(self, monkeypatch):
+        class Ampere:
+            platform, compute_capability, device_kind = "gpu", "8.0", "NVIDIA A100"
+
+        one = jax.devices()
+        monkeypatch.setattr(jax, "devices", lambda: [*one, Ampere()])
+        (choice,) = ops.explain(call, X)
+        assert choice.kernel == "xla_matmul"
+
+
 @pytest.mark.parametrize(
     ("weight", "activation", "kernel"),
     [
