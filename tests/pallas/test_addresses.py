@@ -56,7 +56,7 @@ LARGE = dict(m=2**20, n=2**14, k=2**14, e=16)
 DEEP, WIDE, M, N = 2**14 // 128, 2**14 // 128, 2**20, 2**14
 MX_LARGE = dict(m=64, n=2**15, k=2**14, e=256)
 CASES = {
-    "quantizer, 1×128": quantizer((2**24 + 3, 1, 1, 128), GROUP),
+    "quantizer, 1×128": slow(quantizer((2**24 + 3, 1, 1, 128), GROUP)),
     "quantizer, MX, gate, used": quantizer((2**20 + 3, 2, 96, 32), mx(), gate=KERNEL_ACTIVATIONS["silu"], used=True),
     "quantizer, rows": slow(quantizer((2**19 + 3, 1, 1, 7168), per_row(), used=True)),
     "quantizer, given": slow(quantizer((2**19 + 3, 1, 64, 128), Scheme("e4m3", block=(None, 128)), given=True)),
