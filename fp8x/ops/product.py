@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from fp8x import meshes, numerics
 from fp8x.array import ScaledArray
 from fp8x.ops import xla
-from fp8x.ops.dispatch import Call, Kernel, on_one_device
+from fp8x.ops.dispatch import Call, Kernel, logger, on_one_device
 from fp8x.ops.gate import gated
 from fp8x.ops.groups import row_groups, take_rows
 from fp8x.ops.partition import is_left_to_xla, partitioned, rule_of
@@ -99,6 +99,8 @@ def multiply(kernel: Kernel, split: Split | None, x, w: ScaledArray, groups, bia
 
     def layout_of(mesh, dims, rows):
         split = split_product(call, dims[0], rows, dims[2], mesh)
+        for move in split.moves:  # known as XLA compiles, where `explain` can't say it
+            logger.warning("%s: %s", call, move)
         return layout(split, call, on_one_device(kernel, split.local(call)).run)
 
     def run(x, x_scale, w_data, w_scale, groups, bias):
