@@ -39,7 +39,7 @@ def test_from_end_to_end(moe, tmp_path, capsys, monkeypatch, tokens, who, parts)
         assert set(result.get("parts", {})) == ({"routing", "w13", "gate", "w2", "combine"} if parts else set())
 
     assert not any(name not in moe.MIXTURES for name in moe.QUICK["mixtures"])
-    assert not any(name not in (moe.BF16, *moe.RECIPES) for name in moe.QUICK["who"])
+    assert not any(name not in (moe.BF16, moe.TORCH, *moe.RECIPES) for name in moe.QUICK["who"])
     monkeypatch.setattr(moe.Mixture, "layer", lambda *_: pytest.fail("ran again"))
     moe.main(arguments)  # everything is there
     moe.main([*arguments, "--quick", "--load", "hot", "--seconds", "0"])  # and nothing begins after the end
