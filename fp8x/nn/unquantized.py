@@ -73,7 +73,7 @@ class UnquantizedGroupedLinear(nnx.Module):
         if x.ndim != 2 or x.shape[1] != weight.shape[-1]:
             raise ShapeError(f"x: shape is {x.shape}, but the layer takes [M, {weight.shape[-1]}]")
         x = x if rows is None else x[rows]
-        check_group_sizes(group_sizes, weight.shape[0], x.shape[0])
+        group_sizes = check_group_sizes(group_sizes, weight.shape[0], x.shape[0])
         flat = weight.reshape(weight.shape[0], -1, weight.shape[-1])
         out_dtype = jnp.dtype(jnp.float32 if self.k_axes else dtype)
         y = ragged_dot(x.astype(dtype), flat.astype(dtype), group_sizes, out_dtype).reshape(-1, *weight.shape[1:-1])
