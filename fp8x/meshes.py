@@ -78,6 +78,12 @@ def by_xla(function: Callable, dims: Callable[[], Any], *args: Any) -> Any:
     return jax.sharding.auto_axes(function, axes=axes_of_type(mesh, AxisType.Explicit), out_sharding=shardings)(*args)
 
 
+def replicated(x: Array) -> Array:
+    """`x`, whole on every device where it lies on an Explicit mesh."""
+    mesh = explicit_mesh(x)
+    return x if mesh is None else jax.sharding.reshard(x, NamedSharding(mesh, P()))
+
+
 def merge_rows(x: Float[Array, "... k"]) -> Float[Array, "m k"]:
     """`x` with its leading dims as one, on an Explicit mesh over the axes of all of them."""
 
