@@ -201,18 +201,21 @@ def _swapped_options() -> Iterator[Option]:
     # Of as many tokens as the registers hold sums of.
     for x, scales, widest in [
         (F8, [*_FACTORS, ("1×128", "128×128"), ("1×128", "1×128")], 64),
-        *((x, [("", "one"), ("", "rows")], 128) for x in zip(F16)),
+        *((x, [("", "one"), ("", "rows")], 192) for x in zip(F16)),
         *((x, [("", "128×128")], 120) for x in zip(F16)),
         *((x, [("", "1×128")], 64) for x in zip(F16)),
-        (("bfloat16",), [("", "1×32")], 128),
+        (("bfloat16",), [("", "1×32")], 192),
         (("float16",), [("", "1×32")], 64),
     ]:
         for rows in _ROWS:
-            tilings = [Swapped(8, 128), Swapped(8, 256)]
+            # Two waves that are added up in place would run one by one.
+            tilings = [Swapped(8, 128), Swapped(8, 256)][: 1 if widest == 192 else 2]
             tokens = (8,) if rows == "by expert" else few
             yield from _product_options("swapped", x, scales, (rows,), tilings, tokens=tokens, splits=(False, True))
             if widest > 64 and rows != "by expert":
-                yield from _product_options("swapped", x, scales, (rows,), tilings, tokens=(widest,))
+                yield from _product_options(
+                    "swapped", x, scales, (rows,), tilings, tokens=tuple(sorted({min(widest, 128), widest}))
+                )
 
 
 QUANTIZE = covering(QuantizeForm, list(_quantize_options()))
