@@ -1,6 +1,13 @@
-"""What several tests need: a tokenizer of bytes, and a tiny random checkpoint in Hugging Face's format."""
+"""What several tests need: a tokenizer of bytes, and a tiny random checkpoint in Hugging Face's format.
+
+And how all are run: `own_process`, `--no-skips`, and the time of a run beside that of `import jax`.
+"""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -11,6 +18,57 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 # For the tests over many devices; the others run on the first.
 jax.config.update("jax_num_cpu_devices", 8)
+
+_IN_ITS_OWN_PROCESS = "FP8X_TEST_IN_ITS_OWN_PROCESS"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--no-skips", action="store_true", help="a test that is skipped has failed")
+
+
+def pytest_sessionstart(session):
+    session.config.stash[_START] = time.monotonic()
+
+
+_START = pytest.StashKey[float]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Runs a test that is marked `own_process` in one: what others leave in memory has no part in it."""
+    if pyfuncitem.get_closest_marker("own_process") is None or _IN_ITS_OWN_PROCESS in os.environ:
+        return None
+    command = [sys.executable, "-m", "pytest", "-n0", "-m", "", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    run = subprocess.run(
+        command,
+        cwd=pyfuncitem.config.rootpath,
+        env=os.environ | {_IN_ITS_OWN_PROCESS: "1"},
+        capture_output=True,
+        text=True,
+    )
+    if run.returncode:
+        pytest.fail(run.stdout + run.stderr, pytrace=False)
+    return True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.skipped and item.config.getoption("--no-skips"):
+        report.outcome, report.longrepr = "failed", f"skipped, which --no-skips forbids: {report.longrepr[-1]}"
+    return report
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Machines differ by the day; a run's time says something beside another time of the same machine."""
+    if _IN_ITS_OWN_PROCESS in os.environ:
+        return
+    took = time.monotonic() - config.stash[_START]
+    before = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import jax"], check=True)
+    reference = time.monotonic() - before
+    terminalreporter.write_line(f"{took:.0f} s, {took / reference:.0f} times `import jax` ({reference:.2f} s here)")
+
 
 TINY_MIXTRAL = {
     "architectures": ["MixtralForCausalLM"],

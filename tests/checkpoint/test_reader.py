@@ -70,6 +70,7 @@ def resident(file: Path) -> int:
     return 1024 * int(re.search(r"Rss:\s+(\d+)", mapping)[1])
 
 
+@pytest.mark.own_process
 def test_released_pages_leave_memory_and_can_be_read_again(single):
     values = np.arange(4 * 2**20, dtype=np.float32)
     save_file({"a": values, "b": values[:10]}, single / SINGLE)

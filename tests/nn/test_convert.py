@@ -157,6 +157,7 @@ def test_the_last_registration_counts(registry):
     assert isinstance(fp8x.quantize_model(linear(), CODE), Scaled)
 
 
+@pytest.mark.own_process
 def test_peak_memory_is_the_model_and_one_layer(registry):
     """Every source module is gone before the one after it is converted."""
     alive = []

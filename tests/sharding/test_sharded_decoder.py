@@ -49,11 +49,8 @@ def test_logits_equal_one_device(code, axes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [None, *CODES])
-@pytest.mark.parametrize("expert", [1, 2, 4])
-@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize(("tensor", "expert"), [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2)])
 def test_every_recipe_on_every_mesh(tensor, expert, code):
-    if tensor * expert > 8:
-        pytest.skip("the next test")
     model = shard(tiny(code), mesh_of(tensor=tensor, expert=expert))
     assert_close(model(IDS), run(tiny(code), IDS), tolerance=FLOAT32)
 
