@@ -1,6 +1,6 @@
 """What several tests need: a tokenizer of bytes, and a tiny random checkpoint in Hugging Face's format.
 
-And how all are run: `own_process`, `--no-skips`, and the time of a run beside that of `import jax`.
+And how all are run: `quick`, `own_process`, `--no-skips`, and the time of a run beside that of `import jax`.
 """
 
 import json
@@ -26,11 +26,42 @@ def pytest_addoption(parser):
     parser.addoption("--no-skips", action="store_true", help="a test that is skipped has failed")
 
 
-def pytest_sessionstart(session):
-    session.config.stash[_START] = time.monotonic()
-
-
 _START = pytest.StashKey[float]()
+
+
+def pytest_configure(config):
+    """What XLA compiles for one test, or process, or run, is kept for the next: most of the time goes into that.
+
+    `pytest --cache-clear` begins anew.
+    """
+    config.stash[_START] = time.monotonic()
+    kept = str(config.cache.mkdir("compiled"))
+    for name, value in {"compilation_cache_dir": kept, "persistent_cache_min_compile_time_secs": 0.1}.items():
+        jax.config.update(f"jax_{name}", value)
+        os.environ[f"JAX_{name.upper()}"] = str(value)  # of the processes that tests start
+
+
+# Something of each room, in two minutes together.
+QUICK = {
+    "": ("test_array", "test_scheme", "test_recipe", "test_cli_options", "test_setup"),
+    "ops": ("test_dispatch", "test_operand", "test_groups"),
+    "nn": ("test_routing", "test_convert"),
+    "pallas": ("test_schedule", "test_tuning"),
+    "ptx": ("test_tensor_cores",),
+    "calibrate": ("test_data", "test_methods", "test_sidecar"),
+    "checkpoint": ("test_reader", "test_formats"),
+    "models": ("test_hf_names", "test_decoder_config"),
+    "sharding": ("test_split",),
+    "benchmark": ("test_supervise",),
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    quick = {Path(__file__).parent / room / f"{name}.py" for room, names in QUICK.items() for name in names}
+    for item in items:
+        if item.path in quick and not any(item.iter_markers("slow")):
+            item.add_marker("quick")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -38,7 +69,7 @@ def pytest_pyfunc_call(pyfuncitem):
     """Runs a test that is marked `own_process` in one: what others leave in memory has no part in it."""
     if pyfuncitem.get_closest_marker("own_process") is None or _IN_ITS_OWN_PROCESS in os.environ:
         return None
-    command = [sys.executable, "-m", "pytest", "-n0", "-m", "", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    command = [sys.executable, "-m", "pytest", "-n0", "-m", "", pyfuncitem.nodeid]
     run = subprocess.run(
         command,
         cwd=pyfuncitem.config.rootpath,

@@ -67,6 +67,7 @@ def test_two_processes_equal_one_device_bit_for_bit(start, tiny_checkpoint, tmp_
             np.testing.assert_array_equal(getattr(sidecar.report.layers[path], name), getattr(layer, name))
 
 
+@pytest.mark.slow
 def test_where_one_process_dies_the_other_fails_and_nothing_is_written(start, tmp_path):
     survivor, victim = start()
     for line in victim.stdout:

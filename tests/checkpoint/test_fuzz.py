@@ -26,10 +26,12 @@ BASES = {
 }
 
 
-@pytest.fixture(scope="module", params=BASES)
-def files(request, tmp_path_factory) -> Files:
+pytestmark = pytest.mark.own_process
+
+
+def files_of(base: str, path: Path) -> Files:
     """A checkpoint of one layer and two experts, in several files with an index."""
-    path, (recipe, format) = tmp_path_factory.mktemp("fuzz"), BASES[request.param]
+    recipe, format = BASES[base]
     write_mixtral(path / "bf16", 32, 32, layers=1, experts=2, heads=2, vocab=32)
     fp8x.save(fp8x.load(path / "bf16", recipe), path / "base", format, max_shard_bytes=10_000)
     assert (path / "base" / INDEX).is_file() and check(path / "base") == 0
@@ -49,6 +51,8 @@ def check(path: Path) -> int:
 
 
 def run(files: Files, seeds: range, path: Path) -> None:
+    path.mkdir()
+
     def too_long(*_):
         raise TimeoutError(f"over {SECONDS} s")
 
@@ -78,17 +82,19 @@ def run(files: Files, seeds: range, path: Path) -> None:
     assert refused > len(seeds) / 2
 
 
-def test_broken_checkpoints_raise_documented_errors(files, tmp_path):
-    run(files, range(150), tmp_path)
+@pytest.mark.parametrize("base", BASES)
+def test_broken_checkpoints_raise_documented_errors(base, tmp_path):
+    run(files_of(base, tmp_path), range(150), tmp_path / "broken")
 
 
 @pytest.mark.slow
-def test_many_broken_checkpoints_raise_documented_errors(files, tmp_path):
-    run(files, range(10_000, 15_000), tmp_path)
+@pytest.mark.parametrize("base", BASES)
+def test_many_broken_checkpoints_raise_documented_errors(base, tmp_path):
+    run(files_of(base, tmp_path), range(10_000, 15_000), tmp_path / "broken")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("directory", sorted(str(file.parent.relative_to(GOLDENS)) for file in GOLDENS.rglob(CONFIG)))
 def test_broken_checkpoints_of_other_tools_raise_documented_errors(directory, tmp_path):
     names = [file for file in (GOLDENS / directory).iterdir() if file.name != "golden.safetensors"]
-    run({file.name: file.read_bytes() for file in names}, range(2_000), tmp_path)
+    run({file.name: file.read_bytes() for file in names}, range(2_000), tmp_path / "broken")

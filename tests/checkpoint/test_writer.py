@@ -191,7 +191,6 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     assert listing(tmp_path) == ["empty", "out"]
 
 
-@pytest.mark.own_process
 @pytest.mark.parametrize("max_shard_bytes", [10_000, 10**9])
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path, max_shard_bytes):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

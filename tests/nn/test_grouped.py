@@ -64,7 +64,12 @@ def expected(layer, x, sizes) -> np.ndarray:
     return metric.grouped_matmul(x, layer.quantized_weight, sizes.tolist(), bias)
 
 
-@pytest.mark.parametrize(("index", "code"), list(enumerate(CODES)), ids=str)
+@pytest.mark.parametrize(
+    ("index", "code"),
+    # Those with float16 differ from bfloat16's in that alone.
+    [pytest.param(*case, marks=pytest.mark.slow if "_f16" in case[1] else ()) for case in enumerate(CODES)],
+    ids=str,
+)
 def test_every_recipe_in_jit(index, code):
     recipe = fp8x.recipe(code)
     shape = (MIXED, HOT, NO_ROWS)[index % 5 % 3]

@@ -168,7 +168,9 @@ class TestExplain:
 
 
 @pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
-@kinds
+@pytest.mark.parametrize(
+    "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)], ids=lambda kind: kind.name
+)
 def test_programs_for_four_gpus_gather_no_weight(kind):
     """XLA asks how operands came to lie as it compiles, so the process that traces compiles too."""
     script = Path(__file__).with_name("compile_for_four_gpus.py")
