@@ -35,6 +35,8 @@ def pytest_configure(config):
     `pytest --cache-clear` begins anew.
     """
     config.stash[_START] = time.monotonic()
+    if not hasattr(config, "cache"):  # -p no:cacheprovider
+        return
     kept = str(config.cache.mkdir("compiled"))
     for name, value in {"compilation_cache_dir": kept, "persistent_cache_min_compile_time_secs": 0.1}.items():
         jax.config.update(f"jax_{name}", value)
@@ -91,14 +93,17 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Machines differ by the day; a run's time says something beside another time of the same machine."""
+    """The order, and the time: machines differ by the day, so beside another time of the same machine."""
     if _IN_ITS_OWN_PROCESS in os.environ:
         return
     took = time.monotonic() - config.stash[_START]
     before = time.monotonic()
     subprocess.run([sys.executable, "-c", "import jax"], check=True)
     reference = time.monotonic() - before
-    terminalreporter.write_line(f"{took:.0f} s, {took / reference:.0f} times `import jax` ({reference:.2f} s here)")
+    seed = config.getoption("randomly_seed", None)
+    terminalreporter.write_line(
+        f"--randomly-seed={seed}: {took:.0f} s, {took / reference:.0f} times `import jax` ({reference:.2f} s here)"
+    )
 
 
 TINY_MIXTRAL = {

@@ -137,7 +137,7 @@ class Reader:
     def read_into(self, name: str, start: int, buffer: np.ndarray) -> None:
         """Fills a writable uint8 buffer with a tensor's bytes from `start` on; from several threads at once if need be.
 
-        For what is read once: it costs less than the pages of a mapped file.
+        For what is read once: it costs less than the pages of a mapped file. `close` closes the files.
 
         Raises:
             CheckpointError: no such tensor, or a file that has changed since its header was read.
@@ -147,13 +147,24 @@ class Reader:
             with self._lock:
                 if tensor.file not in self._files:
                     file = tensor.file.open("rb", buffering=0)
-                    self._check_unchanged(tensor.file, os.fstat(file.fileno()))
+                    try:
+                        self._check_unchanged(tensor.file, os.fstat(file.fileno()))
+                    except CheckpointError:
+                        file.close()
+                        raise
                     self._files[tensor.file] = file
             descriptor, offset, view = self._files[tensor.file].fileno(), tensor.start + start, memoryview(buffer)
             while view:
                 if not (count := os.preadv(descriptor, [view], offset)):
                     raise CheckpointError(f"{tensor.file}: ends before {name} does; it has changed since it was opened")
                 view, offset = view[count:], offset + count
+
+    def close(self) -> None:
+        """Closes the files that `read_into` opened; what is read after that opens them again."""
+        with self._lock:
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
 
     def _check_unchanged(self, file: Path, status: os.stat_result) -> None:
         if _identity(status) != self._identities[file]:

@@ -1,5 +1,6 @@
 """`convert`: from one checkpoint to another, of any model."""
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
@@ -123,30 +124,30 @@ def convert(
         CalibrationError: static activation scales that neither `calibration` nor `src` gives, or that do not fit.
         RecipeError, RuleError, ShapeError: an unknown recipe, a rule that matches nothing, a matrix it does not fit.
     """
-    reader = Reader(src)
-    planned = plan(reader, recipe, format, rules)
-    scales = {} if calibration is None else _scales(calibration, planned, reader)
-    config = _config(reader.config, planned)
-    further = {} if planned.format is None else planned.format.beside(config["quantization_config"])
-    is_quantized = planned.source_format is not None
-    return convert_tensors(
-        reader,
-        dst,
-        {
-            prefix: Target(planned.stored[prefix], planned.recipes[prefix], scales.get(prefix))
-            for prefix in planned.stored
-        },
-        config,
-        source_format=planned.source_format,
-        format=planned.format,
-        out_dtype=planned.out_dtype,
-        # Scales of an fp8 KV cache, which the new config does not declare.
-        dropped=[name for name in reader if is_quantized and HARMLESS.fullmatch(name)],
-        allow_nonfinite=allow_nonfinite,
-        max_shard_bytes=max_shard_bytes,
-        beside={**further, **(beside or {})},
-        progress=progress,
-    )
+    with contextlib.closing(Reader(src)) as reader:
+        planned = plan(reader, recipe, format, rules)
+        scales = {} if calibration is None else _scales(calibration, planned, reader)
+        config = _config(reader.config, planned)
+        further = {} if planned.format is None else planned.format.beside(config["quantization_config"])
+        is_quantized = planned.source_format is not None
+        return convert_tensors(
+            reader,
+            dst,
+            {
+                prefix: Target(planned.stored[prefix], planned.recipes[prefix], scales.get(prefix))
+                for prefix in planned.stored
+            },
+            config,
+            source_format=planned.source_format,
+            format=planned.format,
+            out_dtype=planned.out_dtype,
+            # Scales of an fp8 KV cache, which the new config does not declare.
+            dropped=[name for name in reader if is_quantized and HARMLESS.fullmatch(name)],
+            allow_nonfinite=allow_nonfinite,
+            max_shard_bytes=max_shard_bytes,
+            beside={**further, **(beside or {})},
+            progress=progress,
+        )
 
 
 def _modules(reader: Reader) -> dict[str, list[str]]:
