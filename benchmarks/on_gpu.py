@@ -46,7 +46,20 @@ RECIPES = ("e4m3_bf16", "fp8_e4m3fn_bf16_block_scale", "e4m3_e4m3_bf16_dynamic",
 
 def tests(out: Path, log: Path, end: float, tiny: bool) -> None:
     outcomes, seconds = out / "tests.json", max(0.0, end - time.monotonic() - 5)
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:xdist", "-p", "no:cacheprovider", "-s"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:randomly",
+        "-p",
+        "no:cacheprovider",
+        "-s",
+    ]
     command += ["-o", "filterwarnings="]  # a GPU's libraries have some of their own
     command += ["-p", "forked_tests", "--results", outcomes, "--processes", 2 if tiny else TEST_PROCESSES]
     command += ["--seconds", seconds, "-m", "not slow", *(["tests/ops/test_groups.py"] if tiny else TESTS)]
