@@ -33,8 +33,8 @@ from supervise import ROOT, news_of, run, run_again
 
 SECONDS = 145  # of a call
 TEST_PROCESSES, PRODUCT_PROCESSES, BLOCK_PROCESSES = 15, 11, 6  # of 16 cores: most of it is compiling
-# The kernels first: what time does not reach is the end of numerics' tests.
-TESTS = ["tests/gpu", "tests/ops", "tests/test_numerics.py"]
+# The kernels first: what time does not reach is whole models.
+TESTS = ["tests/gpu", "tests/ops", "tests/test_numerics.py", "tests/nn", "tests/calibrate", "tests/models"]
 # What one process compiled no other compiles again. Not in $OUT, which comes back from a lent machine.
 SHARED = {
     "JAX_COMPILATION_CACHE_DIR": str(Path(tempfile.gettempdir()) / "fp8x-compiled"),

@@ -1,10 +1,12 @@
 """Meshes, and tiny models on and off them."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
@@ -33,8 +35,15 @@ IDS = np.random.default_rng(0).integers(0, 61, (4, 5))
 
 
 def mesh_of(axis_type=AxisType.Auto, **axes):
-    devices = jax.devices()[: int(np.prod(list(axes.values())))]
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), (axis_type,) * len(axes), devices=devices)
+    shape = tuple(axes.values())
+    return jax.make_mesh(shape, tuple(axes), (axis_type,) * len(axes), devices=devices(math.prod(shape)))
+
+
+def devices(count: int) -> list[jax.Device]:
+    """So many of those that are here; a machine with fewer, of one GPU say, skips the test."""
+    if jax.device_count() < count:
+        pytest.skip(f"needs {count} devices; here are {jax.device_count()}")
+    return jax.devices()[:count]
 
 
 def tiny(code: str | None, dtype=jnp.float32, **config) -> Decoder:

@@ -1,8 +1,12 @@
 """The one error metric, and the truth it compares with: float64 products of dequantized arrays, in numpy alone."""
 
+import os
+
+import jax
 import numpy as np
 
 from fp8x.array import ScaledArray
+from fp8x.scheme import Scheme
 
 # What fp8x/ops/__init__.py promises: one rounding to the output type, and float32 accumulation; and where tensor cores
 # multiply 8 bits by 8 bits, with shorter sums that are promoted every 128 of K.
@@ -27,6 +31,12 @@ def assert_close(actual, expected, *, short_sums: bool = False, tolerance: float
     limits = SHORT_SUMS if short_sums else TOLERANCE
     error, limit = relative_error(actual, expected), tolerance or limits[np.dtype(actual.dtype)]
     assert error <= limit, f"relative error {error:.3g} is over {limit:.3g}"
+
+
+def on_tensor_cores(activation: Scheme | None) -> bool:
+    """Whether ops multiply 8 bits by 8 bits by kernels without being asked: where the tests of ops run on a Hopper."""
+    by_kernels = jax.default_backend() == "gpu" and os.environ.get("FP8X_BACKEND") != "xla"
+    return by_kernels and activation is not None and not activation.is_mx
 
 
 def assert_codes_close(actual: ScaledArray, expected: ScaledArray) -> None:

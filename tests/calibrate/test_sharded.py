@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
+from meshes import mesh_of
 
 import fp8x
 from fp8x.calibrate import all_reduce, observe, sharded, start, static_layers
@@ -37,11 +38,6 @@ def model():
 
 def rows(count, seed=0):
     return np.random.default_rng(seed).normal(size=(count, 32)).astype(np.float32)
-
-
-def mesh_of(axis_type=AxisType.Auto, **axes):
-    devices = jax.devices()[: np.prod(list(axes.values()))]
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), (axis_type,) * len(axes), devices=devices)
 
 
 def split(x, size):

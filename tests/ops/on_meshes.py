@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import devices
 
 import fp8x
 from fp8x import ops
@@ -38,7 +39,7 @@ M, N, K, E = 64, 384, 512, 4
 
 
 def mesh_of(kind: AxisType) -> Mesh:
-    return jax.make_mesh((2, 2), ("data", "tensor"), (kind,) * 2, devices=jax.devices()[:4])
+    return jax.make_mesh((2, 2), ("data", "tensor"), (kind,) * 2, devices=devices(4))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -186,7 +186,7 @@ class TestHopper:
     ],
     ids=str,
 )
-def test_hopper_kernels_where_they_are_asked_for(weight, activation, kernel):
+def test_hopper_kernels_where_they_are_asked_for(no_gpu, weight, activation, kernel):
     w = jax.eval_shape(lambda: fp8x.quantize(jnp.ones((256, 256)), weight))
     x = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)
 
@@ -239,6 +239,7 @@ def test_the_context_ends_with_an_error(doubling):
     np.testing.assert_array_equal(call(), np.full((4, 8), 128))
 
 
+@pytest.mark.usefixtures("no_gpu")
 class TestExplain:
     def test_names_kernels_in_order_and_reasons(self, doubling):
         def two(x):
@@ -284,6 +285,7 @@ class TestExplain:
         assert not np.any(layer.amax[...])
 
 
+@pytest.mark.usefixtures("no_gpu")
 class TestLog:
     """One line for each distinct call of a process: which kernel, and why not those before it."""
 

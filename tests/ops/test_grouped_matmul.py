@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import metric
 import numpy as np
 import pytest
-from metric import assert_close, float64
+from metric import assert_close, float64, on_tensor_cores
 from shapes import GROUPED, Shape, fits, operands, quantize, quantized_zeros
 
 import fp8x
@@ -46,7 +46,8 @@ def test_product(shape, weight, activation, dtype, use_bias):
     y = ops.grouped_matmul(given.x, given.w, given.group_sizes, activation=activation, bias=bias)
     assert y.dtype == dtype and y.shape == (shape.m, shape.n)
     x = as_multiplied(given.x, given.group_sizes, activation)
-    assert_close(y, metric.grouped_matmul(x, given.w, shape.group_sizes, bias))
+    expected = metric.grouped_matmul(x, given.w, shape.group_sizes, bias)
+    assert_close(y, expected, short_sums=on_tensor_cores(activation))
     assert not np.any(y[shape.m - shape.spare :]), "rows past the groups are zero"
 
 

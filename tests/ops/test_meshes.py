@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import devices
 from metric import as_bits, assert_close
 from on_meshes import GROUP, LAYOUTS, PAIRS, Form, mesh_of
 
@@ -158,7 +159,7 @@ class TestExplain:
         assert self.choice("rows and columns", kind=AxisType.Auto).mesh.startswith("on Auto axes: a device runs it")
 
     def test_axes_of_two_kinds(self):
-        mesh = jax.make_mesh((2, 2), ("data", "tensor"), (AxisType.Explicit, AxisType.Auto), devices=jax.devices()[:4])
+        mesh = jax.make_mesh((2, 2), ("data", "tensor"), (AxisType.Explicit, AxisType.Auto), devices=devices(4))
         form = Form("matmul", "blocks", "rows and columns")
         with (
             fp8x.backend("mosaic_gpu"),
