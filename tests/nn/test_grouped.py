@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from metric import as_bits, assert_close, float64
-from shapes import GROUPED, Shape, operands, quantize, quantize_with_scale
+from shapes import GROUPED, Shape, operands, quantize, quantize_with_scale, quantized_zeros
 
 import fp8x
 from fp8x.errors import CalibrationError, RecipeError, ShapeError
@@ -232,16 +232,16 @@ def test_unquantized_layer_is_the_product_in_float64():
         assert_close(y, metric.grouped_matmul(x, source.weight[...], shape.group_sizes, source.bias[...]))
 
 
-WEIGHT = fp8x.quantize(jnp.ones((2, 8, 64)), Scheme("e4m3", block=(None, None)))
+WEIGHT = quantized_zeros((2, 8, 64), Scheme("e4m3", block=(None, None)))
 
 
 @pytest.mark.parametrize(
     ("weight", "options", "error", "match"),
     [
-        (WEIGHT, dict(bias=jnp.ones((2, 7))), ShapeError, r"weight \(2, 8, 64\) and bias \(2, 7\) do not fit"),
-        (fp8x.quantize(jnp.ones((8, 64)), WEIGHT.scheme), {}, ShapeError, r"use \[E, N, K\] and \[E, N\]"),
+        (WEIGHT, dict(bias=np.ones((2, 7), "f4")), ShapeError, r"weight \(2, 8, 64\) and bias \(2, 7\) do not fit"),
+        (quantized_zeros((8, 64), WEIGHT.scheme), {}, ShapeError, r"use \[E, N, K\] and \[E, N\]"),
         (WEIGHT, dict(recipe="e4m3_bf16"), RecipeError, "it is stored in e4m3 ·×· f32, but the recipe's"),
-        (WEIGHT, dict(input_scale=jnp.ones((2, 1))), ShapeError, r"input_scale: float32\[2, 1\] does not fit"),
+        (WEIGHT, dict(input_scale=np.ones((2, 1), "f4")), ShapeError, r"input_scale: float32\[2, 1\] does not fit"),
     ],
 )
 def test_from_arrays_refuses_what_does_not_fit(weight, options, error, match):

@@ -15,7 +15,7 @@ from metric import as_bits
 import fp8x
 from fp8x.nn import Float8Weight, InputScale, WeightScale
 
-X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 64)), jnp.float32)
+X = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
 
 
 def moe_of(code, seed=0) -> fp8x.nn.MoE:
