@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 import fp8x
 from fp8x.benchmark import H200, Floor
 from fp8x.nn import MoE
-from fp8x.nn.convert import named_modules
 from fp8x.nn.quantized import QuantizedLayer
+from fp8x.nn.walk import named_modules
 from fp8x.scheme import E8M0, ELEMENTS, Scheme
 
 Load = Literal["uniform", "hot"]

@@ -5,7 +5,7 @@ from fp8x.array import ScaledArray
 from fp8x.calibrate import calibrate
 from fp8x.models.convert import convert
 from fp8x.models.hub import load, save
-from fp8x.nn import quantize_model
+from fp8x.nn import quantize_model, report
 from fp8x.numerics import quantize
 from fp8x.ops import backend
 from fp8x.recipe import RECIPES, Recipe, recipe
@@ -25,5 +25,6 @@ __all__ = [
     "quantize",
     "quantize_model",
     "recipe",
+    "report",
     "save",
 ]

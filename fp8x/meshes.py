@@ -86,12 +86,43 @@ def replicated(x: Array) -> Array:
 
 def merge_rows(x: Float[Array, "... k"]) -> Float[Array, "m k"]:
     """`x` with its leading dims as one, on an Explicit mesh over the axes of all of them."""
+    return merge_dims(x, (x.ndim - 1, 1))
+
+
+def merge_dims(x: Array, counts: Sequence[int]) -> Array:
+    """`x` with its dims merged, as many into each new one as `counts` says; on an Explicit mesh over all their axes."""
+    ends = list(itertools.accumulate(counts))
+    spans = [slice(end - count, end) for count, end in zip(counts, ends)]
+    shape = tuple(math.prod(x.shape[span]) for span in spans)
+    if shape == x.shape:
+        return x
 
     def dims():
-        *lead, columns = explicit_dims(x)
-        return tuple(itertools.chain.from_iterable(lead)), columns
+        each = explicit_dims(x)
+        return tuple(tuple(itertools.chain.from_iterable(each[span])) for span in spans)
 
-    return by_xla(lambda x: x.reshape(math.prod(x.shape[:-1]), *x.shape[-1:]), dims, x)
+    return by_xla(lambda x: x.reshape(shape), dims, x)
+
+
+def split_dims(x: Array, sizes: Sequence[Sequence[int]], like: Sequence[Axes] = ()) -> Array:
+    """`x` with each dim split into several.
+
+    On an Explicit mesh a dim's axes go to the first of its parts, as far as they divide it; `like` says how the
+    first parts lie instead, where that is known.
+    """
+    shape = tuple(itertools.chain.from_iterable(sizes))
+    if shape == x.shape:
+        return x
+
+    def dims():
+        mesh, each = explicit_mesh(x), []
+        for axes, parted in zip(explicit_dims(x), sizes):
+            known = [tuple(axis for axis in of if axis in axes) for of in like[len(each) : len(each) + len(parted)]]
+            first = axes if parted and parted[0] % parts(mesh, axes) == 0 else ()
+            each += known if len(known) == len(parted) else [first, *[()] * (len(parted) - 1)][: len(parted)]
+        return tuple(each)
+
+    return by_xla(lambda x: x.reshape(shape), dims, x)
 
 
 def scale_dims(dims: Sequence[Axes], scheme: Scheme, shape: Sequence[int], mesh: AbstractMesh) -> tuple[Axes, ...]:

@@ -81,12 +81,18 @@ def quantize_weight(w: Float[Array, "..."], scheme: Scheme, *, name: str, allow_
         ShapeError: as `quantize`; or `w` holds NaN or Inf, not allowed: the message has name and count.
     """
     _check_input(w, scheme, name)
-    if not allow_nonfinite and not isinstance(w, jax.core.Tracer) and (count := int(_count_nonfinite(w))):
+    if not allow_nonfinite:
+        check_finite(w, name)
+    return _quantize_jit(w, scheme)
+
+
+def check_finite(w: Float[Array, "..."], name: str) -> None:
+    """Raises a ShapeError, with name and count, for a weight that holds NaN or Inf; a traced one passes."""
+    if not isinstance(w, jax.core.Tracer | jax.ShapeDtypeStruct) and (count := int(_count_nonfinite(w))):
         raise ShapeError(
             f"{name}: holds {count} NaN or Inf of {w.size} values; mend the weights, or pass allow_nonfinite=True "
             "(NaN stays NaN, Inf becomes the largest finite value)"
         )
-    return _quantize_jit(w, scheme)
 
 
 def _check_input(x: Float[Array, "..."], scheme: Scheme, name: str) -> None:

@@ -131,6 +131,16 @@ BUILT_IN_SKIPS = (r"(.*\.)?(embed_tokens|embed|embedding|lm_head|router|gate|sha
 
 
 @dataclasses.dataclass(frozen=True)
+class Decision:
+    """What rules say of a path: a recipe or None, the pattern that said it (None: the default), and whether it is one
+    of the built-in skips."""
+
+    recipe: Recipe | None
+    pattern: str | None
+    is_skip: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Rules:
     """Which module gets which recipe: an ordered mapping of path regex to a recipe (or its code), or None to skip.
 
@@ -143,6 +153,14 @@ class Rules:
 
     def resolve(self, paths: Iterable[str]) -> dict[str, Recipe | None]:
         """The recipe of every path, None where it stays as it is.
+
+        Raises:
+            RuleError: as `decide`.
+        """
+        return {path: decision.recipe for path, decision in self.decide(paths).items()}
+
+    def decide(self, paths: Iterable[str]) -> "dict[str, Decision]":
+        """What holds for every path.
 
         Raises:
             RuleError: a pattern that is no regular expression, or that matches none of the paths: a typo must not
@@ -162,6 +180,14 @@ class Rules:
                     + (f"near it: {', '.join(near)}" if near else "the model has no module that can be quantized")
                 )
             table.append((regex, None if value is None else as_recipe(value)))
-        table += [(re.compile(pattern), None) for pattern in BUILT_IN_SKIPS]
+        skips = [re.compile(pattern) for pattern in BUILT_IN_SKIPS]
         default = None if self.default is None else as_recipe(self.default)
-        return {path: next((r for regex, r in table if regex.fullmatch(path)), default) for path in paths}
+
+        def decision(path: str) -> Decision:
+            if rule := next((rule for rule in table if rule[0].fullmatch(path)), None):
+                return Decision(rule[1], rule[0].pattern)
+            if any(skip.fullmatch(path) for skip in skips):
+                return Decision(None, None, is_skip=True)
+            return Decision(default, None)
+
+        return {path: decision(path) for path in paths}

@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 
 import fp8x
 from fp8x.models import Decoder, DecoderConfig
-from fp8x.nn.convert import named_layers
+from fp8x.nn.walk import named_layers
 
 CODES = [code for code, recipe in fp8x.RECIPES.items() if recipe.observer is None]
 

@@ -15,9 +15,9 @@ from fp8x.calibrate.methods import DEFAULT_PERCENTILE, Method, check_method, fin
 from fp8x.calibrate.sharded import ShardedObserver
 from fp8x.calibrate.statistics import observe, start, static_layers
 from fp8x.errors import CalibrationError, DataError, MeshError, some
-from fp8x.nn.convert import named_layers
 from fp8x.nn.observer import total_counts
 from fp8x.nn.quantized import QuantizedLayer
+from fp8x.nn.walk import named_layers
 from fp8x.sharding.model import plan_of
 from fp8x.sharding.plan import Placement
 
@@ -31,11 +31,13 @@ class LayerStatistics:
         amax: the largest finite magnitude, per K-group, `[1, groups]`.
         scale: the static activation scale that it gives, float32 `[1, groups]`.
         tokens: rows seen: `[]`, or `[E]` for one matrix per expert.
+
+    All have further leading axes for a stack of layers.
     """
 
     activation: str
-    amax: Float[np.ndarray, "1 groups"]
-    scale: Float[np.ndarray, "1 groups"]
+    amax: Float[np.ndarray, "... 1 groups"]
+    scale: Float[np.ndarray, "... 1 groups"]
     tokens: Int[np.ndarray, "..."]
 
 
@@ -58,10 +60,10 @@ class CalibrationReport:
         """The layers and experts that saw fewer than `min_tokens` tokens, by name: their scale rests on little."""
         names = []
         for path, layer in self.layers.items():
-            if layer.tokens.ndim == 0:
-                names += [path] if layer.tokens < min_tokens else []
-            else:
-                names += [f"{path} expert {e}" for e in np.flatnonzero(layer.tokens < min_tokens)]
+            stack = layer.amax.ndim - 2
+            for index in np.argwhere(layer.tokens < min_tokens).tolist():
+                of_stack = [f" layer {','.join(map(str, index[:stack]))}"] if stack else []
+                names.append("".join([path, *of_stack, *(f" expert {e}" for e in index[stack:])]))
         return names
 
 
@@ -175,18 +177,25 @@ def _without_padding(model: nnx.Module, found: dict[str, LayerStatistics]) -> di
 
 
 def _check_inputs(layers: dict[str, QuantizedLayer]) -> None:
-    if broken := [path for path, layer in layers.items() if layer.nonfinite[...]]:
-        rows = int(layers[broken[0]].nonfinite[...])
+    if broken := [path for path, layer in layers.items() if layer.nonfinite[...].any()]:
+        rows = int(layers[broken[0]].nonfinite[...].sum())
         raise CalibrationError(
             f"model: {some(broken)} fed NaN or Inf ({broken[0]} in {rows} rows); mend the weights or the data, or "
             "quantize from a type that does not overflow"
         )
-    if idle := [path for path, layer in layers.items() if not np.asarray(layer.amax[...]).any()]:
+    if silent := [path for path, layer in layers.items() if not np.asarray(layer.tokens[...]).any()]:
+        raise CalibrationError(
+            f"model: {some(silent)} never called; give batches that reach every layer, or leave these out by a rule"
+        )
+    if idle := [path for path, layer in layers.items() if not np.asarray(layer.amax[...]).any((-2, -1)).all()]:
         raise CalibrationError(f"model: {some(idle)} fed nothing but zeros; give more or other data")
 
 
 def _statistics(layer: QuantizedLayer, method: Method, percentile: float) -> LayerStatistics:
     amax = np.asarray(layer.amax[...])
     counts = None if layer.histogram is None else total_counts(np.asarray(layer.histogram[...]))
-    scale = find_scale(method, percentile, amax, counts, layer.recipe.activation)
+    scale = np.empty_like(amax)
+    for index in np.ndindex(layer.stack):
+        of_layer = None if counts is None else counts[index]
+        scale[index] = find_scale(method, percentile, amax[index], of_layer, layer.recipe.activation)
     return LayerStatistics(str(layer.recipe.activation), amax, scale, np.asarray(layer.tokens[...]))

@@ -10,9 +10,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from fp8x.errors import CalibrationError
-from fp8x.nn.convert import named_layers
 from fp8x.nn.observer import Amax, NonfiniteCount, Statistic
 from fp8x.nn.quantized import QuantizedLayer
+from fp8x.nn.walk import named_layers
 from fp8x.sharding.place import SPEC
 
 

@@ -108,7 +108,8 @@ class Attention(nnx.Module):
         if cache is not None:
             seen = cache.write(seen, start)
         out = jax.nn.dot_product_attention(rotary.rotate(query), seen.keys, seen.values, mask=mask[None, None])
-        return self.o_proj(out.reshape(*x.shape[:-1], -1)).astype(x.dtype), seen
+        heads = out.shape[-2] * self.head_dim
+        return self.o_proj(out.reshape(*x.shape[:-1], heads)).astype(x.dtype), seen
 
     @property
     def kv_heads(self) -> int:
@@ -119,4 +120,4 @@ class Attention(nnx.Module):
 
     def _heads(self, x: Float[Array, "b t n"], dtype: DTypeLike) -> Float[Array, "b t heads head_dim"]:
         # A quantized projection answers in its recipe's type; everything between is in the residual's.
-        return x.astype(dtype).reshape(*x.shape[:-1], -1, self.head_dim)
+        return x.astype(dtype).reshape(*x.shape[:-1], x.shape[-1] // self.head_dim, self.head_dim)

@@ -16,7 +16,7 @@ from fp8x.calibrate.data import tokenize
 from fp8x.errors import ConfigError, DataError
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
-from fp8x.nn.convert import check_calibrated
+from fp8x.nn.walk import check_calibrated
 from fp8x.sharding.run import batch_spec, call, fill_batch
 
 DEFAULT_CONTEXT = 2048

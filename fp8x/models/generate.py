@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, UInt32
 
 from fp8x.errors import DataError
 from fp8x.models.decoder import Decoder
-from fp8x.nn.convert import check_calibrated
+from fp8x.nn.walk import check_calibrated
 from fp8x.sharding.run import batch_spec, call, check_batch
 
 

@@ -22,8 +22,8 @@ from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import Names, linear_names, param_names
 from fp8x.models.loading import Loader, check_counts, flat, get
 from fp8x.models.mesh_loading import MeshLoader
-from fp8x.nn.convert import check_calibrated
 from fp8x.nn.quantized import QuantizedLayer
+from fp8x.nn.walk import check_calibrated
 from fp8x.recipe import Recipe, Rules, as_recipe
 from fp8x.sharding.layers import gathered
 from fp8x.sharding.model import plan_of

@@ -19,10 +19,10 @@ from fp8x.errors import CheckpointError, some
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import Names, linear_names, param_names
-from fp8x.nn.convert import set_module
 from fp8x.nn.grouped import GroupedLinear, weight_scheme
 from fp8x.nn.linear import Linear
 from fp8x.nn.quantized import QuantizedLayer
+from fp8x.nn.walk import set_module
 from fp8x.recipe import Recipe
 
 # Tensors that say nothing a decoder needs: old rotary tables, and the scales of an fp8 KV cache (ours is in 16 bits).

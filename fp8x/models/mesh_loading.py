@@ -15,10 +15,10 @@ from fp8x.checkpoint.header import UNQUANTIZED
 from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import Names, param_names
 from fp8x.models.loading import Loader, flat, get
-from fp8x.nn.convert import set_module
 from fp8x.nn.grouped import GroupedLinear
 from fp8x.nn.linear import Linear
 from fp8x.nn.quantized import QuantizedLayer
+from fp8x.nn.walk import set_module
 from fp8x.recipe import Recipe
 from fp8x.sharding.layers import place_quantized, place_stored, place_weight
 from fp8x.sharding.model import finish

@@ -1,21 +1,31 @@
 """Flax NNX layers."""
 
-from fp8x.nn.convert import quantize_model, register
+from fp8x.nn.contraction import Einsum, LinearGeneral
+from fp8x.nn.convert import quantize_model
+from fp8x.nn.embed import Embed
 from fp8x.nn.grouped import GroupedLinear
-from fp8x.nn.linear import Linear
+from fp8x.nn.linear import Linear, LoRALinear
 from fp8x.nn.moe import MoE
 from fp8x.nn.quantized import Float8Weight, InputScale, WeightScale
+from fp8x.nn.registry import register
+from fp8x.nn.report import Report, report
 from fp8x.nn.unquantized import GatedMLP, UnquantizedGroupedLinear
 
 __all__ = [
+    "Einsum",
+    "Embed",
     "Float8Weight",
     "GatedMLP",
     "GroupedLinear",
     "InputScale",
     "Linear",
+    "LinearGeneral",
+    "LoRALinear",
     "MoE",
+    "Report",
     "UnquantizedGroupedLinear",
     "WeightScale",
     "quantize_model",
     "register",
+    "report",
 ]

@@ -1,99 +1,20 @@
-"""From a model in 16 or 32 bits to a quantized one: a registry of module types, and the walk that applies it."""
+"""From a model in 16 or 32 bits to a quantized one."""
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+import collections
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Literal
 
-import numpy as np
 from flax import nnx
 
-from fp8x.errors import CalibrationError, RecipeError, RuleError, some
-from fp8x.nn.grouped import GroupedLinear
-from fp8x.nn.linear import Linear
-from fp8x.nn.quantized import QuantizedLayer
-from fp8x.nn.unquantized import UnquantizedGroupedLinear
-from fp8x.recipe import Recipe, Rules, as_recipe
+from fp8x.errors import RecipeError, RuleError
+from fp8x.nn.registry import Holder, holders, known_types
+from fp8x.nn.report import KEPT, SKIPPED
+from fp8x.nn.walk import check_settable, named_layers, set_module
+from fp8x.recipe import Decision, Recipe, Rules, as_recipe
 
-
-class Converter(Protocol):
-    """Makes the quantized counterpart of a module. `name` is its path, for errors."""
-
-    def __call__(self, module: nnx.Module, recipe: Recipe, *, name: str, allow_nonfinite: bool) -> nnx.Module: ...
-
-
-_CONVERTERS: dict[type[nnx.Module], Converter] = {
-    nnx.Linear: Linear.from_linear,
-    UnquantizedGroupedLinear: GroupedLinear.from_unquantized,
-}
-
-
-def register(
-    source: type[nnx.Module], converter: Converter | None = None
-) -> Callable[[Converter], Converter] | Converter:
-    """Teaches `quantize_model` a module type: exactly `source`, not its subclasses. Usable as a decorator.
-
-    @fp8x.nn.register(MyExperts)
-    def quantize_my_experts(module, recipe, *, name, allow_nonfinite):
-        return fp8x.nn.GroupedLinear.from_arrays(...)
-    """
-    if converter is None:
-        return lambda function: register(source, function)
-    _CONVERTERS[source] = converter
-    return converter
-
-
-def named_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
-    """Every module with its dotted path (`layers.0.self_attn.q_proj`); one that is held twice comes twice."""
-    return _walk(model, (), ())
-
-
-def _walk(node, path: tuple[str, ...], above: tuple) -> Iterator[tuple[str, nnx.Module]]:
-    if any(node is ancestor for ancestor in above):
-        return  # a module may hold the one that holds it
-    if isinstance(node, nnx.Module):
-        yield ".".join(path), node
-    # nnx.iter_children knows no plain containers, which nnx.data lets a module hold.
-    match node:
-        case list() | tuple():
-            children = enumerate(node)
-        case dict():
-            children = node.items()
-        case _:
-            children = vars(node).items()
-    for key, child in children:
-        if isinstance(child, nnx.Module | dict | list | tuple):
-            yield from _walk(child, (*path, str(key)), (*above, node))
-
-
-def named_layers(model: nnx.Module) -> dict[str, QuantizedLayer]:
-    """The quantized layers of a model, by path."""
-    return {path: module for path, module in named_modules(model) if isinstance(module, QuantizedLayer)}
-
-
-def check_calibrated(model: nnx.Module) -> None:
-    """Looks before work for what a layer can tell only outside of jit.
-
-    Raises:
-        CalibrationError: layers that are in calibration, or whose static activation scale is missing, by name.
-    """
-    layers = named_layers(model)
-    if calibrating := [path for path, layer in layers.items() if layer.is_calibrating]:
-        raise CalibrationError(f"model: {some(calibrating)} in calibration; end it with fp8x.calibrate(model, batches)")
-    static = {path: layer.input_scale[...] for path, layer in layers.items() if layer.recipe.is_static}
-    if missing := [path for path, scale in static.items() if not np.isfinite(np.asarray(scale)).all()]:
-        raise CalibrationError(
-            f"model: {some(missing)} not calibrated; run fp8x.calibrate(model, batches), or use a recipe with dynamic "
-            "activation scales"
-        )
-
-
-def quantizable(model: nnx.Module) -> dict[str, nnx.Module]:
-    """The modules that `quantize_model` can convert, by path."""
-    return {path: module for path, module in named_modules(model) if type(module) in _CONVERTERS}
-
-
-def quantize_module(module: nnx.Module, recipe: Recipe, *, name: str, allow_nonfinite: bool = False) -> nnx.Module:
-    """The quantized counterpart of one module of a registered type."""
-    return _CONVERTERS[type(module)](module, recipe, name=name, allow_nonfinite=allow_nonfinite)
+Unsupported = Literal["warn", "error", "ignore"]
 
 
 def quantize_model(
@@ -101,77 +22,130 @@ def quantize_model(
     recipe: Recipe | str | None,
     rules: Mapping[str, Recipe | str | None] | None = None,
     *,
+    unsupported: Unsupported = "warn",
     allow_nonfinite: bool = False,
 ) -> nnx.Module:
     """Swaps the modules of a model for quantized ones, in place, one at a time: peak memory is the model and one layer.
 
+    Everything is checked before the first swap, so that an error leaves the model as it was; only a converter of the
+    user's own (`fp8x.nn.register`) can fail later, and the error says how far it had come.
+
     Arguments:
-        model: any NNX module; every `nnx.Linear`, `fp8x.nn.UnquantizedGroupedLinear` and registered type inside.
+        model: any NNX module. Quantized are `nnx.Linear`, `LinearGeneral`, `Einsum`, `LoRALinear` (its base) and so
+            `MultiHeadAttention`, `fp8x.nn.UnquantizedGroupedLinear`, registered types, subclasses of all these that
+            override nothing, and stacks of them as `nnx.vmap` makes; `nnx.Embed` where a rule names it.
         recipe: for what no rule names; a `Recipe`, its code, or None to quantize only what rules name.
         rules: path regex to a recipe, its code, or None to skip; the first that matches a whole path wins. Embeddings,
             `lm_head`, routers and gates are skipped unless a rule names them.
+        unsupported: what to do about matrices that no rule skips and that can't be quantized: warn once, raise an
+            error, or nothing. `fp8x.report(model)` lists them with the reasons.
         allow_nonfinite: quantize weights that hold NaN or Inf instead of raising.
 
     Returns:
         The model; a new layer where `model` itself is a layer.
 
     Raises:
-        RecipeError: the model is quantized already, or holds nothing that can be quantized, or holds it in a tuple.
-        RuleError: a rule that matches no module.
-        ShapeError: a weight that its recipe does not fit, named by path. The modules before it are quantized by then.
+        RecipeError: the model is quantized already, or holds nothing that can be quantized, or holds it in a tuple; or
+            matrices that can't be quantized, if those are to be an error, or if a rule names them alone.
+        RuleError: a rule that matches no module, or rules that skip all.
+        ShapeError: a weight that its recipe does not fit, or NaN or Inf in it, named by path.
     """
+    if unsupported not in ("warn", "error", "ignore"):
+        raise RecipeError(f"unsupported: {unsupported!r} is unknown; use 'warn', 'error' or 'ignore'")
     if layers := named_layers(model):
         raise RecipeError(f"model: {next(iter(layers)) or 'it'} is quantized already; start from the unquantized model")
-    modules = quantizable(model)
-    if not modules:
-        known = ", ".join(source.__name__ for source in _CONVERTERS)
-        raise RecipeError(f"model: {type(model).__name__} holds no module to quantize ({known}); see fp8x.nn.register")
-    chosen = Rules(None if recipe is None else as_recipe(recipe), rules or {}).resolve(modules)
-    converted: dict[int, nnx.Module] = {}  # a module that is held twice stays one
-    for path in list(modules):
-        module = modules.pop(path)
-        if chosen[path] is None:
-            continue
-        if id(module) not in converted:
-            converted[id(module)] = quantize_module(
-                module, chosen[path], name=path or "model", allow_nonfinite=allow_nonfinite
-            )
-        if not path:
-            return converted[id(module)]
-        set_module(model, path, converted[id(module)])
-    if not converted:
+    found = collections.deque(holders(model))
+    if all(holder.conversion is None for holder in found):
+        raise RecipeError(
+            f"model: {type(model).__name__} holds no module to quantize ({known_types()}); see fp8x.nn.register"
+        )
+    chosen = Rules(None if recipe is None else as_recipe(recipe), rules or {}).decide(holder.path for holder in found)
+    recipes = {holder.path: _recipe(holder, chosen[holder.path]) for holder in found}
+    _check_rules(rules or {}, found, chosen)
+    if not any(recipes.values()):
         raise RuleError("rules: they skip every module; nothing would be quantized")
+    for holder in found:
+        if recipes[holder.path] is not None:
+            check_settable(model, holder.path)
+            holder.conversion.check_before(holder.module, recipes[holder.path], holder.path or "model", allow_nonfinite)
+    _say_unsupported([holder for holder in found if _is_unsupported(holder, chosen[holder.path])], unsupported)
+    return _convert(model, found, recipes, chosen, allow_nonfinite)
+
+
+def _convert(
+    model: nnx.Module,
+    found: collections.deque[Holder],
+    recipes: dict[str, Recipe | None],
+    chosen: dict[str, Decision],
+    allow_nonfinite: bool,
+) -> nnx.Module:
+    converted: dict[int, nnx.Module] = {}  # a module that is held twice stays one
+    done: list[str] = []
+    while found:
+        holder = found.popleft()  # its module is gone before the next one is converted
+        path, recipe = holder.path, recipes[holder.path]
+        if recipe is None:
+            for variable, reason in holder.matrices.values():
+                variable.set_metadata(**{KEPT: reason or _why_kept(holder, chosen[path])})
+            continue
+        if id(holder.module) not in converted:
+            try:
+                converted[id(holder.module)] = holder.conversion.convert(
+                    holder.module, recipe, name=path or "model", allow_nonfinite=allow_nonfinite
+                )
+            except Exception as error:
+                if done:
+                    error.add_note(f"fp8x.quantize_model: {', '.join(done[:4])}… ({len(done)}) are quantized already")
+                raise
+        if not path:
+            return converted[id(holder.module)]
+        set_module(model, path, converted[id(holder.module)])
+        done.append(path)
     return model
 
 
-def set_module(model: nnx.Module, path: str, module: nnx.Module) -> None:
-    """Puts `module` at a dotted path.
-
-    Raises:
-        RecipeError: the module there is held in a tuple, which can't change.
-    """
-    *parents, last = path.split(".")
-    for key in parents:
-        model = get_module(model, key)
-    match model:
-        case tuple():
-            raise RecipeError(f"model: {path} is held in a tuple; hold modules that are to be quantized in an nnx.List")
-        case nnx.List() | list():
-            model[int(last)] = module
-        case dict():
-            model[last] = module
-        case _:
-            setattr(model, last, module)
+def _recipe(holder: Holder, decision: Decision) -> Recipe | None:
+    if holder.conversion is None or (holder.conversion.on_request and decision.pattern is None):
+        return None
+    return decision.recipe
 
 
-def get_module(model: nnx.Module, path: str) -> nnx.Module:
-    """The module (or container of modules) at a dotted path."""
-    for key in path.split("."):
-        match model:
-            case nnx.List() | list() | tuple():
-                model = model[int(key)]
-            case dict():
-                model = model[key]
-            case _:
-                model = getattr(model, key)
-    return model
+def _why_kept(holder: Holder, decision: Decision) -> str:
+    if decision.recipe is None and decision.pattern is not None:
+        return f"the rule {decision.pattern!r} says so"
+    if holder.conversion is None:
+        return holder.fault
+    if decision.is_skip or holder.conversion.on_request:
+        return SKIPPED
+    return "no rule names it, and the model had no recipe"
+
+
+def _is_unsupported(holder: Holder, decision: Decision) -> bool:
+    return holder.holds_matrix and holder.conversion is None and decision.recipe is not None
+
+
+def _check_rules(rules: Mapping, found: collections.deque[Holder], chosen: dict[str, Decision]) -> None:
+    """A rule with a recipe has to reach something that can have it."""
+    for pattern, value in rules.items():
+        reached = [holder for holder in found if re.fullmatch(pattern, holder.path)]
+        if value is not None and all(holder.conversion is None for holder in reached):
+            raise RecipeError(f"rules: {pattern!r} names what can't be quantized: {_described(reached)}")
+
+
+def _say_unsupported(left: list[Holder], unsupported: Unsupported) -> None:
+    if not left or unsupported == "ignore":
+        return
+    count = sum(reason is None for holder in left for _, reason in holder.matrices.values())
+    text = (
+        f"fp8x can't quantize {count} {'matrix' if count == 1 else 'matrices'} of the model: {_described(left)}. "
+        "A rule with None for a path says that it is to stay; fp8x.report(model) lists every matrix"
+    )
+    if unsupported == "error":
+        raise RecipeError(f"model: {text}")
+    warnings.warn(text, stacklevel=3)
+
+
+def _described(left: list[Holder]) -> str:
+    each = [f"{holder.path or 'model'} ({holder.fault})" for holder in left]
+    rest = f", and {len(each) - 4} more" if len(each) > 4 else ""
+    return "; ".join(each[:4]) + rest

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Self
 
 import jax.numpy as jnp
 from flax import nnx
@@ -42,6 +43,7 @@ class GroupedLinear(QuantizedLayer):
     ):
         recipe = as_recipe(recipe)
         shape = (e, *features(n), k)
+        self.rank = len(shape)
         bias = jnp.zeros(shape[:-1], recipe.out_dtype) if use_bias else None
         self.hold(initial_weight(rngs, shape, weight_scheme(recipe, len(shape))), recipe, bias)
 
@@ -53,7 +55,7 @@ class GroupedLinear(QuantizedLayer):
         *,
         bias: Float[Array, "e ..."] | None = None,
         input_scale: Float[Array, "1 groups"] | None = None,
-    ) -> "GroupedLinear":
+    ) -> Self:
         """A layer around a weight `[E, *n, K]` that is quantized already.
 
         Raises:
@@ -65,9 +67,14 @@ class GroupedLinear(QuantizedLayer):
                 f"weight {weight.shape} and bias {getattr(bias, 'shape', None)} do not fit; use [E, N, K] and [E, N], "
                 "or [E, P, N, K] and [E, P, N]"
             )
-        e, *n, k = weight.shape
+        return cls._from_arrays(weight, as_recipe(recipe), weight.ndim, bias, input_scale)
+
+    @classmethod
+    def _from_arrays(cls, weight: ScaledArray, recipe: Recipe, rank: int, bias=None, input_scale=None) -> Self:
+        """A layer, or a stack of them where the weight has more than `rank` dims."""
+        e, *n, k = weight.shape[-rank:]
         layer = nnx.eval_shape(lambda: cls(e, k, tuple(n), recipe=recipe, rngs=nnx.Rngs(0)))
-        layer.hold(weight, as_recipe(recipe), bias, input_scale)
+        layer.hold(weight, recipe, bias, input_scale)
         return layer
 
     @classmethod
@@ -78,17 +85,18 @@ class GroupedLinear(QuantizedLayer):
         *,
         name: str = "weight",
         allow_nonfinite: bool = False,
-    ) -> "GroupedLinear":
-        """Quantizes an `UnquantizedGroupedLinear`; `name` stands in errors.
+    ) -> Self:
+        """Quantizes an `UnquantizedGroupedLinear`, or a stack of them; `name` stands in errors.
 
         Raises:
             ShapeError: sizes that the recipe's blocks do not fit, or NaN or Inf in the weight.
         """
         recipe = as_recipe(recipe)
-        scheme = weight_scheme(recipe, source.weight.ndim)
+        scheme = weight_scheme(recipe, source.rank)
+        check_grouped(source, recipe, name)
         weight = numerics.quantize_weight(source.weight[...], scheme, name=name, allow_nonfinite=allow_nonfinite)
         bias = None if source.bias is None else source.bias[...]
-        layer = cls.from_arrays(weight, recipe, bias=bias)
+        layer = cls._from_arrays(weight, recipe, source.rank, bias)
         layer.keep_sharding(source.weight, source.bias)
         return layer
 
@@ -175,6 +183,7 @@ class GroupedLinear(QuantizedLayer):
 
     def _check_input(self, x: Float[Array, "m ..."], gate: str | None) -> tuple[Float[Array, "m ..."], str | None]:
         """`x` and the gate that is still to be applied: none where magnitudes behind it are looked at before."""
+        self.check_single()
         k = self.weight.shape[-1]
         rows = (k,) if gate is None else (2, k)
         if x.shape[1:] != rows:
@@ -192,3 +201,8 @@ class GroupedLinear(QuantizedLayer):
             return op(x, weight, bias=bias, out_dtype=factor.out_dtype, **activation)
 
         return (multiply if factor.w.ndim == 3 else functools.partial(multiply_parts, multiply))(x, factor.w, bias)
+
+
+def check_grouped(source: UnquantizedGroupedLinear, recipe: Recipe, name: str) -> None:
+    """Raises what `GroupedLinear.from_unquantized` does, but for NaN and Inf."""
+    weight_scheme(recipe, source.rank).check_shape(source.weight.shape[-source.rank :], name)

@@ -72,9 +72,9 @@ def add_counts(one: UInt32[Array, "2 groups b"], other: UInt32[Array, "2 groups 
     return _carry(one[0] + other[0], one[1] + other[1])
 
 
-def total_counts(histogram: UInt32[np.ndarray, "2 groups b"]) -> Int64[np.ndarray, "groups b"]:
+def total_counts(histogram: UInt32[np.ndarray, "... 2 groups b"]) -> Int64[np.ndarray, "... groups b"]:
     """A histogram, or a sum of those of many devices, as whole numbers."""
-    low, rest = histogram.astype(np.int64)
+    low, rest = np.moveaxis(histogram.astype(np.int64), -3, 0)
     return low + (rest << LOW_BITS)
 
 

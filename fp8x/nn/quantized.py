@@ -1,6 +1,7 @@
 """What the quantized layers share: their variables, their static activation scale, and calibration."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +33,14 @@ class InputScale(nnx.Variable):
 
 
 class QuantizedLayer(nnx.Module):
-    """Base of `Linear` and `GroupedLinear`.
+    """Base of the layers in 8 bits.
+
+    A stack of layers, as `nnx.vmap` makes them, is one of these whose variables have further leading axes; `nnx.scan`
+    and `nnx.vmap` take one layer after another out of it.
 
     Attributes:
         recipe: what the layer does.
+        rank: how many dims the weight of one layer has.
         weight: `Float8Weight` `[..., N, K]`, K-major.
         weight_scale: `WeightScale`, `weight_scheme.scale_shape(weight.shape)`.
         weight_scheme: the scheme of the two above.
@@ -47,6 +52,7 @@ class QuantizedLayer(nnx.Module):
         amax_axes: those over which a block of dynamically quantized activations reaches.
     """
 
+    rank: int = 2
     k_axes: tuple[str, ...] = ()
     amax_axes: tuple[str, ...] = ()
 
@@ -56,30 +62,40 @@ class QuantizedLayer(nnx.Module):
         Raises:
             RecipeError: the weight is stored in another way than the recipe says.
         """
-        _check_stored(weight, recipe)
+        _check_stored(weight, recipe, self.rank)
         self.recipe = recipe
         self.weight_scheme = weight.scheme
         self.weight = Float8Weight(weight.data)
         self.weight_scale = WeightScale(weight.scale)
         self.bias = nnx.data(None if bias is None else nnx.Param(bias))
         self.input_scale = nnx.data(
-            InputScale(_initial_scale(recipe, weight, input_scale)) if recipe.is_static else None
+            InputScale(_initial_scale(recipe, weight, self.rank, input_scale)) if recipe.is_static else None
         )
         self.abandon_calibration()
         if recipe.observer:
             self.start_calibration()
 
-    def keep_sharding(self, weight: nnx.Variable, bias: nnx.Variable | None, *, transposed: bool = False) -> None:
+    def keep_sharding(
+        self,
+        weight: nnx.Variable,
+        bias: nnx.Variable | None,
+        dims: Sequence[Sequence[int]] | None = None,
+        bias_dims: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         """Gives the variables the partitioning metadata of those that they replace (`nnx.with_partitioning`).
 
         Scales lie over the axes of their weight's dims, but for dims with one scale, and dims whose blocks a boundary
         between devices would cut, where the mesh is known.
+
+        Arguments:
+            weight, bias: what is replaced.
+            dims, bias_dims: the dims of `weight` and `bias` that each dim here was merged from; None where they are
+                the same. The merged dim lies as its first one does: an array can't say that it is split within that.
         """
-        if bias is not None:
-            _copy_partitioning(bias, self.bias, bias.get_metadata("out_sharding", None))
-        if (names := weight.get_metadata("out_sharding", None)) is None:
+        if bias is not None and (names := _merged_names(bias, bias_dims)) is not None:
+            _copy_partitioning(bias, self.bias, names)
+        if (names := _merged_names(weight, dims)) is None:
             return
-        names = (*names, *[None] * (weight.ndim - len(names)))[:: -1 if transposed else 1]
         of_scales = [name if count > 1 else None for name, count in zip(names, self.weight_scale.shape)]
         mesh = weight.get_metadata("mesh", None) or meshes.explicit_mesh(self.weight[...])
         if mesh is not None:
@@ -93,6 +109,18 @@ class QuantizedLayer(nnx.Module):
     def quantized_weight(self) -> ScaledArray:
         """Weight and scale as one array."""
         return ScaledArray(self.weight[...], self.weight_scale[...], self.weight_scheme)
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The leading axes of a stack of layers; empty for one layer."""
+        return self.weight.shape[: -self.rank]
+
+    def check_single(self) -> None:
+        """Raises a ShapeError where a stack of layers is called like one."""
+        if self.stack:
+            raise ShapeError(
+                f"layer: it is a stack of {list(self.stack)} layers, made by nnx.vmap; run it by nnx.scan or nnx.vmap"
+            )
 
     @property
     def is_calibrating(self) -> bool:
@@ -115,20 +143,21 @@ class QuantizedLayer(nnx.Module):
             )
         self.fake_quantize = fake_quantize
         self.amax = nnx.data(Amax(jnp.zeros(self.input_scale.shape, jnp.float32)))
-        self.tokens = nnx.data(TokenCount(jnp.zeros(self.weight.shape[:-2][:1], jnp.int32)))
-        self.nonfinite = nnx.data(NonfiniteCount(jnp.zeros((), jnp.int32)))
-        shape = (2, self.input_scale.shape[1], BINS)
+        experts = self.weight.shape[-self.rank : -2][:1]
+        self.tokens = nnx.data(TokenCount(jnp.zeros((*self.stack, *experts), jnp.int32)))
+        self.nonfinite = nnx.data(NonfiniteCount(jnp.zeros(self.stack, jnp.int32)))
+        shape = (*self.stack, 2, self.input_scale.shape[-1], BINS)
         self.histogram = nnx.data(Histogram(jnp.zeros(shape, jnp.uint32)) if histogram else None)
 
     def finish_calibration(self, scale: Float[Array, "1 groups"] | None = None) -> None:
         """Sets the static scale (by default the one that follows from the amax gathered), and ends calibration.
 
         Raises:
-            CalibrationError: no calibration was started, or the amax is zero: the layer saw nothing.
+            CalibrationError: no calibration was started, or the amax of a layer is zero: it saw nothing.
         """
         if not self.is_calibrating:
             raise CalibrationError("layer: it is not in calibration; call start_calibration first")
-        if not np.asarray(self.amax[...]).any():
+        if not np.asarray(self.amax[...]).any((-2, -1)).all():
             raise CalibrationError(f"layer: it saw no activation other than zero in {np.sum(self.tokens[...])} tokens")
         if scale is None:
             scale = numerics.compute_scale(self.amax[...], self.recipe.activation)
@@ -186,12 +215,24 @@ class QuantizedLayer(nnx.Module):
         self.nonfinite[...] = self.nonfinite[...] + nonfinite
 
 
-def _copy_partitioning(source: nnx.Variable, to: nnx.Variable, names: tuple | None) -> None:
+def _merged_names(variable: nnx.Variable, dims: Sequence[Sequence[int]] | None) -> tuple | None:
+    """The mesh axes in the metadata of `variable`, for the dims that `dims` merges; None where there are none."""
+    if (names := variable.get_metadata("out_sharding", None)) is None:
+        return None
+    names = (*names, *[None] * (variable.ndim - len(names)))
+    return names if dims is None else tuple(names[merged[0]] if merged else None for merged in dims)
+
+
+def _copy_partitioning(source: nnx.Variable, to: nnx.Variable, names: tuple) -> None:
     """The metadata of `source` that says how it lies on a mesh, for a variable with `names` for its dims."""
-    if names is not None:
-        metadata = source.get_metadata()
-        kept = {name: metadata[name] for name in ("sharding_rules", "mesh") if name in metadata}
-        to.set_metadata(**kept | {"out_sharding": names})
+    metadata = source.get_metadata()
+    kept = {name: metadata[name] for name in ("sharding_rules", "mesh") if name in metadata}
+    to.set_metadata(**kept | {"out_sharding": names})
+
+
+def place(y: Array, out_sharding) -> Array:
+    """`y` as Flax's layers return it where they are called with an `out_sharding`."""
+    return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
 
 def weight_scheme(recipe: Recipe, ndim: int) -> Scheme:
@@ -202,15 +243,15 @@ def weight_scheme(recipe: Recipe, ndim: int) -> Scheme:
     return scheme
 
 
-def _check_stored(weight: ScaledArray, recipe: Recipe) -> None:
-    expected = weight_scheme(recipe, weight.ndim)
+def _check_stored(weight: ScaledArray, recipe: Recipe, rank: int) -> None:
+    expected = weight_scheme(recipe, rank)
     stored, fits = ((s.dtype, s.scale_dtype, s.block_of(weight.shape)) for s in (weight.scheme, expected))
     if stored != fits:
         raise RecipeError(f"weight: it is stored in {weight.scheme}, but the recipe's weights are in {expected}")
 
 
-def _initial_scale(recipe: Recipe, weight: ScaledArray, given: Array | None) -> Float[Array, "1 groups"]:
-    shape = recipe.activation.scale_shape((1, weight.shape[-1]))
+def _initial_scale(recipe: Recipe, weight: ScaledArray, rank: int, given: Array | None) -> Float[Array, "... groups"]:
+    shape = (*weight.shape[:-rank], *recipe.activation.scale_shape((1, weight.shape[-1])))
     if given is None:
         # A unit scale needs no calibration.
         return jnp.full(shape, 1.0 if recipe.activation.scale_rule == "unit" else jnp.nan, jnp.float32)

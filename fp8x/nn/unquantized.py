@@ -33,6 +33,7 @@ class UnquantizedGroupedLinear(nnx.Module):
     Attributes:
         weight: `nnx.Param`, `[E, *n, K]`, K-major as Hugging Face stores matrices.
         bias: `nnx.Param`, `[E, *n]`, or None.
+        rank: how many dims the weight of one layer has; a stack of layers, as `nnx.vmap` makes them, has more.
         k_axes: mesh axes over which K is split, where the layer is one device's part of another. It returns float32
             then, of which the sum over these axes is the product.
     """
@@ -51,6 +52,7 @@ class UnquantizedGroupedLinear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         shape = (e, *features(n), k)
+        self.rank = len(shape)
         init = jax.nn.initializers.truncated_normal(stddev=math.sqrt(1.0 / k))
         self.weight = nnx.Param(init(rngs.params(), shape, param_dtype))
         self.bias = nnx.Param(jnp.zeros(shape[:-1], param_dtype)) if use_bias else None

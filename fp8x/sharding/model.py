@@ -6,8 +6,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from fp8x.errors import MeshError
-from fp8x.nn.convert import get_module, named_modules
 from fp8x.nn.moe import MoE
+from fp8x.nn.walk import get_module, named_modules
 from fp8x.sharding.layers import mark_moe, place_layer
 from fp8x.sharding.place import SPEC, place, put, values_of
 from fp8x.sharding.plan import Plan, check_mesh, mixture, plan

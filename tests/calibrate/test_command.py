@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import fp8x
 from fp8x.cli import app
-from fp8x.nn.convert import named_layers
+from fp8x.nn.walk import named_layers
 
 CODE = "e4m3_e4m3_bf16"
 

@@ -6,7 +6,7 @@ from flax import nnx
 import fp8x
 from fp8x.calibrate import driver
 from fp8x.errors import CalibrationError, DataError
-from fp8x.nn.convert import named_layers
+from fp8x.nn.walk import named_layers
 
 
 class Mlp(nnx.Module):

@@ -13,7 +13,7 @@ from fp8x.calibrate import CalibrationReport, Sidecar, sharded, start
 from fp8x.errors import CalibrationError, MeshError
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
-from fp8x.nn.convert import named_layers
+from fp8x.nn.walk import named_layers
 
 IDS = np.random.default_rng(0).integers(0, 256, (4, 8)).astype(np.int32)
 GROUPS = "fp8_e4m3fn_bf16_block_scale_static_activation"

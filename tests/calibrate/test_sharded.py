@@ -14,8 +14,8 @@ from meshes import mesh_of
 import fp8x
 from fp8x.calibrate import all_reduce, observe, sharded, start, static_layers
 from fp8x.errors import MeshError
-from fp8x.nn.convert import named_layers
 from fp8x.nn.observer import BINS
+from fp8x.nn.walk import named_layers
 
 CODE = "fp8_e4m3fn_bf16_block_scale_static_activation"
 PORTION = 3  # rows

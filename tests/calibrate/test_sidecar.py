@@ -12,7 +12,7 @@ import fp8x
 from fp8x.calibrate import CalibrationReport, Dataset, LayerStatistics, Sidecar
 from fp8x.calibrate.sidecar import read
 from fp8x.errors import CalibrationError
-from fp8x.nn.convert import named_layers
+from fp8x.nn.walk import named_layers
 
 CODE = "fp8_e4m3fn_bf16_block_scale_static_activation"
 

@@ -18,7 +18,7 @@ from fp8x.checkpoint import FORMATS, Reader, Writer
 from fp8x.checkpoint.reader import DTYPES, SINGLE
 from fp8x.errors import CalibrationError, CheckpointError, ConfigError, Fp8xError, MeshError, RuleError, ShapeError
 from fp8x.models import Decoder, DecoderConfig, hub
-from fp8x.nn.convert import named_layers
+from fp8x.nn.walk import named_layers
 from fp8x.recipe import Recipe
 from fp8x.scheme import Scheme, per_tensor
 

@@ -1,0 +1,118 @@
+"""`report`: every matrix of a model, with its recipe or the reason why it is in 16 or 32 bits."""
+
+import dataclasses
+import math
+
+import numpy as np
+from flax import nnx
+
+from fp8x.nn.quantized import QuantizedLayer
+from fp8x.nn.registry import holders, type_name
+from fp8x.nn.walk import named_modules
+from fp8x.recipe import RECIPES, Recipe, Rules
+
+KEPT = "fp8x_kept"  # the metadata of a variable that `quantize_model` left, and why
+SKIPPED = "embeddings, heads, routers and gates stay unless a rule names them"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A parameter of two or more dims.
+
+    Attributes:
+        path: of the variable, dotted.
+        type: of the module that holds it.
+        shape, dtype: as stored; K-major where it is quantized.
+        nbytes: with its scales.
+        recipe: what a quantized layer does; None for what is not quantized.
+        reason: why it is not; empty for what is.
+    """
+
+    path: str
+    type: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    nbytes: int
+    recipe: Recipe | None
+    reason: str
+
+    @property
+    def code(self) -> str:
+        """The recipe's code, or what it is made of."""
+        if self.recipe is None:
+            return ""
+        known = next((code for code, recipe in RECIPES.items() if recipe == self.recipe), None)
+        if known is not None:
+            return known
+        activation = "16 bits" if self.recipe.activation is None else str(self.recipe.activation)
+        return f"{self.recipe.weight} by {activation} -> {self.recipe.out_dtype}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Every parameter of two or more dims, in the order of the model; prints as a table."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def quantized(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.recipe is not None)
+
+    @property
+    def kept(self) -> tuple[Row, ...]:
+        """Those in 16 or 32 bits."""
+        return tuple(row for row in self.rows if row.recipe is None)
+
+    def __str__(self) -> str:
+        head = ("path", "type", "shape", "dtype", "bytes", "recipe, or why it stays")
+        cells = [
+            (
+                row.path,
+                row.type,
+                "×".join(map(str, row.shape)),
+                str(row.dtype),
+                f"{row.nbytes:,}",
+                row.code or row.reason,
+            )
+            for row in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *cells)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(each, widths)).rstrip() for each in (head, *cells)]
+        total, small = (sum(row.nbytes for row in rows) for rows in (self.rows, self.quantized))
+        last = f"{len(self.quantized)} of {len(self.rows)} in 8 bits, {small:,} of {total:,} bytes"
+        return "\n".join([*lines, last])
+
+
+def report(model: nnx.Module) -> Report:
+    """Every parameter of two or more dims of a model, quantized or not; one that is held twice is listed once.
+
+    Of a model that `fp8x.quantize_model` has not seen yet, the reasons say what it would not quantize.
+    """
+    order = {path: index for index, (path, _) in enumerate(named_modules(model))}
+    rows: dict[int, tuple[int, Row]] = {}
+
+    def add(path: str, module: nnx.Module, name: str, variable: nnx.Variable, recipe: Recipe | None, reason: str):
+        nbytes = _nbytes(variable) + (0 if recipe is None else _nbytes(module.weight_scale))
+        full = f"{path}.{name}" if path else name
+        row = Row(full, type_name(module), variable.shape, np.dtype(variable.dtype), nbytes, recipe, reason)
+        rows.setdefault(id(variable), (order[path], row))
+
+    for path, module in named_modules(model):
+        if isinstance(module, QuantizedLayer):
+            add(path, module, "weight", module.weight, module.recipe, "")
+            if module.bias is not None and module.bias.ndim >= 2:
+                add(path, module, "bias", module.bias, None, "a bias")
+    found = holders(model)
+    skipped = Rules(None).decide(holder.path for holder in found)
+    for holder in found:
+        for name, (variable, reason) in holder.matrices.items():
+            if reason is None:
+                reason = variable.get_metadata(KEPT, None) or holder.fault
+            if reason is None and (skipped[holder.path].is_skip or holder.conversion.on_request):
+                reason = SKIPPED
+            add(holder.path, holder.module, name, variable, None, reason or "fp8x.quantize_model has not been called")
+    return Report(tuple(row for _, row in sorted(rows.values(), key=lambda pair: pair[0])))
+
+
+def _nbytes(variable: nnx.Variable) -> int:
+    return math.prod(variable.shape) * np.dtype(variable.dtype).itemsize

@@ -1,0 +1,93 @@
+"""Modules inside a model, by dotted path."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from flax import nnx
+
+from fp8x.errors import CalibrationError, RecipeError, some
+from fp8x.nn.quantized import QuantizedLayer
+
+
+def named_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
+    """Every module with its dotted path (`layers.0.self_attn.q_proj`); one that is held twice comes twice."""
+    return _walk(model, (), ())
+
+
+def _walk(node, path: tuple[str, ...], above: tuple) -> Iterator[tuple[str, nnx.Module]]:
+    if any(node is ancestor for ancestor in above):
+        return  # a module may hold the one that holds it
+    if isinstance(node, nnx.Module):
+        yield ".".join(path), node
+    # nnx.iter_children knows no plain containers, which nnx.data lets a module hold.
+    match node:
+        case list() | tuple():
+            children = enumerate(node)
+        case dict():
+            children = node.items()
+        case _:
+            children = vars(node).items()
+    for key, child in children:
+        if isinstance(child, nnx.Module | dict | list | tuple):
+            yield from _walk(child, (*path, str(key)), (*above, node))
+
+
+def named_layers(model: nnx.Module) -> dict[str, QuantizedLayer]:
+    """The quantized layers of a model, by path."""
+    return {path: module for path, module in named_modules(model) if isinstance(module, QuantizedLayer)}
+
+
+def check_calibrated(model: nnx.Module) -> None:
+    """Looks before work for what a layer can tell only outside of jit.
+
+    Raises:
+        CalibrationError: layers that are in calibration, or whose static activation scale is missing, by name.
+    """
+    layers = named_layers(model)
+    if calibrating := [path for path, layer in layers.items() if layer.is_calibrating]:
+        raise CalibrationError(f"model: {some(calibrating)} in calibration; end it with fp8x.calibrate(model, batches)")
+    static = {path: layer.input_scale[...] for path, layer in layers.items() if layer.recipe.is_static}
+    if missing := [path for path, scale in static.items() if not np.isfinite(np.asarray(scale)).all()]:
+        raise CalibrationError(
+            f"model: {some(missing)} not calibrated; run fp8x.calibrate(model, batches), or use a recipe with dynamic "
+            "activation scales"
+        )
+
+
+def check_settable(model: nnx.Module, path: str) -> None:
+    """What `set_module` would raise."""
+    *parents, _ = path.split(".")
+    if parents and isinstance(get_module(model, ".".join(parents)), tuple):
+        raise RecipeError(f"model: {path} is held in a tuple; hold modules that are to be quantized in an nnx.List")
+
+
+def set_module(model: nnx.Module, path: str, module: nnx.Module) -> None:
+    """Puts `module` at a dotted path.
+
+    Raises:
+        RecipeError: the module there is held in a tuple, which can't change.
+    """
+    check_settable(model, path)
+    *parents, last = path.split(".")
+    for key in parents:
+        model = get_module(model, key)
+    match model:
+        case nnx.List() | list():
+            model[int(last)] = module
+        case dict():
+            model[last] = module
+        case _:
+            setattr(model, last, module)
+
+
+def get_module(model: nnx.Module, path: str) -> nnx.Module:
+    """The module (or container of modules) at a dotted path."""
+    for key in path.split("."):
+        match model:
+            case nnx.List() | list() | tuple():
+                model = model[int(key)]
+            case dict():
+                model = model[key]
+            case _:
+                model = getattr(model, key)
+    return model
