@@ -8,8 +8,9 @@ H200 products of 16 bits had 2.4e-7 at most in float32 (weight-only, MX, XLA's p
 Kernels that multiply 8 bits by 8 bits on tensor cores (`sm90_fp8*`) have a tolerance of their own: 2.5e-4 in float32,
 3.3e-4 in float16, bfloat16's as above. Hopper adds fp8 products with 13 bits below the largest addend; kernels take the
 sum to float32 registers every 128 of K, so K does not matter. An H200 had 1.25e-4 to 2.07e-4, 2.7e-4 to 3.2e-4, and
-1.61e-3 to 1.73e-3, which is bfloat16's rounding alone; the same arithmetic, emulated, has 1.3e-4 on normal numbers, and
-up to 2.45e-4 where columns of x differ in magnitude, by a factor e as a standard deviation.
+1.61e-3 to 1.73e-3, which is bfloat16's rounding alone, and 7.6e-5 to 2.46e-4 in float32 in tests of ops; the same
+arithmetic, emulated, has 1.3e-4 on normal numbers, and up to 2.45e-4 where columns of x differ in magnitude, by a
+factor e as a standard deviation.
 
 Gradients, whichever kernel ran: straight through the rounding (Bengio et al., 2013, arXiv:1308.3432). That of `x` is
 `dy @ dequantize(w)` in float32, zero where a given activation scale clips; that of `bias` sums dy's rows. Weights and
