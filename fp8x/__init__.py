@@ -5,6 +5,7 @@ from fp8x.array import ScaledArray
 from fp8x.calibrate import calibrate
 from fp8x.models.convert import convert
 from fp8x.models.hub import load, save
+from fp8x.models.modules import load_into
 from fp8x.nn import quantize_model, report
 from fp8x.numerics import quantize
 from fp8x.ops import backend
@@ -20,6 +21,7 @@ __all__ = [
     "calibrate",
     "convert",
     "load",
+    "load_into",
     "nn",
     "ops",
     "quantize",

@@ -9,6 +9,7 @@ from fp8x.checkpoint.fp8 import Fp8
 from fp8x.checkpoint.modelopt import ModelOpt
 from fp8x.checkpoint.mxfp8 import Mxfp8
 from fp8x.checkpoint.reader import CONFIG as CONFIG
+from fp8x.checkpoint.reader import DESCRIPTION as DESCRIPTION
 from fp8x.checkpoint.reader import Reader as Reader
 from fp8x.checkpoint.writer import Writer as Writer
 from fp8x.errors import CheckpointError

@@ -22,6 +22,7 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LEGACY = "hf_quant_config.json"
+DESCRIPTION = "fp8x.json"  # in the place of config.json, where the model is no Hugging Face one
 
 
 class Reader:
@@ -30,15 +31,18 @@ class Reader:
     Only headers are read when one is built; a tensor's bytes are read when they are used. Experts that are fused on
     disk appear one by one (`fused.py`).
 
+    Arguments:
+        config: the JSON file beside the tensors; where it is `fp8x.json`, tensors appear as they are named on disk.
+
     Attributes:
         path: the directory, absolute.
-        config: the parsed config.json, with older places of `quantization_config` in that field.
+        config: that file, parsed, with older places of `quantization_config` in that field.
 
     Raises:
         CheckpointError: anything is missing, truncated or contradicts itself; the message names file and tensor.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, config: str = CONFIG):
         self.path = Path(path).expanduser().absolute()
         self._tensors: dict[str, Stored] = {}
         self._maps: dict[Path, mmap.mmap] = {}
@@ -48,15 +52,16 @@ class Reader:
         with _explained(self.path):
             if not self.path.is_dir():
                 found = "is a file" if self.path.exists() else "does not exist"
-                raise CheckpointError(f"{self.path}: {found}; give a directory with {CONFIG} and {SINGLE}")
-            self.config: dict[str, Any] = _read_config(self.path)
+                raise CheckpointError(f"{self.path}: {found}; give a directory with {config} and {SINGLE}")
+            self.config: dict[str, Any] = _read_config(self.path) if config == CONFIG else read_json(self.path / config)
             listed = _listed_files(self.path)
         for file in dict.fromkeys(listed.values()) if listed else [self.path / SINGLE]:
             self._open(file)
         for name, file in listed.items():
             if name not in self._tensors or self._tensors[name].file != file:
                 raise CheckpointError(f"{self.path / INDEX}: says that {file.name} holds {name}, but it does not")
-        self._tensors = unfused(self._tensors, self.config.get("model_type"))
+        if config == CONFIG:
+            self._tensors = unfused(self._tensors, self.config.get("model_type"))
 
     def _open(self, file: Path) -> None:
         with _explained(file), file.open("rb") as f:
@@ -187,9 +192,19 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     with _explained(file):
         if not file.is_file():
-            hint = f"a Hugging Face directory has {CONFIG} beside its safetensors files"
-            raise CheckpointError(f"{file}: {_absence(file)}; {hint}")
+            raise CheckpointError(f"{file}: {_absence(file)}; {_hint(file)}")
         return parse_object(file.read_bytes(), str(file))
+
+
+def _hint(file: Path) -> str:
+    """What to do where a JSON file is missing."""
+    if file.name == CONFIG and file.with_name(DESCRIPTION).is_file():
+        return f"it holds a model of your own ({DESCRIPTION}), which fp8x.load_into reads"
+    if file.name == DESCRIPTION:
+        if file.with_name(CONFIG).is_file():
+            return "it is a Hugging Face directory, which fp8x.load reads"
+        return "fp8x.save writes it for a model of your own"
+    return f"a Hugging Face directory has {CONFIG} beside its safetensors files"
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""`load` and `save`: Hugging Face directories in and out of a `Decoder`, one layer at a time."""
+"""`load` and `save`: Hugging Face directories in and out of a `Decoder`, one layer at a time.
+
+`save` hands every other module to `modules.py`.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +25,7 @@ from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import Names, linear_names, param_names
 from fp8x.models.loading import Loader, check_counts, flat, get
 from fp8x.models.mesh_loading import MeshLoader
+from fp8x.models.modules import save_module
 from fp8x.nn.quantized import QuantizedLayer
 from fp8x.nn.walk import check_calibrated
 from fp8x.recipe import Recipe, Rules, as_recipe
@@ -98,7 +102,7 @@ def load(
 
 
 def save(
-    model: Decoder,
+    model: nnx.Module,
     path: str | Path,
     format: str | None = None,
     *,
@@ -106,14 +110,17 @@ def save(
     beside: Mapping[str, Mapping[str, Any]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Writes a model as a Hugging Face directory, completely or not at all; weights and scales byte by byte.
+    """Writes a model into a directory, completely or not at all; weights and scales byte by byte.
 
-    The tokenizer and generation settings are copied from where the model was loaded from, if that is still there.
+    A `Decoder` becomes a Hugging Face directory, which `fp8x.load` reads; the tokenizer and generation settings are
+    copied from where the model was loaded from, if that is still there. Any other module becomes safetensors with its
+    variables by path, and a `fp8x.json` that says how each layer is quantized; `fp8x.load_into` reads that.
 
     Arguments:
+        model: a `Decoder`, or any NNX module, quantized or not.
         path: the directory to make; it must not exist, or be empty.
-        format: "compressed-tensors", "fp8" or "modelopt"; by default the first that can hold the model. None for a
-            model that is not quantized.
+        format: of a `Decoder`: "compressed-tensors", "fp8" or "modelopt"; by default the first that can hold the model.
+            None for a model that is not quantized.
         max_shard_bytes: several files with an index, where one would be larger.
         beside: further JSON files, by name: they come with the weights or not at all.
         progress: called after every tensor with the bytes written and the bytes in all.
@@ -123,7 +130,13 @@ def save(
         CheckpointError: the format can't hold the model, or `path` can't be written; nothing is left there.
     """
     if not isinstance(model, Decoder):
-        raise CheckpointError(f"model: is a {type(model).__name__}, not a Decoder; save other modules with orbax")
+        if format is not None:
+            raise CheckpointError(
+                f"format: {format!r} does not fit: the model is a {type(model).__name__}, and Hugging Face's formats "
+                "hold Decoders alone; leave the format out"
+            )
+        save_module(model, path, max_shard_bytes=max_shard_bytes, beside=beside, progress=progress)
+        return
     config, names = model.config, linear_names(model.config)
     if not config.hf:
         raise CheckpointError("model.config.hf: is empty; build the model's config with DecoderConfig.from_hf")

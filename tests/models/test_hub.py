@@ -306,8 +306,8 @@ def test_arguments_of_save(static, tmp_path):
     uncalibrated = hub.load(MIXTRAL, rules={"layers.0.self_attn.q_proj": Recipe(per_tensor(), per_tensor(), "static")})
     with pytest.raises(CalibrationError, match=r"layers.0.self_attn.q_proj is not calibrated; run fp8x.calibrate"):
         hub.save(uncalibrated, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="model: is a MoE, not a Decoder"):
-        hub.save(model.layers[0].mlp, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="format: 'fp8' does not fit: the model is a MoE, and Hugging Face's"):
+        hub.save(model.layers[0].mlp, tmp_path / "out", "fp8")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -163,8 +163,8 @@ class Attention(nnx.Module):
 
 @pytest.mark.parametrize("code", ["e4m3_bf16", "mxfp8_mxfp8_bf16", "fp8_e4m3fn_bf16_block_scale"])
 def test_attention_with_a_cache(code):
-    model = Attention(nnx.Rngs(0), num_kv_heads=2, normalize_qk=True)
-    x = jax.random.normal(jax.random.key(0), (2, 6, 64))
+    model = Attention(nnx.Rngs(0), num_kv_heads=2, normalize_qk=True, dtype=jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(0), (2, 6, 64), jnp.bfloat16)
     exact = model.attention(x, is_causal=True, decode=False)
     fp8x.quantize_model(model, code)
     whole = model.attention(x, is_causal=True, decode=False).astype(jnp.float32)
