@@ -224,7 +224,9 @@ def _quantized(model: nnx.Module, rules: Mapping[str, Recipe], path: Path) -> nn
 
     def quantize(state: nnx.State) -> nnx.State:
         patterns = {re.escape(name): recipe for name, recipe in rules.items()}
-        graphdef_after, state = nnx.split(quantize_model(nnx.merge(graphdef, state), None, patterns))
+        graphdef_after, state = nnx.split(
+            quantize_model(nnx.merge(graphdef, state), None, patterns, unsupported="ignore")
+        )
         graphdefs.append(graphdef_after)
         return state
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 from flax import nnx
 
-from fp8x.errors import RecipeError, RuleError
+from fp8x.errors import RecipeError, RuleError, some
 from fp8x.nn.registry import Holder, holders, known_types
-from fp8x.nn.report import KEPT, SKIPPED
+from fp8x.nn.report import SKIPPED, remember_why
 from fp8x.nn.walk import check_settable, named_layers, set_module
 from fp8x.recipe import Decision, Recipe, Rules, as_recipe
 
@@ -85,8 +85,7 @@ def _convert(
         holder = found.popleft()  # its module is gone before the next one is converted
         path, recipe = holder.path, recipes[holder.path]
         if recipe is None:
-            for variable, reason in holder.matrices.values():
-                variable.set_metadata(**{KEPT: reason or _why_kept(holder, chosen[path])})
+            remember_why(holder.module, _why_kept(holder, chosen[path]))
             continue
         if id(holder.module) not in converted:
             try:
@@ -95,7 +94,7 @@ def _convert(
                 )
             except Exception as error:
                 if done:
-                    error.add_note(f"fp8x.quantize_model: {', '.join(done[:4])}… ({len(done)}) are quantized already")
+                    error.add_note(f"fp8x.quantize_model: {some(done)} quantized already, {path} is not")
                 raise
         if not path:
             return converted[id(holder.module)]

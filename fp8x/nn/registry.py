@@ -164,6 +164,13 @@ def holders(model: nnx.Module) -> list[Holder]:
             fault = f"{type_name(module)} is no type that fp8x can quantize; see fp8x.nn.register"
         if conversion is not None or matrices:
             found.append(Holder(path, module, conversion, None if conversion else fault, matrices))
+    owned = {id(each) for holder in found if holder.conversion for each, _ in holder.matrices.values()}
+    for holder in found:
+        if holder.conversion is None:
+            holder.matrices = {
+                name: (each, reason or ("another layer has it, too" if id(each) in owned else None))
+                for name, (each, reason) in holder.matrices.items()
+            }
     return found
 
 

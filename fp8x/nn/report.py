@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import weakref
 
 import numpy as np
 from flax import nnx
@@ -11,8 +12,22 @@ from fp8x.nn.registry import holders, type_name
 from fp8x.nn.walk import named_modules
 from fp8x.recipe import RECIPES, Recipe, Rules
 
-KEPT = "fp8x_kept"  # the metadata of a variable that `quantize_model` left, and why
 SKIPPED = "embeddings, heads, routers and gates stay unless a rule names them"
+
+
+# Why `quantize_model` left a module. Beside the model, not in it: metadata would make it another graph to jit.
+_reasons: dict[int, tuple[weakref.ref, str]] = {}
+
+
+def remember_why(module: nnx.Module, reason: str) -> None:
+    """Keeps the reason why a module was left, as long as there is the module."""
+    key = id(module)
+    _reasons[key] = (weakref.ref(module, lambda _: _reasons.pop(key, None)), reason)
+
+
+def _why(module: nnx.Module) -> str | None:
+    reference, reason = _reasons.get(id(module), (lambda: None, None))
+    return reason if reference() is module else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +101,7 @@ class Report:
 def report(model: nnx.Module) -> Report:
     """Every parameter of two or more dims of a model, quantized or not; one that is held twice is listed once.
 
-    Of a model that `fp8x.quantize_model` has not seen yet, the reasons say what it would not quantize.
+    Of a model that `fp8x.quantize_model` has not seen, or a copy of one, reasons follow from types and paths alone.
     """
     order = {path: index for index, (path, _) in enumerate(named_modules(model))}
     rows: dict[int, tuple[int, Row]] = {}
@@ -107,10 +122,10 @@ def report(model: nnx.Module) -> Report:
     for holder in found:
         for name, (variable, reason) in holder.matrices.items():
             if reason is None:
-                reason = variable.get_metadata(KEPT, None) or holder.fault
+                reason = _why(holder.module) or holder.fault
             if reason is None and (skipped[holder.path].is_skip or holder.conversion.on_request):
                 reason = SKIPPED
-            add(holder.path, holder.module, name, variable, None, reason or "fp8x.quantize_model has not been called")
+            add(holder.path, holder.module, name, variable, None, reason or "no rule or recipe has taken it")
     return Report(tuple(row for _, row in sorted(rows.values(), key=lambda pair: pair[0])))
 
 

@@ -15,7 +15,7 @@ from metric import as_bits
 import fp8x
 from fp8x.checkpoint import DESCRIPTION, Reader, Writer
 from fp8x.errors import CalibrationError, CheckpointError, MeshError
-from fp8x.nn import convert
+from fp8x.nn import registry
 from fp8x.nn.walk import named_layers
 
 IDS = np.arange(12).reshape(3, 4)
@@ -182,7 +182,7 @@ class QuantizedPair(nnx.Module):
 
 
 def test_a_registered_type_that_becomes_several_layers(tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "_CONVERTERS", dict(convert._CONVERTERS))
+    monkeypatch.setattr(registry, "_CONVERTERS", dict(registry._CONVERTERS))
     fp8x.nn.register(Pair, lambda module, recipe, *, name, allow_nonfinite: QuantizedPair(module, recipe))
 
     def build(seed):

