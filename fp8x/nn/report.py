@@ -6,13 +6,13 @@ import math
 import numpy as np
 from flax import nnx
 
+from fp8x.nn.decide import SKIPPED
 from fp8x.nn.quantized import QuantizedLayer
 from fp8x.nn.registry import holders, type_name
 from fp8x.nn.walk import named_modules
 from fp8x.recipe import RECIPES, Recipe, Rules
 
 KEPT = "fp8x_kept"  # the metadata of a variable that `quantize_model` left, and why
-SKIPPED = "embeddings, heads, routers and gates stay unless a rule names them"
 
 
 @dataclasses.dataclass(frozen=True)
