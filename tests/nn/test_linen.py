@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import core, serialization, traverse_util
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from metric import as_bits, relative_error
 
 import fp8x
@@ -320,6 +322,25 @@ def test_partitioned_kernels_stay_boxed():
     variables["params"]["kernel"] = Box(variables["params"]["kernel"])
     with pytest.raises(RecipeError, match=r"model: its kernel is boxed in Box; use nn\.with_partitioning"):
         linen.quantize(dense, variables, CODE, args=(x,))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("code", [CODE, "fp8_e4m3fn_bf16_block_scale"])
+def test_partition_specs_lay_kernels_on_a_mesh(code, kind):
+    if len(jax.devices()) < 4:
+        pytest.skip("needs four devices")
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(kind,))
+    dense = nn.Dense(256, kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model")))
+    x = normal(8, 64)
+    quantized = linen.quantize(dense, dense.init(jax.random.key(0), x), code, args=(x,))
+    specs = nn.get_partition_spec(quantized)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda each: isinstance(each, P))
+    split = jax.tree.map(jax.device_put, nn.unbox(quantized), shardings)
+    assert split["params"]["kernel"].weight.data.sharding.spec == P("model", None)
+    with jax.set_mesh(mesh):
+        y = jax.jit(Quantized(dense).apply)(split, jax.device_put(x, NamedSharding(mesh, P())))
+    assert y.sharding.spec == P(None, "model")
+    np.testing.assert_array_equal(as_bits(y), as_bits(Quantized(dense).apply(quantized, x)))
 
 
 class Subclass(nn.Dense):
