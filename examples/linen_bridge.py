@@ -1,6 +1,8 @@
-"""A Linen model in FP8: fp8x's layers through `flax.nnx.bridge`.
+"""fp8x's layers inside a Linen model, through `flax.nnx.bridge`: what calibrates static activation scales there.
 
     python examples/linen_bridge.py
+
+A Linen model that is to stay as it is: examples/quantize_linen_model.py.
 
 A bridged layer keeps each type of its variables in a Linen collection of that name: the 8-bit weights in
 `Float8Weight` and `WeightScale`, the static activation scale in `InputScale`, the bias in `params`.

@@ -1,6 +1,6 @@
 """FP8 for JAX and Flax: quantized layers, calibration, checkpoints."""
 
-from fp8x import nn, ops
+from fp8x import linen, nn, ops
 from fp8x.array import ScaledArray
 from fp8x.calibrate import calibrate
 from fp8x.models.convert import convert
@@ -20,6 +20,7 @@ __all__ = [
     "backend",
     "calibrate",
     "convert",
+    "linen",
     "load",
     "load_into",
     "nn",

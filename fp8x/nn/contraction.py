@@ -4,15 +4,16 @@ import dataclasses
 import math
 import re
 import types
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Self
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fp8x import meshes, numerics, ops
+from fp8x.array import ScaledArray
 from fp8x.errors import ShapeError
 from fp8x.nn.quantized import QuantizedLayer, initial_weight, place, weight_scheme
 from fp8x.recipe import Recipe, as_recipe
@@ -70,6 +71,56 @@ class Kernel:
         return kernel.transpose(order).reshape(*kernel.shape[:lead], *self.matrix)
 
 
+def multiply(
+    x: Float[Array, "... k"], weight: ScaledArray, group_sizes: Int[np.ndarray, " b"] | None, **options
+) -> Float[Array, "... n"]:
+    """The product by a weight `[N, K]`, or by `[B, N, K]` where there are group sizes."""
+    if group_sizes is None:
+        return ops.matmul(x, weight, **options)
+    return ops.grouped_matmul(x, weight, group_sizes, **options)
+
+
+def contract(
+    x: Float[Array, "..."],
+    kernel: Kernel,
+    labels: tuple[Labels, Labels, Labels],
+    multiply: Callable[[Array, np.ndarray | None], Array],
+    described: str,
+) -> Float[Array, "..."]:
+    """A contraction as one product of matrices.
+
+    Arguments:
+        x: the input.
+        kernel: what the weight was.
+        labels: of each dim of the input, the kernel and the output.
+        multiply: of rows `[..., K]` the product by the weight; where the kernel has a batch, of rows `[M, K]` sorted
+            by it, and how many each of its matrices has.
+        described: the layer, for errors.
+
+    Raises:
+        ShapeError: `x` does not fit the kernel.
+    """
+    of_x, of_kernel, of_y = labels
+    sizes = dict(zip(of_x, x.shape))
+    batch, features, contracted = ([of_kernel[dim] for dim in dims] for dims in kernel.roles)
+    if any(sizes[label] != kernel.shape[dim] for dim, label in enumerate(of_kernel) if label in sizes):
+        raise ShapeError(f"x: shape {x.shape} does not fit the kernel {kernel.shape} of {described}")
+    rows = [label for label in of_x if label not in of_kernel]
+    x = x.transpose([list(of_x).index(label) for label in (*batch, *rows, *contracted)])
+    above = len(batch) + len(rows)
+    like = meshes.explicit_dims(x)[:above]
+    lead = x.shape[:above]
+    if batch:
+        x = meshes.merge_dims(x, (above, len(contracted)))
+        y = multiply(x, np.full(kernel.matrix[0], x.shape[0] // kernel.matrix[0], np.int32))
+        y = meshes.split_dims(y, [lead, kernel.sizes(kernel.features)], like)
+    else:
+        y = multiply(meshes.merge_dims(x, (*[1] * above, len(contracted))), None)
+        y = meshes.split_dims(y, [*((size,) for size in lead), kernel.sizes(kernel.features)], like)
+    of_product = [*batch, *rows, *features]
+    return y.transpose([of_product.index(label) for label in of_y])
+
+
 class Contraction(QuantizedLayer):
     """What `LinearGeneral` and `Einsum` share: a weight that was a kernel of any rank.
 
@@ -103,32 +154,10 @@ class Contraction(QuantizedLayer):
         )
         self.keep_sharding(kernel, bias, dims, bias_dims)
 
-    def _contract(
-        self, x: Float[Array, "..."], of_x: Labels, of_kernel: Labels, of_y: Labels, out_sharding=None
-    ) -> Float[Array, "..."]:
-        """The product, where each dim of the input, the kernel and the output has a label."""
-        self.check_single()
-        kernel, sizes = self.kernel, dict(zip(of_x, x.shape))
-        batch, features, contracted = ([of_kernel[dim] for dim in dims] for dims in kernel.roles)
-        if any(sizes[label] != kernel.shape[dim] for dim, label in enumerate(of_kernel) if label in sizes):
-            raise ShapeError(f"x: shape {x.shape} does not fit the kernel {kernel.shape} of {self.described}")
-        rows = [label for label in of_x if label not in of_kernel]
-        x = x.transpose([list(of_x).index(label) for label in (*batch, *rows, *contracted)])
-        above = len(batch) + len(rows)
-        like = meshes.explicit_dims(x)[:above]
-        lead = x.shape[:above]
-        options = dict(bias=None if self.bias is None else self.bias[...], out_dtype=self.recipe.out_dtype)
-        if batch:
-            x = meshes.merge_dims(x, (above, len(contracted)))
-            groups = np.full(self.weight.shape[0], x.shape[0] // self.weight.shape[0], np.int32)
-            y = ops.grouped_matmul(x, self.quantized_weight, groups, **options, **self._activation(x, groups))
-            y = meshes.split_dims(y, [lead, kernel.sizes(kernel.features)], like)
-        else:
-            x = meshes.merge_dims(x, (*[1] * above, len(contracted)))
-            y = ops.matmul(x, self.quantized_weight, **options, **self._activation(x))
-            y = meshes.split_dims(y, [*((size,) for size in lead), kernel.sizes(kernel.features)], like)
-        labels = [*batch, *rows, *features]
-        return place(y.transpose([labels.index(label) for label in of_y]), out_sharding)
+    def _multiply(self, x: Float[Array, "... k"], group_sizes: Int[np.ndarray, " b"] | None) -> Float[Array, "... n"]:
+        bias = None if self.bias is None else self.bias[...]
+        options = dict(bias=bias, out_dtype=self.recipe.out_dtype, **self._activation(x, group_sizes))
+        return multiply(x, self.quantized_weight, group_sizes, **options)
 
     @property
     def described(self) -> str:
@@ -204,10 +233,9 @@ class LinearGeneral(Contraction):
             ShapeError: `x` does not fit the kernel, or the layer is a stack.
             CalibrationError: a static activation scale is not calibrated; inside jit the result is NaN instead.
         """
-        axis, batch = (sorted(range(x.ndim)[dim] for dim in axes) for axes in (self.axis, self.batch_axis))
-        features = [f"feature {i}" for i in range(len(self.kernel.features))]
-        rows = [dim for dim in range(x.ndim) if dim not in axis and dim not in batch]
-        return self._contract(x, range(x.ndim), [*batch, *axis, *features], [*batch, *rows, *features], out_sharding)
+        self.check_single()
+        labels = general_labels(x.ndim, self.axis, self.batch_axis, len(self.kernel.features))
+        return place(contract(x, self.kernel, labels, self._multiply, self.described), out_sharding)
 
 
 def check_linear_general(source: nnx.LinearGeneral, recipe: Recipe, name: str) -> None:
@@ -216,11 +244,24 @@ def check_linear_general(source: nnx.LinearGeneral, recipe: Recipe, name: str) -
 
 
 def _general_kernel(source: nnx.LinearGeneral) -> Kernel:
-    batch, contracted = len(source.batch_axis), len(source.batch_axis) + len(source.in_features)
-    rank = contracted + len(source.out_features)
-    dims = tuple(range(rank))
     shape = (*source.batch_axis.values(), *source.in_features, *source.out_features)
-    return Kernel(shape, dims[:batch], dims[batch:contracted], dims[contracted:])
+    return general_kernel(shape, len(source.batch_axis), len(source.out_features))
+
+
+def general_kernel(shape: Sequence[int], batch: int, features: int) -> Kernel:
+    """A kernel with so many dims of a batch first and so many features last; those between are contracted."""
+    dims, contracted = tuple(range(len(shape))), len(shape) - features
+    return Kernel(tuple(shape), dims[:batch], dims[batch:contracted], dims[contracted:])
+
+
+def general_labels(
+    ndim: int, axis: Sequence[int], batch_axis: Sequence[int], features: int
+) -> tuple[Labels, Labels, Labels]:
+    """A label for each dim of an input of `ndim` dims, of such a kernel, and of the output."""
+    axis, batch = (sorted(range(ndim)[dim] for dim in axes) for axes in (axis, batch_axis))
+    of_features = [f"feature {i}" for i in range(features)]
+    rows = [dim for dim in range(ndim) if dim not in axis and dim not in batch]
+    return range(ndim), [*batch, *axis, *of_features], [*batch, *rows, *of_features]
 
 
 class Einsum(Contraction):
@@ -251,7 +292,7 @@ class Einsum(Contraction):
         if reason := equation_fault(einsum_str, len(kernel_shape)):
             raise ShapeError(f"einsum_str: {einsum_str!r} {reason}")
         self.einsum_str = einsum_str.replace(" ", "")
-        self._begin(_einsum_kernel(self.einsum_str, kernel_shape), as_recipe(recipe), bias_shape is not None, rngs)
+        self._begin(einsum_kernel(self.einsum_str, kernel_shape), as_recipe(recipe), bias_shape is not None, rngs)
 
     @classmethod
     def from_einsum(
@@ -265,19 +306,14 @@ class Einsum(Contraction):
         """
         recipe = as_recipe(recipe)
         check_einsum(source, recipe, name)
-        kernel = _einsum_kernel(source.einsum_str, source.kernel_shape)
+        kernel = einsum_kernel(source.einsum_str, source.kernel_shape)
         layer = nnx.eval_shape(lambda: cls(source.einsum_str, kernel.shape, recipe=recipe, rngs=nnx.Rngs(0)))
         bias, of_bias = None, []
         if source.bias is not None:
-            lead = source.kernel.ndim - len(kernel.shape)
+            stack = source.bias.shape[: source.kernel.ndim - len(kernel.shape)]
+            bias = einsum_bias(source.bias[...], source.einsum_str, kernel, stack)
             _, of_kernel, of_y = _terms(source.einsum_str)
-            # The bias lies in the order of the output, the weight's rows in that of the kernel.
             in_order = [label for label in of_y if label in of_kernel]
-            wanted = [of_kernel[dim] for dim in (*kernel.batch, *kernel.features)]
-            sizes = [kernel.shape[of_kernel.index(label)] for label in in_order]
-            bias = source.bias[...].reshape(*source.bias.shape[:lead], *sizes)
-            bias = bias.transpose(*range(lead), *(lead + in_order.index(label) for label in wanted))
-            bias = bias.reshape(*bias.shape[:lead], *kernel.matrix[:-1])
             of_bias = [[in_order.index(of_kernel[dim]) for dim in dims] for dims in (kernel.batch, kernel.features)]
             of_bias = of_bias if kernel.batch else of_bias[1:]
         layer._quantize(source, bias, recipe, name, allow_nonfinite)
@@ -297,19 +333,17 @@ class Einsum(Contraction):
         """
         if einsum_str is not None and einsum_str.replace(" ", "") != self.einsum_str:
             raise ShapeError(f"einsum_str: {einsum_str!r} is not the equation that was quantized, {self.einsum_str!r}")
-        of_x, of_kernel, of_y = _terms(self.einsum_str)
-        spare = x.ndim - sum(label is not Ellipsis for label in of_x)
-        if spare < 0 or (spare and Ellipsis not in of_x):
+        self.check_single()
+        if (labels := einsum_labels(self.einsum_str, x.ndim)) is None:
             raise ShapeError(f"x: shape {x.shape} does not fit the kernel {self.kernel.shape} of {self.described}")
-        of_x, of_y = (_without_ellipsis(labels, spare) for labels in (of_x, of_y))
-        return self._contract(x, of_x, of_kernel, of_y, out_sharding)
+        return place(contract(x, self.kernel, labels, self._multiply, self.described), out_sharding)
 
 
 def check_einsum(source: nnx.Einsum, recipe: Recipe, name: str) -> None:
     """Raises what `Einsum.from_einsum` does, but for NaN and Inf."""
     if reason := einsum_fault(source):
         raise ShapeError(f"{name}: {reason}")
-    _einsum_kernel(source.einsum_str, source.kernel_shape).check(source.kernel, recipe, name)
+    einsum_kernel(source.einsum_str, source.kernel_shape).check(source.kernel, recipe, name)
 
 
 def einsum_fault(source: nnx.Einsum) -> str | None:
@@ -352,13 +386,38 @@ def _terms(equation: str) -> tuple[list[Hashable], list[Hashable], list[Hashable
     )
 
 
+def einsum_labels(equation: str, ndim: int) -> tuple[Labels, Labels, Labels] | None:
+    """A label for each dim of an input of `ndim` dims, the kernel and the output; None if the input has others."""
+    of_x, of_kernel, of_y = _terms(equation.replace(" ", ""))
+    spare = ndim - sum(label is not Ellipsis for label in of_x)
+    if spare < 0 or (spare and Ellipsis not in of_x):
+        return None
+    return _without_ellipsis(of_x, spare), of_kernel, _without_ellipsis(of_y, spare)
+
+
+def einsum_bias(
+    bias: Float[Array, "..."], equation: str, kernel: Kernel, stack: tuple[int, ...] = ()
+) -> Float[Array, "..."]:
+    """The bias of an einsum, or of a stack of them, `[N]` or `[B, N]`.
+
+    It comes in the order of the output, and the weight's rows lie in that of the kernel.
+    """
+    _, of_kernel, of_y = _terms(equation.replace(" ", ""))
+    in_order = [label for label in of_y if label in of_kernel]
+    wanted = [of_kernel[dim] for dim in (*kernel.batch, *kernel.features)]
+    bias = bias.reshape(*stack, *(kernel.shape[of_kernel.index(label)] for label in in_order))
+    bias = bias.transpose(*range(len(stack)), *(len(stack) + in_order.index(label) for label in wanted))
+    return bias.reshape(*stack, *kernel.matrix[:-1])
+
+
 def _without_ellipsis(labels: Sequence[Hashable], count: int) -> list[Hashable]:
     """Labels with so many numbers in place of the ellipsis."""
     return [each for label in labels for each in (range(count) if label is Ellipsis else [label])]
 
 
-def _einsum_kernel(equation: str, shape: Sequence[int]) -> Kernel:
-    of_x, of_kernel, of_y = _terms(equation)
+def einsum_kernel(equation: str, shape: Sequence[int]) -> Kernel:
+    """What the dims of the kernel of an equation are."""
+    of_x, of_kernel, of_y = _terms(equation.replace(" ", ""))
     roles = [(label in of_x, label in of_y) for label in of_kernel]
     batch, contracted, features = (
         tuple(dim for dim, each in enumerate(roles) if each == role)

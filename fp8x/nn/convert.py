@@ -1,20 +1,16 @@
 """From a model in 16 or 32 bits to a quantized one."""
 
 import collections
-import re
-import warnings
 from collections.abc import Mapping
-from typing import Literal
 
 from flax import nnx
 
-from fp8x.errors import RecipeError, RuleError, some
+from fp8x.errors import RecipeError, some
+from fp8x.nn.decide import Unsupported, check_any, check_unsupported, decide, recipe_of, say_unsupported, why_kept
 from fp8x.nn.registry import Holder, holders, known_types
-from fp8x.nn.report import SKIPPED, remember_why
+from fp8x.nn.report import remember_why
 from fp8x.nn.walk import check_settable, named_layers, set_module
-from fp8x.recipe import Decision, Recipe, Rules, as_recipe
-
-Unsupported = Literal["warn", "error", "ignore"]
+from fp8x.recipe import Decision, Recipe
 
 
 def quantize_model(
@@ -50,8 +46,7 @@ def quantize_model(
         RuleError: a rule that matches no module, or rules that skip all.
         ShapeError: a weight that its recipe does not fit, or NaN or Inf in it, named by path.
     """
-    if unsupported not in ("warn", "error", "ignore"):
-        raise RecipeError(f"unsupported: {unsupported!r} is unknown; use 'warn', 'error' or 'ignore'")
+    check_unsupported(unsupported)
     if layers := named_layers(model):
         raise RecipeError(f"model: {next(iter(layers)) or 'it'} is quantized already; start from the unquantized model")
     found = collections.deque(holders(model))
@@ -59,16 +54,14 @@ def quantize_model(
         raise RecipeError(
             f"model: {type(model).__name__} holds no module to quantize ({known_types()}); see fp8x.nn.register"
         )
-    chosen = Rules(None if recipe is None else as_recipe(recipe), rules or {}).decide(holder.path for holder in found)
-    recipes = {holder.path: _recipe(holder, chosen[holder.path]) for holder in found}
-    _check_rules(rules or {}, found, chosen)
-    if not any(recipes.values()):
-        raise RuleError("rules: they skip every module; nothing would be quantized")
+    chosen = decide(found, recipe, rules)
+    recipes = {holder.path: recipe_of(holder, chosen[holder.path]) for holder in found}
+    check_any(recipes.values())
     for holder in found:
         if recipes[holder.path] is not None:
             check_settable(model, holder.path)
             holder.conversion.check_before(holder.module, recipes[holder.path], holder.path or "model", allow_nonfinite)
-    _say_unsupported([holder for holder in found if _is_unsupported(holder, chosen[holder.path])], unsupported)
+    say_unsupported(found, chosen, unsupported, report="fp8x.report(model)")
     return _convert(model, found, recipes, chosen, allow_nonfinite)
 
 
@@ -85,7 +78,7 @@ def _convert(
         holder = found.popleft()  # its module is gone before the next one is converted
         path, recipe = holder.path, recipes[holder.path]
         if recipe is None:
-            remember_why(holder.module, _why_kept(holder, chosen[path]))
+            remember_why(holder.module, why_kept(holder, chosen[path]))
             continue
         if id(holder.module) not in converted:
             try:
@@ -101,50 +94,3 @@ def _convert(
         set_module(model, path, converted[id(holder.module)])
         done.append(path)
     return model
-
-
-def _recipe(holder: Holder, decision: Decision) -> Recipe | None:
-    if holder.conversion is None or (holder.conversion.on_request and decision.pattern is None):
-        return None
-    return decision.recipe
-
-
-def _why_kept(holder: Holder, decision: Decision) -> str:
-    if decision.recipe is None and decision.pattern is not None:
-        return f"the rule {decision.pattern!r} says so"
-    if holder.conversion is None:
-        return holder.fault
-    if decision.is_skip or holder.conversion.on_request:
-        return SKIPPED
-    return "no rule names it, and the model had no recipe"
-
-
-def _is_unsupported(holder: Holder, decision: Decision) -> bool:
-    return holder.holds_matrix and holder.conversion is None and decision.recipe is not None
-
-
-def _check_rules(rules: Mapping, found: collections.deque[Holder], chosen: dict[str, Decision]) -> None:
-    """A rule with a recipe has to reach something that can have it."""
-    for pattern, value in rules.items():
-        reached = [holder for holder in found if re.fullmatch(pattern, holder.path)]
-        if value is not None and all(holder.conversion is None for holder in reached):
-            raise RecipeError(f"rules: {pattern!r} names what can't be quantized: {_described(reached)}")
-
-
-def _say_unsupported(left: list[Holder], unsupported: Unsupported) -> None:
-    if not left or unsupported == "ignore":
-        return
-    count = sum(reason is None for holder in left for _, reason in holder.matrices.values())
-    text = (
-        f"fp8x can't quantize {count} {'matrix' if count == 1 else 'matrices'} of the model: {_described(left)}. "
-        "A rule with None for a path says that it is to stay; fp8x.report(model) lists every matrix"
-    )
-    if unsupported == "error":
-        raise RecipeError(f"model: {text}")
-    warnings.warn(text, stacklevel=3)
-
-
-def _described(left: list[Holder]) -> str:
-    each = [f"{holder.path or 'model'} ({holder.fault})" for holder in left]
-    rest = f", and {len(each) - 4} more" if len(each) > 4 else ""
-    return "; ".join(each[:4]) + rest

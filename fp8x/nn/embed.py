@@ -59,29 +59,36 @@ class Embed(QuantizedLayer):
             ShapeError: ids that are no integers, or the layer is a stack.
         """
         self.check_single()
-        if not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise ShapeError(f"ids: dtype is {ids.dtype}; use integers")
-        table, scheme = self.quantized_weight, self.weight_scheme
-        rows = table.shape[0]
-        if rows == 1:
-            ids = jnp.zeros_like(ids)
-        ids = jnp.where(ids < 0, ids + rows, ids)
-
-        of_row = dataclasses.replace(scheme, block=scheme.block[-1:])
-
-        def look_up(data, scale, ids):
-            data = jnp.take(data, ids, axis=0)
-            scale = jnp.take(scale, ids // scheme.block_of(table.shape)[0], axis=0, mode="clip")
-            return ScaledArray(data, scale, of_row).dequantize(self.recipe.out_dtype)
-
-        take = look_up if out_sharding is None else jax.sharding.auto_axes(look_up, out_sharding=out_sharding)
-        return take(table.data, table.scale, ids)
+        return look_up(self.quantized_weight, ids, self.recipe.out_dtype, out_sharding)
 
     def attend(self, query: Float[Array, "... d"], out_sharding=None) -> Float[Array, "... v"]:
         """`query @ table.T`: the logits of a head that is tied to the table."""
         self.check_single()
         y = ops.matmul(query, self.quantized_weight, out_dtype=self.recipe.out_dtype)
         return place(y, out_sharding)
+
+
+def look_up(table: ScaledArray, ids: Int[Array, "..."], out_dtype, out_sharding=None) -> Float[Array, "... d"]:
+    """Rows of a table `[V, D]`, dequantized; NaN for an id that is not in it.
+
+    Raises:
+        ShapeError: ids that are no integers.
+    """
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ShapeError(f"ids: dtype is {ids.dtype}; use integers")
+    rows, scheme = table.shape[0], table.scheme
+    if rows == 1:
+        ids = jnp.zeros_like(ids)
+    ids = jnp.where(ids < 0, ids + rows, ids)
+    of_row = dataclasses.replace(scheme, block=scheme.block[-1:])
+
+    def rows_of(data, scale, ids):
+        data = jnp.take(data, ids, axis=0)
+        scale = jnp.take(scale, ids // scheme.block_of(table.shape)[0], axis=0, mode="clip")
+        return ScaledArray(data, scale, of_row).dequantize(out_dtype)
+
+    take = rows_of if out_sharding is None else jax.sharding.auto_axes(rows_of, out_sharding=out_sharding)
+    return take(table.data, table.scale, ids)
 
 
 def weight_only(recipe: Recipe) -> Recipe:

@@ -144,8 +144,8 @@ class Holder:
     matrices: dict[str, tuple[nnx.Variable, str | None]]
 
     @property
-    def holds_matrix(self) -> bool:
-        return any(reason is None for _, reason in self.matrices.values())
+    def on_request(self) -> bool:
+        return self.conversion is not None and self.conversion.on_request
 
 
 def holders(model: nnx.Module) -> list[Holder]:

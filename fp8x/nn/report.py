@@ -7,13 +7,11 @@ import weakref
 import numpy as np
 from flax import nnx
 
+from fp8x.nn.decide import SKIPPED
 from fp8x.nn.quantized import QuantizedLayer
 from fp8x.nn.registry import holders, type_name
 from fp8x.nn.walk import named_modules
 from fp8x.recipe import RECIPES, Recipe, Rules
-
-SKIPPED = "embeddings, heads, routers and gates stay unless a rule names them"
-
 
 # Why `quantize_model` left a module. Beside the model, not in it: metadata would make it another graph to jit.
 _reasons: dict[int, tuple[weakref.ref, str]] = {}
