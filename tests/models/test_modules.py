@@ -97,6 +97,27 @@ def test_a_model_comes_back_bit_for_bit(code, tmp_path):
     assert set(Reader(tmp_path / "model", config=DESCRIPTION)) >= {"norm.var", "dropout.rngs.key", "moe.w2.weight"}
 
 
+class EveryLayer(nnx.Module):
+    def __init__(self, rngs):
+        self.attention = nnx.MultiHeadAttention(4, 32, rngs=rngs)
+        self.mix = nnx.Einsum("btnh,nhd->ntd", (4, 32, 8), rngs=rngs)
+        self.each = nnx.Einsum("ecd,edf->ecf", (3, 32, 8), (3, 8), rngs=rngs)
+        self.table = nnx.Embed(40, 32, rngs=rngs)
+        self.lora = nnx.LoRALinear(32, 8, lora_rank=2, rngs=rngs)
+        self.adapter = nnx.LoRA(32, 2, 8, base_module=nnx.Linear(32, 8, rngs=rngs), rngs=rngs)
+        self.stack = nnx.split_rngs(splits=3)(nnx.vmap(lambda rngs: fp8x.nn.MoE(32, 32, 2, 1, rngs=rngs)))(rngs)
+
+
+@pytest.mark.parametrize("code", [MX, "fp8_e4m3fn_bf16_block_scale"])
+def test_every_type_of_layer_comes_back(code, tmp_path):
+    model = fp8x.quantize_model(EveryLayer(nnx.Rngs(0)), code, {"table": code}, unsupported="ignore")
+    fp8x.save(model, tmp_path / "model")
+    loaded = fp8x.load_into(nnx.eval_shape(lambda: EveryLayer(nnx.Rngs(1))), tmp_path / "model")
+    assert bits(loaded) == bits(model)
+    assert nnx.split(loaded)[0] == nnx.split(model)[0]
+    assert len(named_layers(loaded)) == 10
+
+
 def test_into_a_real_model_and_into_one_quantized_the_same_way(tmp_path):
     model = quantized(MX, {r"blocks\.0": BLOCK, ".*w2": None})
     fp8x.save(model, tmp_path / "model", max_shard_bytes=10_000)

@@ -2,12 +2,16 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
 from metric import as_bits
 from shapes import quantize
 
@@ -172,6 +176,55 @@ def test_attention_with_a_cache(code):
     model.attention.init_cache(x.shape, jnp.bfloat16)
     steps = [model.attention(x[:, i : i + 1], decode=True).astype(jnp.float32) for i in range(6)]
     assert np.linalg.norm(np.concatenate(steps, 1) - whole) < 0.02 * np.linalg.norm(whole)
+
+
+class Layers(nnx.Module):
+    """As many put them on a mesh: into heads and features by columns, out of them by rows."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.attention = nnx.MultiHeadAttention(4, 128, qkv_features=512, rngs=rngs, decode=False)
+        self.up = nnx.Einsum("btd,df->btf", (128, 512), (512,), rngs=rngs)
+        self.down = nnx.Linear(512, 128, rngs=rngs)
+        self.each = nnx.Einsum("btnh,nhk->btnk", (4, 32, 32), (4, 32), rngs=rngs)
+
+    def __call__(self, x):
+        x = x + self.attention(x)
+        x = x + self.down(nnx.gelu(self.up(x)))
+        return x + self.each(x.reshape(*x.shape[:-1], 4, 32)).reshape(x.shape)
+
+
+def place(model: Layers, mesh) -> None:
+    columns, rows = (P(None, "tensor"), P("tensor")), (P("tensor"), P())
+    attention = model.attention
+    for layer, (of_kernel, of_bias) in {
+        **{each: columns for each in (attention.query, attention.key, attention.value, model.up)},
+        **{each: rows for each in (attention.out, model.down)},
+        model.each: (P("tensor"), P("tensor")),
+    }.items():
+        layer.kernel.set_value(jax.device_put(layer.kernel[...], NamedSharding(mesh, of_kernel)))
+        layer.bias.set_value(jax.device_put(layer.bias[...], NamedSharding(mesh, of_bias)))
+
+
+@pytest.mark.parametrize("code", ["mxfp8_mxfp8_bf16", "fp8_e4m3fn_bf16_block_scale", "e4m3_bf16"])
+@pytest.mark.parametrize("kind", list(AxisType)[:2], ids=lambda kind: kind.name)
+def test_on_a_users_mesh_under_plain_jit_no_weight_is_gathered(kind, code):
+    mesh = mesh_of(kind, data=2, tensor=4)
+    one, split = Layers(), Layers()
+    place(split, mesh)
+    for model in (one, split):
+        fp8x.quantize_model(model, code)
+    assert split.attention.query.weight[...].sharding.spec[0] == "tensor"
+    assert split.attention.out.weight[...].sharding.spec[1] == "tensor"
+    x = jax.random.normal(jax.random.key(0), (4, 8, 128), jnp.bfloat16)
+    expected = np.asarray(nnx.jit(lambda model, x: model(x))(one, x), np.float32)
+    graphdef, state = nnx.split(split)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, NamedSharding(mesh, P("data")))
+        program = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)).lower(state, x).compile()
+        y = np.asarray(program(state, x), np.float32)
+    assert np.linalg.norm(y - expected) < 2.0**-8 * np.linalg.norm(expected)
+    assert not re.findall(r"= (?:f8|u8|s8)\S* all-gather", program.as_text())
 
 
 def test_gradients_are_those_of_the_dequantized_kernel():

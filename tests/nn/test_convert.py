@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from resident import measure
 
 import fp8x
 from fp8x.errors import RecipeError, RuleError, ShapeError
@@ -171,6 +172,23 @@ def test_peak_memory_is_the_model_and_one_layer(own_registry):
     sources = [weakref.ref(module) for module in model]
     fp8x.quantize_model(model, CODE)
     assert alive == [4, 3, 2, 1]
+
+
+@pytest.mark.own_process
+def test_peak_memory_is_measured_to_be_that(tmp_path):
+    """Eight layers of 16 MB in float32: quantizing them all grows the process by less than two of them."""
+    work = """
+n, count = 2048, 1 if path.name == "small" else 8  # the first compiles what the others run
+model = nnx.List([nnx.LinearGeneral(n, (2, n // 2), rngs=nnx.Rngs(i)) for i in range(count)])
+jax.block_until_ready(nnx.state(model))
+if path.name == "big":
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+size = 4 * n * n
+jax.block_until_ready(nnx.state(fp8x.quantize_model(model, "fp8_e4m3fn_bf16_block_scale")))
+"""
+    layer, growth = measure(work, tmp_path / "big", tmp_path / "small")
+    assert growth < 2 * layer
 
 
 class TestErrors:
