@@ -27,6 +27,8 @@ class Recipe:
         out_dtype: what the layer returns: bfloat16, float16 or float32. Products accumulate in float32.
         observer: `"max"` builds the layer in calibration: it gathers the running amax of its input and fake-quantizes
             with the scale that follows from it, until `fp8x.calibrate` ends it. Static activation scales only.
+        master_weights: the module keeps its weights as they are, for an optimizer, and quantizes them at every call
+            (`fp8x.nn.QuantizationAware`), until `fp8x.nn.finish_training` ends it. No static activation scales.
 
     Raises:
         RecipeError: fields that contradict each other.
@@ -37,6 +39,7 @@ class Recipe:
     activation_scale: Literal["static", "dynamic"] | None = None
     out_dtype: np.dtype = OUT_DTYPES["bf16"]
     observer: Literal["max"] | None = None
+    master_weights: bool = False
 
     def __post_init__(self):
         if not isinstance(self.weight, Scheme):
@@ -66,6 +69,11 @@ class Recipe:
         if self.observer and self.activation_scale != "static":
             raise RecipeError(
                 f"observer: {self.observer!r} needs a static activation scale; this recipe's is {self.activation_scale}"
+            )
+        if self.master_weights and self.activation_scale == "static":
+            raise RecipeError(
+                "master_weights: a static activation scale would fall behind the weights; train with a dynamic one or "
+                "weight-only, then fp8x.nn.finish_training(model, recipe) by a recipe with a static one, and calibrate"
             )
         object.__setattr__(self, "out_dtype", out_dtype)
 
@@ -124,6 +132,15 @@ def recipe(code: str) -> Recipe:
 def as_recipe(value: "Recipe | str") -> Recipe:
     """A `Recipe` as it is, or the one with that code."""
     return value if isinstance(value, Recipe) else recipe(value)
+
+
+def check_stored(recipes: "Iterable[Recipe | None]") -> None:
+    """Raises a RecipeError for recipes of training, where weights are to be stored in 8 bits."""
+    if any(recipe is not None and recipe.master_weights for recipe in recipes):
+        raise RecipeError(
+            "recipe: master_weights keeps the weights of a module for an optimizer, and here they are stored in 8 "
+            "bits; build or load the model without a recipe, then call fp8x.quantize_model with this one"
+        )
 
 
 # Small matrices whose error reaches every token or moves it to another expert: quantized only where a rule says so.

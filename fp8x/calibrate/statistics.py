@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from fp8x.errors import CalibrationError
 from fp8x.nn.observer import Amax, NonfiniteCount, Statistic
 from fp8x.nn.quantized import QuantizedLayer
+from fp8x.nn.training import check_finished
 from fp8x.nn.walk import named_layers
 from fp8x.sharding.place import SPEC
 
@@ -40,7 +41,9 @@ def static_layers(model: nnx.Module) -> dict[str, QuantizedLayer]:
 
     Raises:
         CalibrationError: there are none.
+        RecipeError: the model is in training.
     """
+    check_finished(model)
     layers = {path: layer for path, layer in named_layers(model).items() if layer.recipe.is_static}
     if not layers:
         raise CalibrationError(

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from fp8x.models.config import DecoderConfig
+from fp8x.nn.training import source_of
 
 
 class RMSNorm(nnx.Module):
@@ -114,7 +115,7 @@ class Attention(nnx.Module):
     @property
     def kv_heads(self) -> int:
         """How many key and value heads are here: on a mesh, on one device."""
-        linear = self.k_proj
+        linear = source_of(self.k_proj)
         outputs = linear.kernel.shape[1] if isinstance(linear, nnx.Linear) else linear.weight.shape[0]
         return outputs // self.head_dim
 

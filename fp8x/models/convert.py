@@ -20,7 +20,7 @@ from fp8x.errors import CheckpointError, RuleError, some
 from fp8x.models.config import MODEL_TYPES, DecoderConfig
 from fp8x.models.hf_names import linear_names, param_names
 from fp8x.models.loading import HARMLESS, flat
-from fp8x.recipe import OUT_DTYPES, Recipe, Rules, as_recipe
+from fp8x.recipe import OUT_DTYPES, Recipe, Rules, as_recipe, check_stored
 
 SCALES = ("weight_scale", "weight_scale_inv", "input_scale", "activation_scale")
 
@@ -73,6 +73,7 @@ def plan(
         is_dtype = isinstance(recipe, str) and recipe in OUT_DTYPES
         out_dtype = OUT_DTYPES[recipe] if is_dtype else out_dtype
         by_module = Rules(None if is_dtype else as_recipe(recipe), rules or {}).resolve(modules)
+        check_stored(by_module.values())
         recipes = {prefix: by_module[path] for path, names in modules.items() for prefix in names}
     used = [choice for choice in recipes.values() if choice is not None]
     if format is not None and not used:

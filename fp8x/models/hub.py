@@ -27,8 +27,9 @@ from fp8x.models.loading import Loader, check_counts, flat, get
 from fp8x.models.mesh_loading import MeshLoader
 from fp8x.models.modules import save_module
 from fp8x.nn.quantized import QuantizedLayer
+from fp8x.nn.training import check_finished
 from fp8x.nn.walk import check_calibrated
-from fp8x.recipe import Recipe, Rules, as_recipe
+from fp8x.recipe import Recipe, Rules, as_recipe, check_stored
 from fp8x.sharding.layers import gathered
 from fp8x.sharding.model import plan_of
 from fp8x.sharding.place import whole, whole_shape
@@ -88,6 +89,7 @@ def load(
     recipes = loader.stored
     if format is None:
         recipes = Rules(None if recipe is None else as_recipe(recipe), rules or {}).resolve(linear_names(config))
+        check_stored(recipes.values())
     scales = None if calibration is None else sidecar.read(calibration)
     if scales is not None:
         static = {path: each.activation for path, each in recipes.items() if each is not None and each.is_static}
@@ -127,6 +129,7 @@ def save(
 
     Raises:
         CalibrationError: layers that are in calibration, or whose static activation scale is missing.
+        RecipeError: layers that are in training.
         CheckpointError: the format can't hold the model, or `path` can't be written; nothing is left there.
     """
     if not isinstance(model, Decoder):
@@ -141,6 +144,7 @@ def save(
     if not config.hf:
         raise CheckpointError("model.config.hf: is empty; build the model's config with DecoderConfig.from_hf")
     layers = {path: get(model, path) for path in names}
+    check_finished(model)
     check_calibrated(model)
     # An `lm_head` that is tied is still a matrix to others, which must not look for its scales.
     recipes = {"lm_head": None} | {

@@ -9,6 +9,7 @@ from fp8x.nn.moe import MoE
 from fp8x.nn.quantized import Float8Weight, InputScale, WeightScale
 from fp8x.nn.registry import register
 from fp8x.nn.report import Report, report
+from fp8x.nn.training import QuantizationAware, finish_training
 from fp8x.nn.unquantized import GatedMLP, UnquantizedGroupedLinear
 
 __all__ = [
@@ -22,9 +23,11 @@ __all__ = [
     "LinearGeneral",
     "LoRALinear",
     "MoE",
+    "QuantizationAware",
     "Report",
     "UnquantizedGroupedLinear",
     "WeightScale",
+    "finish_training",
     "quantize_model",
     "register",
     "report",

@@ -70,6 +70,12 @@ class Kernel:
         order = [*range(lead), *(lead + dim for dims in self.merged for dim in dims)]
         return kernel.transpose(order).reshape(*kernel.shape[:lead], *self.matrix)
 
+    def from_weight(self, weight: Float[Array, "..."]) -> Float[Array, "..."]:
+        """What `to_weight` was given."""
+        lead, order = weight.ndim - len(self.matrix), [dim for dims in self.merged for dim in dims]
+        split = weight.reshape(*weight.shape[:lead], *self.sizes(order))
+        return split.transpose(*range(lead), *(lead + order.index(dim) for dim in range(len(order))))
+
 
 def multiply(
     x: Float[Array, "... k"], weight: ScaledArray, group_sizes: Int[np.ndarray, " b"] | None, **options
@@ -153,6 +159,9 @@ class Contraction(QuantizedLayer):
             [*first, *([lead + dim for dim in merged] for merged in each)] for each in (self.kernel.merged, bias_dims)
         )
         self.keep_sharding(kernel, bias, dims, bias_dims)
+
+    def source_matrix(self) -> Float[Array, "..."]:
+        return self.kernel.from_weight(super().source_matrix())
 
     def _multiply(self, x: Float[Array, "... k"], group_sizes: Int[np.ndarray, " b"] | None) -> Float[Array, "... n"]:
         bias = None if self.bias is None else self.bias[...]

@@ -9,6 +9,7 @@ from fp8x.errors import RecipeError, some
 from fp8x.nn.decide import Unsupported, check_any, check_unsupported, decide, recipe_of, say_unsupported, why_kept
 from fp8x.nn.registry import Holder, holders, known_types
 from fp8x.nn.report import remember_why
+from fp8x.nn.training import QuantizationAware, check_finished, conversion_in_training
 from fp8x.nn.walk import check_settable, named_layers, set_module
 from fp8x.recipe import Decision, Recipe
 
@@ -30,7 +31,8 @@ def quantize_model(
         model: any NNX module. Quantized are `nnx.Linear`, `LinearGeneral`, `Einsum`, `LoRALinear` (its base) and so
             `MultiHeadAttention`, `fp8x.nn.UnquantizedGroupedLinear`, registered types, subclasses of all these that
             override nothing, and stacks of them as `nnx.vmap` makes; `nnx.Embed` where a rule names it.
-        recipe: for what no rule names; a `Recipe`, its code, or None to quantize only what rules name.
+        recipe: for what no rule names; a `Recipe`, its code, or None to quantize only what rules name. One with
+            `master_weights=True` begins training: a module is put into an `fp8x.nn.QuantizationAware`.
         rules: path regex to a recipe, its code, or None to skip; the first that matches a whole path wins. Embeddings,
             `lm_head`, routers and gates are skipped unless a rule names them.
         unsupported: what to do about matrices that no rule skips and that can't be quantized: warn once, raise an
@@ -49,6 +51,7 @@ def quantize_model(
     check_unsupported(unsupported)
     if layers := named_layers(model):
         raise RecipeError(f"model: {next(iter(layers)) or 'it'} is quantized already; start from the unquantized model")
+    check_finished(model)
     found = collections.deque(holders(model))
     if all(holder.conversion is None for holder in found):
         raise RecipeError(
@@ -60,6 +63,8 @@ def quantize_model(
     for holder in found:
         if recipes[holder.path] is not None:
             check_settable(model, holder.path)
+            if recipes[holder.path].master_weights:
+                conversion_in_training(holder.module, holder.path or "model")
             holder.conversion.check_before(holder.module, recipes[holder.path], holder.path or "model", allow_nonfinite)
     say_unsupported(found, chosen, unsupported, report="fp8x.report(model)")
     return _convert(model, found, recipes, chosen, allow_nonfinite)
@@ -82,9 +87,7 @@ def _convert(
             continue
         if id(holder.module) not in converted:
             try:
-                converted[id(holder.module)] = holder.conversion.convert(
-                    holder.module, recipe, name=path or "model", allow_nonfinite=allow_nonfinite
-                )
+                converted[id(holder.module)] = _converted(holder, recipe, allow_nonfinite)
             except Exception as error:
                 if done:
                     error.add_note(f"fp8x.quantize_model: {some(done)} quantized already, {path} is not")
@@ -94,3 +97,10 @@ def _convert(
         set_module(model, path, converted[id(holder.module)])
         done.append(path)
     return model
+
+
+def _converted(holder: Holder, recipe: Recipe, allow_nonfinite: bool) -> nnx.Module:
+    if recipe.master_weights:
+        return QuantizationAware(holder.module, recipe)
+    name = holder.path or "model"
+    return holder.conversion.convert(holder.module, recipe, name=name, allow_nonfinite=allow_nonfinite)

@@ -93,7 +93,7 @@ def look_up(table: ScaledArray, ids: Int[Array, "..."], out_dtype, out_sharding=
 
 def weight_only(recipe: Recipe) -> Recipe:
     """The recipe without its activations."""
-    return Recipe(recipe.weight, out_dtype=recipe.out_dtype)
+    return Recipe(recipe.weight, out_dtype=recipe.out_dtype, master_weights=recipe.master_weights)
 
 
 def check_embed(source: nnx.Embed, recipe: Recipe, name: str) -> None:

@@ -79,6 +79,9 @@ class Linear(QuantizedLayer):
         layer.keep_sharding(linear.kernel, linear.bias, [*lead, n, k])
         return layer
 
+    def source_matrix(self) -> Float[Array, "... k n"]:
+        return super().source_matrix().mT
+
     def __call__(self, x: Float[Array, "... k"], out_sharding=None) -> Float[Array, "... n"]:
         """One product, of the recipe's output type, whatever the batch.
 

@@ -13,6 +13,7 @@ from fp8x.nn.convert import quantize_model
 from fp8x.nn.grouped import GroupedLinear
 from fp8x.nn.observer import Statistic
 from fp8x.nn.routing import Scores, check_scores, choose_experts, sort_by_expert
+from fp8x.nn.training import source_of
 from fp8x.nn.unquantized import GatedMLP, UnquantizedGroupedLinear
 from fp8x.ops.gate import gate_activation
 from fp8x.recipe import Recipe, as_recipe
@@ -105,7 +106,7 @@ class MoE(nnx.Module):
             quantize_model(self.shared, recipe)
 
     def __call__(self, x: Float[Array, "... h"]) -> Float[Array, "... h"]:
-        hidden = self.w2.weight.shape[1]
+        hidden = source_of(self.w2).weight.shape[1]
         if x.shape[-1:] != (hidden,):
             raise ShapeError(f"x: shape is {x.shape}, but the layer takes [..., {hidden}]")
         if meshes.explicit_mesh((nnx.state(self), x)) is not None:
@@ -154,7 +155,7 @@ class MoE(nnx.Module):
 
     def _visit(self, tokens: Float[Array, "t h"], experts: Int[Array, "t k"]) -> Float[Array, "tk h"]:
         """What the experts return, a row for each token and expert."""
-        here = self.w2.weight.shape[0]
+        here = source_of(self.w2).weight.shape[0]
         source, row, group_sizes = sort_by_expert(self._here(experts), here)
         rows = tokens.shape[0] * min(self.top_k, here)  # a token visits an expert once
         visitors = source[:rows] // self.top_k
@@ -177,7 +178,7 @@ class MoE(nnx.Module):
 
     def _here(self, experts: Int[Array, "t k"]) -> Int[Array, " tk"]:
         """Each row's expert, counted from the first one on this device; their number for one that is elsewhere."""
-        expert, here = experts.reshape(-1), self.w2.weight.shape[0]
+        expert, here = experts.reshape(-1), source_of(self.w2).weight.shape[0]
         if not self.expert_axes:
             return expert
         expert = expert - here * jax.lax.axis_index(self.expert_axes)

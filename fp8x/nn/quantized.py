@@ -16,7 +16,7 @@ from fp8x.array import ScaledArray
 from fp8x.errors import CalibrationError, RecipeError, ShapeError
 from fp8x.nn.observer import BINS, Amax, Histogram, NonfiniteCount, TokenCount, add_counts, count_bins
 from fp8x.ops.groups import concrete, row_mask
-from fp8x.recipe import Recipe
+from fp8x.recipe import Recipe, check_stored
 from fp8x.scheme import Scheme
 
 
@@ -109,6 +109,10 @@ class QuantizedLayer(nnx.Module):
     def quantized_weight(self) -> ScaledArray:
         """Weight and scale as one array."""
         return ScaledArray(self.weight[...], self.weight_scale[...], self.weight_scheme)
+
+    def source_matrix(self) -> Float[Array, "..."]:
+        """The weight, dequantized, as the module that it was made from holds it."""
+        return self.quantized_weight.dequantize()
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -244,6 +248,7 @@ def weight_scheme(recipe: Recipe, ndim: int) -> Scheme:
 
 
 def _check_stored(weight: ScaledArray, recipe: Recipe, rank: int) -> None:
+    check_stored([recipe])
     expected = weight_scheme(recipe, rank)
     stored, fits = ((s.dtype, s.scale_dtype, s.block_of(weight.shape)) for s in (weight.scheme, expected))
     if stored != fits:

@@ -150,8 +150,15 @@ class Holder:
 
 def holders(model: nnx.Module) -> list[Holder]:
     """Every module that can be quantized or holds a matrix, in the order of the model; one held twice comes twice."""
-    found, rewriters = [], []
+    from fp8x.nn.training import QuantizationAware  # late: it imports this module
+
+    found, rewriters, trained = [], [], set()
     for path, module in named_modules(model):
+        if isinstance(module, QuantizationAware):
+            trained.add(id(module.source))
+            continue
+        if id(module) in trained:
+            continue
         if isinstance(module, _REWRITERS):
             rewriters.append((f"{path}." if path else "", type(module).__name__))
         if isinstance(module, QuantizedLayer):

@@ -9,7 +9,8 @@ from flax import nnx
 
 from fp8x.nn.decide import SKIPPED
 from fp8x.nn.quantized import QuantizedLayer
-from fp8x.nn.registry import holders, type_name
+from fp8x.nn.registry import conversion_of, holders, type_name
+from fp8x.nn.training import layers_in_training
 from fp8x.nn.walk import named_modules
 from fp8x.recipe import RECIPES, Recipe, Rules
 
@@ -35,9 +36,10 @@ class Row:
     Attributes:
         path: of the variable, dotted.
         type: of the module that holds it.
-        shape, dtype: as stored; K-major where it is quantized.
+        shape, dtype: as stored; K-major where it is stored in 8 bits.
         nbytes: with its scales.
-        recipe: what a quantized layer does; None for what is not quantized.
+        recipe: what a quantized layer does; None for what is not quantized. One with `master_weights` is of a matrix
+            in training, which is stored as it was and quantized at every call.
         reason: why it is not; empty for what is.
     """
 
@@ -54,11 +56,13 @@ class Row:
         """The recipe's code, or what it is made of."""
         if self.recipe is None:
             return ""
-        known = next((code for code, recipe in RECIPES.items() if recipe == self.recipe), None)
+        end = ", at every call (in training)" if self.recipe.master_weights else ""
+        stored = dataclasses.replace(self.recipe, master_weights=False)
+        known = next((code for code, recipe in RECIPES.items() if recipe == stored), None)
         if known is not None:
-            return known
-        activation = "16 bits" if self.recipe.activation is None else str(self.recipe.activation)
-        return f"{self.recipe.weight} by {activation} -> {self.recipe.out_dtype}"
+            return known + end
+        activation = "16 bits" if stored.activation is None else str(stored.activation)
+        return f"{stored.weight} by {activation} -> {stored.out_dtype}{end}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +73,17 @@ class Report:
 
     @property
     def quantized(self) -> tuple[Row, ...]:
-        return tuple(row for row in self.rows if row.recipe is not None)
+        """Those in 8 bits."""
+        return tuple(row for row in self.rows if row.recipe is not None and not row.recipe.master_weights)
+
+    @property
+    def in_training(self) -> tuple[Row, ...]:
+        """Those in 16 or 32 bits that are quantized at every call."""
+        return tuple(row for row in self.rows if row.recipe is not None and row.recipe.master_weights)
 
     @property
     def kept(self) -> tuple[Row, ...]:
-        """Those in 16 or 32 bits."""
+        """Those in 16 or 32 bits that are not quantized at all."""
         return tuple(row for row in self.rows if row.recipe is None)
 
     def __str__(self) -> str:
@@ -93,6 +103,8 @@ class Report:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(each, widths)).rstrip() for each in (head, *cells)]
         total, small = (sum(row.nbytes for row in rows) for rows in (self.rows, self.quantized))
         last = f"{len(self.quantized)} of {len(self.rows)} in 8 bits, {small:,} of {total:,} bytes"
+        if self.in_training:
+            last += f"; {len(self.in_training)} quantized at every call"
         return "\n".join([*lines, last])
 
 
@@ -105,7 +117,9 @@ def report(model: nnx.Module) -> Report:
     rows: dict[int, tuple[int, Row]] = {}
 
     def add(path: str, module: nnx.Module, name: str, variable: nnx.Variable, recipe: Recipe | None, reason: str):
-        nbytes = _nbytes(variable) + (0 if recipe is None else _nbytes(module.weight_scale))
+        nbytes = _nbytes(variable)
+        if isinstance(module, QuantizedLayer) and variable is module.weight:
+            nbytes += _nbytes(module.weight_scale)
         full = f"{path}.{name}" if path else name
         row = Row(full, type_name(module), variable.shape, np.dtype(variable.dtype), nbytes, recipe, reason)
         rows.setdefault(id(variable), (order[path], row))
@@ -115,6 +129,13 @@ def report(model: nnx.Module) -> Report:
             add(path, module, "weight", module.weight, module.recipe, "")
             if module.bias is not None and module.bias.ndim >= 2:
                 add(path, module, "bias", module.bias, None, "a bias")
+    trained = layers_in_training(model)
+    for path, layer in trained.items():
+        matrix = conversion_of(layer.source)[0].matrix
+        inside = f"{path}.source" if path else "source"
+        add(inside, layer.source, matrix, getattr(layer.source, matrix), layer.recipe, "")
+        if (bias := getattr(layer.source, "bias", None)) is not None and bias.ndim >= 2:
+            add(inside, layer.source, "bias", bias, None, "a bias")
     found = holders(model)
     skipped = Rules(None).decide(holder.path for holder in found)
     for holder in found:

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from fp8x.errors import MeshError
 from fp8x.nn.moe import MoE
+from fp8x.nn.training import check_finished
 from fp8x.nn.walk import get_module, named_modules
 from fp8x.sharding.layers import mark_moe, place_layer
 from fp8x.sharding.place import SPEC, place, put, values_of
@@ -32,7 +33,9 @@ def shard(model: "Decoder | MoE", mesh: Mesh) -> "Decoder | MoE":
     Raises:
         MeshError: the model is on a mesh already or in calibration; an unknown axis; or heads or experts that their
             axis does not divide. The model is as it was.
+        RecipeError: the model is in training.
     """
+    check_finished(model)
     if any(SPEC in variable.get_metadata() for _, variable in nnx.to_flat_state(nnx.state(model))):
         raise MeshError("model: it is on a mesh already; load or quantize it anew for another")
     if isinstance(model, MoE):
