@@ -541,9 +541,8 @@ def _quantized(holder: _Holder, recipe: Recipe, allow_nonfinite: bool) -> Quanti
     """A stored kernel in 8 bits, boxed if it was."""
     leaf = holder.leaf
     kernel, scheme = jnp.asarray(_unboxed(leaf)), weight_scheme(recipe, len(holder.dims.matrix))
-    weight = numerics.quantize_weight(
-        holder.dims.to_weight(kernel), scheme, name=holder.path or "model", allow_nonfinite=allow_nonfinite
-    )
+    options = dict(name=holder.path or "model", allow_nonfinite=allow_nonfinite, to_weight=holder.dims.to_weight)
+    weight = numerics.quantize_weight(kernel, scheme, **options)
     if isinstance(leaf, nn.Partitioned):
         weight = _boxed(weight, leaf, holder.dims)
     return QuantizedKernel(weight, holder.dims, recipe)

@@ -6,7 +6,7 @@ and not in others), `log2` (off by one ulp at powers of two) or a cast to e8m0 (
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -74,16 +74,30 @@ def is_clipped(x: Float[Array, "..."], scale: Float[Array, "..."], scheme: Schem
     return meshes.by_xla(is_over, lambda: meshes.explicit_dims(x), x, scale)
 
 
-def quantize_weight(w: Float[Array, "..."], scheme: Scheme, *, name: str, allow_nonfinite: bool = False) -> ScaledArray:
+def quantize_weight(
+    w: Float[Array, "..."],
+    scheme: Scheme,
+    *,
+    name: str,
+    allow_nonfinite: bool = False,
+    to_weight: Callable[[Array], Array] | None = None,
+) -> ScaledArray:
     """`quantize`, compiled, for a weight: refuses NaN and Inf, which in a trained matrix mean a broken checkpoint.
+
+    Arguments:
+        w: the weight `[..., N, K]`, or what `to_weight` makes it of, without a copy of its own where XLA can do so.
+        scheme: how it is stored.
+        name: stands in errors.
+        allow_nonfinite: NaN stays NaN, Inf becomes the largest finite value.
+        to_weight: a hashable function.
 
     Raises:
         ShapeError: as `quantize`; or `w` holds NaN or Inf, not allowed: the message has name and count.
     """
-    _check_input(w, scheme, name)
+    _check_input(w if to_weight is None else jax.eval_shape(to_weight, w), scheme, name)
     if not allow_nonfinite:
         check_finite(w, name)
-    return _quantize_jit(w, scheme)
+    return _quantize_weight(w, scheme, to_weight)
 
 
 def check_finite(w: Float[Array, "..."], name: str) -> None:
@@ -108,7 +122,9 @@ def _count_nonfinite(w: Float[Array, "..."]) -> Array:
     return jnp.sum(~jnp.isfinite(w))
 
 
-_quantize_jit = jax.jit(quantize, static_argnames="scheme")
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantize_weight(w: Float[Array, "..."], scheme: Scheme, to_weight: Callable[[Array], Array] | None) -> ScaledArray:
+    return quantize(w if to_weight is None else to_weight(w), scheme)
 
 
 def dequantize(q: ScaledArray, dtype=jnp.float32) -> Float[Array, "..."]:

@@ -146,8 +146,9 @@ class Contraction(QuantizedLayer):
         self, source: nnx.Module, bias: Array | None, recipe: Recipe, name: str, allow_nonfinite: bool
     ) -> None:
         scheme = weight_scheme(recipe, self.rank)
-        weight = self.kernel.to_weight(source.kernel[...])
-        weight = numerics.quantize_weight(weight, scheme, name=name, allow_nonfinite=allow_nonfinite)
+        weight = numerics.quantize_weight(
+            source.kernel[...], scheme, name=name, allow_nonfinite=allow_nonfinite, to_weight=self.kernel.to_weight
+        )
         self.hold(weight, recipe, bias)
 
     def _keep_sharding(

@@ -71,8 +71,8 @@ class Linear(QuantizedLayer):
         """
         recipe = as_recipe(recipe)
         check_linear(linear, recipe, name)
-        weight = linear.kernel[...].mT
-        weight = numerics.quantize_weight(weight, recipe.weight, name=name, allow_nonfinite=allow_nonfinite)
+        options = dict(name=name, allow_nonfinite=allow_nonfinite, to_weight=jnp.matrix_transpose)
+        weight = numerics.quantize_weight(linear.kernel[...], recipe.weight, **options)
         bias = None if linear.bias is None else linear.bias[...]
         layer = cls.from_arrays(weight, recipe, bias=bias)
         *lead, k, n = [[dim] for dim in range(linear.kernel.ndim)]
