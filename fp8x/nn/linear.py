@@ -89,7 +89,7 @@ class Linear(QuantizedLayer):
             ShapeError: `x`'s last dim is not K, or the layer is a stack.
             CalibrationError: a static activation scale is not calibrated; inside jit the result is NaN instead.
         """
-        self.check_single()
+        self.begin_call()
         k = self.weight.shape[-1]
         if x.shape[-1:] != (k,):
             raise ShapeError(f"x: shape is {x.shape}, but the layer takes [..., {k}]")

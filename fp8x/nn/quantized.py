@@ -1,7 +1,8 @@
 """What the quantized layers share: their variables, their static activation scale, and calibration."""
 
+import contextvars
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from fp8x.nn.observer import BINS, Amax, Histogram, NonfiniteCount, TokenCount, 
 from fp8x.ops.groups import concrete, row_mask
 from fp8x.recipe import Recipe, check_stored
 from fp8x.scheme import Scheme
+
+_called: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar("called", default=None)
 
 
 class Float8Weight(nnx.Variable):
@@ -41,6 +44,7 @@ class QuantizedLayer(nnx.Module):
     Attributes:
         recipe: what the layer does.
         rank: how many dims the weight of one layer has.
+        name: its path, while `called_layers` asks.
         weight: `Float8Weight` `[..., N, K]`, K-major.
         weight_scale: `WeightScale`, `weight_scheme.scale_shape(weight.shape)`.
         weight_scheme: the scheme of the two above.
@@ -53,6 +57,7 @@ class QuantizedLayer(nnx.Module):
     """
 
     rank: int = 2
+    name: str = ""
     k_axes: tuple[str, ...] = ()
     amax_axes: tuple[str, ...] = ()
 
@@ -119,8 +124,10 @@ class QuantizedLayer(nnx.Module):
         """The leading axes of a stack of layers; empty for one layer."""
         return self.weight.shape[: -self.rank]
 
-    def check_single(self) -> None:
-        """Raises a ShapeError where a stack of layers is called like one."""
+    def begin_call(self) -> None:
+        """What every call begins with. Raises a ShapeError where a stack of layers is called like one."""
+        if (names := _called.get()) is not None:
+            names.add(self.name)
         if self.stack:
             raise ShapeError(
                 f"layer: it is a stack of {list(self.stack)} layers, made by nnx.vmap; run it by nnx.scan or nnx.vmap"
@@ -232,6 +239,23 @@ def _copy_partitioning(source: nnx.Variable, to: nnx.Variable, names: tuple) -> 
     metadata = source.get_metadata()
     kept = {name: metadata[name] for name in ("sharding_rules", "mesh") if name in metadata}
     to.set_metadata(**kept | {"out_sharding": names})
+
+
+def called_layers(layers: Mapping[str, QuantizedLayer], model: nnx.Module, inputs: Sequence) -> set[str]:
+    """Which of a model's layers, by path, `model(*inputs)` calls. Traces it; runs nothing, and changes nothing."""
+    for path, layer in layers.items():
+        if "name" not in vars(layer):  # one that is held twice has its first path
+            layer.name = path  # it goes along through nnx.split and nnx.merge
+    graphdef, state = nnx.split(model)
+    for layer in layers.values():
+        if "name" in vars(layer):
+            del layer.name
+    token = _called.set(set())
+    try:
+        jax.eval_shape(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs), state, *inputs)
+        return _called.get()
+    finally:
+        _called.reset(token)
 
 
 def place(y: Array, out_sharding) -> Array:

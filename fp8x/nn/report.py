@@ -3,15 +3,16 @@
 import dataclasses
 import math
 import weakref
+from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from fp8x.nn.decide import SKIPPED
-from fp8x.nn.quantized import QuantizedLayer
+from fp8x.nn.quantized import QuantizedLayer, called_layers
 from fp8x.nn.registry import conversion_of, holders, type_name
 from fp8x.nn.training import layers_in_training
-from fp8x.nn.walk import named_modules
+from fp8x.nn.walk import named_layers, named_modules
 from fp8x.recipe import RECIPES, Recipe, Rules
 
 # Why `quantize_model` left a module. Beside the model, not in it: metadata would make it another graph to jit.
@@ -41,6 +42,7 @@ class Row:
         recipe: what a quantized layer does; None for what is not quantized. One with `master_weights` is of a matrix
             in training, which is stored as it was and quantized at every call.
         reason: why it is not; empty for what is.
+        is_called: whether the layer in 8 bits is called; None where that was not asked, or can't be seen.
     """
 
     path: str
@@ -50,6 +52,7 @@ class Row:
     nbytes: int
     recipe: Recipe | None
     reason: str
+    is_called: bool | None = None
 
     @property
     def code(self) -> str:
@@ -95,7 +98,7 @@ class Report:
                 "×".join(map(str, row.shape)),
                 str(row.dtype),
                 f"{row.nbytes:,}",
-                row.code or row.reason,
+                (row.code or row.reason) + ("; never called" if row.is_called is False else ""),
             )
             for row in self.rows
         ]
@@ -108,27 +111,32 @@ class Report:
         return "\n".join([*lines, last])
 
 
-def report(model: nnx.Module) -> Report:
+def report(model: nnx.Module, *inputs: Any) -> Report:
     """Every parameter of two or more dims of a model, quantized or not; one that is held twice is listed once.
+
+    With `inputs`, arrays or `jax.ShapeDtypeStruct`s, it also says which layers in 8 bits `model(*inputs)` never calls.
+    The model is traced for that, not run.
 
     Of a model that `fp8x.quantize_model` has not seen, or a copy of one, reasons follow from types and paths alone.
     """
     order = {path: index for index, (path, _) in enumerate(named_modules(model))}
     rows: dict[int, tuple[int, Row]] = {}
+    layers = named_layers(model)
+    called = called_layers(layers, model, inputs) if inputs else None
 
     def add(path: str, module: nnx.Module, name: str, variable: nnx.Variable, recipe: Recipe | None, reason: str):
         nbytes = _nbytes(variable)
         if isinstance(module, QuantizedLayer) and variable is module.weight:
             nbytes += _nbytes(module.weight_scale)
         full = f"{path}.{name}" if path else name
-        row = Row(full, type_name(module), variable.shape, np.dtype(variable.dtype), nbytes, recipe, reason)
+        dtype, is_called = np.dtype(variable.dtype), None if called is None or path not in layers else path in called
+        row = Row(full, type_name(module), variable.shape, dtype, nbytes, recipe, reason, is_called)
         rows.setdefault(id(variable), (order[path], row))
 
-    for path, module in named_modules(model):
-        if isinstance(module, QuantizedLayer):
-            add(path, module, "weight", module.weight, module.recipe, "")
-            if module.bias is not None and module.bias.ndim >= 2:
-                add(path, module, "bias", module.bias, None, "a bias")
+    for path, module in layers.items():
+        add(path, module, "weight", module.weight, module.recipe, "")
+        if module.bias is not None and module.bias.ndim >= 2:
+            add(path, module, "bias", module.bias, None, "a bias")
     trained = layers_in_training(model)
     for path, layer in trained.items():
         matrix = conversion_of(layer.source)[0].matrix

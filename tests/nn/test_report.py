@@ -146,6 +146,39 @@ def test_a_variable_that_is_held_twice_is_listed_once():
     assert [row.path for row in fp8x.report(model).rows] == ["one.weight"]
 
 
+class Half(nnx.Module):
+    """A stack, experts, and a layer that no call reaches."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.stack = nnx.split_rngs(splits=2)(nnx.vmap(lambda rngs: nnx.Linear(32, 32, rngs=rngs)))(rngs)
+        self.moe, self.idle = fp8x.nn.MoE(32, 32, 2, 1, rngs=rngs), linear()
+        self.again = self.moe
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        run = nnx.scan(lambda x, layer: layer(x).astype(x.dtype), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return self.moe(self.dropout(run(x, self.stack)))
+
+
+def test_layers_that_inputs_never_reach():
+    model = fp8x.quantize_model(Half(), CODE)
+    before = nnx.split(model)
+    called = {row.path: row.is_called for row in fp8x.report(model, jax.ShapeDtypeStruct((4, 32), jnp.float32)).rows}
+    assert called == {
+        "stack.weight": True,
+        "stack.bias": True,
+        "moe.w13.weight": True,
+        "moe.w2.weight": True,
+        "moe.router.kernel": None,
+        "idle.weight": False,
+    }
+    after = nnx.split(model)
+    assert before[0] == after[0]
+    assert all(a is b for a, b in zip(jax.tree.leaves(before[1]), jax.tree.leaves(after[1]), strict=True))
+    assert "idle.weight" in str(fp8x.report(model, jnp.ones((1, 32)))) and "never called" not in str(fp8x.report(model))
+
+
 def test_rules_with_none_keep_it_quiet():
     net = fp8x.quantize_model(Net(), CODE, {path.replace(".", r"\."): None for path in LEFT})
     assert set(named_layers(net)) == QUANTIZED
