@@ -3,6 +3,7 @@
 import collections
 from collections.abc import Mapping
 
+import jax
 from flax import nnx
 
 from fp8x.errors import RecipeError, some
@@ -103,4 +104,7 @@ def _converted(holder: Holder, recipe: Recipe, allow_nonfinite: bool) -> nnx.Mod
     if recipe.master_weights:
         return QuantizationAware(holder.module, recipe)
     name = holder.path or "model"
-    return holder.conversion.convert(holder.module, recipe, name=name, allow_nonfinite=allow_nonfinite)
+    layer = holder.conversion.convert(holder.module, recipe, name=name, allow_nonfinite=allow_nonfinite)
+    # What is only queued holds its memory already, and that of the module before.
+    jax.block_until_ready([leaf for leaf in jax.tree.leaves(nnx.state(layer)) if not isinstance(leaf, jax.core.Tracer)])
+    return layer
