@@ -23,7 +23,7 @@ def pytest_addoption(parser):
     parser.addoption("--results", type=Path, required=True, help="a JSON file: what came of each test")
     parser.addoption("--processes", type=int, default=4)
     parser.addoption("--seconds", type=float, default=float("inf"), help="for all tests together")
-    parser.addoption("--stall", type=float, default=40.0, help="seconds after which a test is taken to hang")
+    parser.addoption("--stall", type=float, default=90.0, help="seconds after which a test is taken to hang")
 
 
 FAILED: dict[str, str] = {}  # to be collected, and why
