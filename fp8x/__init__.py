@@ -11,12 +11,14 @@ from fp8x.numerics import quantize
 from fp8x.ops import backend
 from fp8x.recipe import RECIPES, Recipe, recipe
 from fp8x.scheme import Scheme
+from fp8x.version import __version__
 
 __all__ = [
     "RECIPES",
     "Recipe",
     "ScaledArray",
     "Scheme",
+    "__version__",
     "backend",
     "calibrate",
     "convert",

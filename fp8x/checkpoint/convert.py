@@ -29,6 +29,7 @@ from fp8x.checkpoint.resumable import ResumableWriter
 from fp8x.errors import CalibrationError, CheckpointError, some
 from fp8x.recipe import Recipe
 from fp8x.scheme import Scheme
+from fp8x.version import __version__
 
 MAX_THREADS = 16
 
@@ -133,7 +134,7 @@ def convert_tensors(
     jobs = _ordered(_jobs(reader, targets, set(dropped), source_format, format, out_dtype, allow_nonfinite))
     specs = {name: spec for job in jobs for name, spec in job.specs.items()}
     identity = [
-        [version(name) for name in ("fp8x", "jax", "jaxlib")],
+        [__version__, version("jax"), version("jaxlib")],
         reader.identity,
         [config, beside, str(out_dtype), allow_nonfinite],
         [(prefix, *map(repr, (t.stored, t.recipe)), _hex(t.input_scale)) for prefix, t in targets.items()],

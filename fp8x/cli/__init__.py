@@ -6,6 +6,7 @@ import typer
 
 from fp8x.cli import bench, calibrate, evaluate, generate, inspect, quantize, recipes
 from fp8x.cli.terminal import command
+from fp8x.version import __version__
 
 app = typer.Typer(
     name="fp8x",
@@ -38,9 +39,7 @@ app.add_typer(benchmarks, name="bench")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"fp8x {version('fp8x')}")
+        typer.echo(f"fp8x {__version__}")
         raise typer.Exit
 
 
