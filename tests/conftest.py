@@ -84,6 +84,19 @@ def pytest_pyfunc_call(pyfuncitem):
     return True
 
 
+# Of the 65,530 that Linux allows a process by default. A compiled function takes some 30, and XLA crashes for want of one.
+MAX_MAPS = 20_000
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Between two modules, forgets what was compiled where it takes too many of the process' maps of memory."""
+    maps = Path("/proc/self/maps")
+    if nextitem is not None and nextitem.path != item.path and maps.exists():
+        with maps.open() as lines:
+            if sum(1 for _ in lines) > MAX_MAPS:
+                jax.clear_caches()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
@@ -123,6 +136,22 @@ TINY_MIXTRAL = {
     "eos_token_id": 257,
     "dtype": "bfloat16",
 }
+
+
+@pytest.fixture(autouse=True)
+def _float32_in_float32(request):
+    """What is not quantized JAX multiplies in 19 bits (TF32) on a GPU, unless told otherwise. Ops are not told: theirs
+    are quantized."""
+    whole_models = request.path.parent.name in ("nn", "models")
+    with jax.default_matmul_precision("highest" if whole_models else None):
+        yield
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """What a process takes that sees its CPU alone."""
+    cpus = jax.devices("cpu")
+    monkeypatch.setattr(jax, "devices", lambda: cpus)
 
 
 @pytest.fixture(scope="session")

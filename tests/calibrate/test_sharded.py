@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
-from meshes import mesh_of
+from meshes import devices, mesh_of
 
 import fp8x
 from fp8x.calibrate import all_reduce, observe, sharded, start, static_layers
@@ -101,6 +101,7 @@ def test_without_a_data_axis_every_device_sees_all(one_device):
 
 def test_in_pmap(one_device):
     """The idiom of docs/calibration.md."""
+    devices(4)
     calibrated = model()
     graphdef, statistics, rest = start(calibrated)
     step = jax.pmap(

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
 from metric import as_bits
 
 import fp8x
@@ -262,9 +263,9 @@ def test_mixture_of_experts(code):
 
 
 def test_a_batch_over_two_devices():
+    mesh = mesh_of(data=2)
     model = fp8x.quantize_model(Net(), in_training("mxfp8_mxfp8_bf16"))
     expected = nnx.jit(nnx.grad(mse))(model, X)
-    mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     graphdef, state = nnx.split(model)
     state, x = jax.device_put((state, X), (NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))))
     actual = jax.jit(jax.grad(lambda state, x: mse(nnx.merge(graphdef, state), x)))(state, x)

@@ -2,13 +2,6 @@ import jax
 import pytest
 
 
-@pytest.fixture
-def no_gpu(monkeypatch):
-    """What a process takes that sees its CPU alone."""
-    cpus = jax.devices("cpu")
-    monkeypatch.setattr(jax, "devices", lambda: cpus)
-
-
 @pytest.fixture(scope="session")
 def _all_compilations() -> list[str]:
     events: list[str] = []
