@@ -8,6 +8,7 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     "name, third, limit",
     [

@@ -604,6 +604,7 @@ class TestEagerEqualsJit:
             assert_same(_quantize(x, scheme), q)
             assert_same(_dequantize(q), dequantize(q))
 
+    @pytest.mark.sample
     @pytest.mark.parametrize("scheme", FEW_SCHEMES, ids=str)
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
     def test_inside_a_bigger_jit(self, scheme, dtype):

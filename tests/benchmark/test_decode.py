@@ -24,6 +24,7 @@ def decode(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_from_end_to_end(decode, tmp_path, capsys, monkeypatch):
     path = tmp_path / "out.json"
     arguments = ["--json", str(path), "--tiny", "--layers", "1", "--context", "5", "--steps", "3", "--batches", "1"]

@@ -21,6 +21,7 @@ def grouped_gemm(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_from_end_to_end(grouped_gemm, tmp_path, capsys, monkeypatch):
     path = tmp_path / "out.json"
     arguments = ["--json", str(path), "--tiny", "--backend", "xla", "--quick"]

@@ -28,6 +28,7 @@ def test_group_sizes():
     assert sorted(Shape(1, 1, 1, experts=8, top_k=3).group_sizes(5).tolist()) == [0] * 5 + [1] * 3
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("shape", "recipe"),
     [

@@ -18,6 +18,7 @@ def quantize(monkeypatch):
     sys.modules.pop("quantize")
 
 
+@pytest.mark.slow
 def test_from_end_to_end(quantize, tmp_path, capsys, monkeypatch):
     path = tmp_path / "out.json"
     arguments = ["--json", str(path), "--tiny", "--quick", "--who", "xla"]

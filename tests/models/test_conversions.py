@@ -50,6 +50,7 @@ def chunk_bytes(request, monkeypatch):
     monkeypatch.setattr(rows, "CHUNK_BYTES", request.param)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", CODES)
 def test_as_through_a_model(tiny_checkpoint, tmp_path, code, chunk_bytes):
     fp8x.save(fp8x.load(tiny_checkpoint, code), tmp_path / "saved")
@@ -85,6 +86,7 @@ def test_static_scales_have_to_come_from_somewhere(tiny_checkpoint, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     "source, target",
     [
@@ -162,6 +164,7 @@ def test_any_architecture(tmp_path):
     assert after["decoder.fc1.weight"][2] == np.asarray(expected.data).tobytes()
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("shape", [(1, 32), (129, 96), (300, 160)])
 def test_ragged_blocks_and_every_type(tmp_path, dtype, shape, chunk_bytes):
@@ -174,6 +177,7 @@ def test_ragged_blocks_and_every_type(tmp_path, dtype, shape, chunk_bytes):
         assert np.array_equal(np.asarray(found.scale), np.asarray(expected.scale))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", ["e4m3_bf16", "e5m2_e5m2_bf16", "mxfp8_bf16"])
 def test_nonfinite_values(tmp_path, code, chunk_bytes):
     values = np.asarray(jnp.asarray(np.random.default_rng(2).standard_normal((200, 64))).astype(jnp.bfloat16)).copy()

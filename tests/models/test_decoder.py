@@ -102,13 +102,14 @@ def test_gradients_reach_every_parameter(qwen):
         assert jnp.any(leaf[...] != 0), path
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_everything_is_computed_in_the_parameters_type(qwen, dtype):
-    model = Decoder(DecoderConfig.from_hf(qwen.hf), rngs=nnx.Rngs(0), param_dtype=dtype)
+    model = nnx.eval_shape(lambda: Decoder(DecoderConfig.from_hf(qwen.hf), rngs=nnx.Rngs(0), param_dtype=dtype))
     ids = qwen.tensors["ids"]
-    hidden, cache = jax.eval_shape(lambda: model.extend(ids, model.init_cache(*ids.shape)))
+    hidden, cache = nnx.eval_shape(lambda model: model.extend(ids, model.init_cache(*ids.shape)), model)
     assert {leaf.dtype for leaf in jax.tree.leaves((hidden, cache.layers))} == {jnp.dtype(dtype)}
-    assert jax.eval_shape(lambda: model(ids)).dtype == jnp.float32
+    assert nnx.eval_shape(lambda model: model(ids), model).dtype == jnp.float32
 
 
 def test_tied_models_have_no_head(golden):

@@ -53,6 +53,7 @@ def by_the_rule(model, tokenizer, texts, context):
     return nats, tokens
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("context", [7, 44, 200])
 def test_the_rule(model, byte_tokenizer, context):
     nats, tokens = by_the_rule(model, byte_tokenizer, TEXTS, context)

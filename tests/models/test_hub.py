@@ -123,6 +123,7 @@ def test_logits_survive_shards_and_companions(tmp_path):
     assert np.array_equal(run(model), run(again))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", ["e4m3_bf16", "fp8_e4m3fn_bf16_block_scale", "e4m3_e4m3_bf16_max_calibrate"])
 def test_loading_quantizes_as_quantize_model(code):
     assert_same(hub.load(QWEN, code), fp8x.quantize_model(hub.load(QWEN), code))

@@ -108,6 +108,7 @@ class EveryLayer(nnx.Module):
         self.stack = nnx.split_rngs(splits=3)(nnx.vmap(lambda rngs: fp8x.nn.MoE(32, 32, 2, 1, rngs=rngs)))(rngs)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", [MX, "fp8_e4m3fn_bf16_block_scale"])
 def test_every_type_of_layer_comes_back(code, tmp_path):
     model = fp8x.quantize_model(EveryLayer(nnx.Rngs(0)), code, {"table": code}, unsupported="ignore")
@@ -250,6 +251,7 @@ class TestOnAMesh:
             array = variable[...]
             assert array.sharding.is_equivalent_to(NamedSharding(mesh, spec), array.ndim)
 
+    @pytest.mark.sample
     @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
     def test_into_a_model_that_is_placed(self, axis_type, tmp_path):
         mesh, model = self.mesh(axis_type), quantized(MX)
@@ -468,6 +470,7 @@ class TestExport:
             as_bits(jax.export.deserialize(blob).call(jnp.asarray(IDS, jnp.int32))), as_bits(call(IDS))
         )
 
+    @pytest.mark.sample
     @pytest.mark.parametrize("code", [MX, "e5m2_e5m2_bf16", BLOCK])
     def test_arrays_as_arguments(self, code):
         graphdef, state = nnx.split(quantized(code).moe)

@@ -86,6 +86,7 @@ def check(source, x, recipe):
         np.testing.assert_array_equal(y, expected)
 
 
+@pytest.mark.sample
 @exact
 @pytest.mark.parametrize(("k", "n", "axis", "batch_axis", "shape"), GENERAL, ids=str)
 def test_linear_general(name, k, n, axis, batch_axis, shape):
@@ -93,6 +94,7 @@ def test_linear_general(name, k, n, axis, batch_axis, shape):
     check(filled(source), integers(shape), EXACT[name])
 
 
+@pytest.mark.sample
 @exact
 @pytest.mark.parametrize(("equation", "kernel", "bias", "shape"), EQUATIONS, ids=str)
 def test_einsum(name, equation, kernel, bias, shape):
@@ -107,6 +109,7 @@ def static_scale(layer, x):
         layer.input_scale[...] = quantize(x, layer.recipe.activation).scale
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", CODES)
 def test_one_product_of_ops_on_the_reshaped_kernel(code):
     """Bit for bit, in every recipe: into heads, out of heads, and a matrix for each head."""
@@ -165,6 +168,7 @@ class Attention(nnx.Module):
         self.attention = nnx.MultiHeadAttention(4, 64, rngs=rngs, **options)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", ["e4m3_bf16", "mxfp8_mxfp8_bf16", "fp8_e4m3fn_bf16_block_scale"])
 def test_attention_with_a_cache(code):
     model = Attention(nnx.Rngs(0), num_kv_heads=2, normalize_qk=True, dtype=jnp.bfloat16)
@@ -206,6 +210,7 @@ def place(model: Layers, mesh) -> None:
         layer.bias.set_value(jax.device_put(layer.bias[...], NamedSharding(mesh, of_bias)))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", ["mxfp8_mxfp8_bf16", "fp8_e4m3fn_bf16_block_scale", "e4m3_bf16"])
 @pytest.mark.parametrize("kind", list(AxisType)[:2], ids=lambda kind: kind.name)
 def test_on_a_users_mesh_under_plain_jit_no_weight_is_gathered(kind, code):

@@ -176,7 +176,7 @@ def test_peak_memory_is_the_model_and_one_layer(own_registry):
 
 @pytest.mark.own_process
 def test_peak_memory_is_measured_to_be_that(tmp_path):
-    """Eight layers of 16 MB in float32: quantizing them all grows the process by less than three of them."""
+    """Eight layers of 16 MB in float32: quantizing them all grows the process by less than four of them."""
     work = """
 n, count = 2048, 1 if path.name == "small" else 8  # the first compiles what the others run
 model = nnx.List([nnx.LinearGeneral(n, (2, n // 2), rngs=nnx.Rngs(i)) for i in range(count)])
@@ -188,7 +188,7 @@ size = 4 * n * n
 jax.block_until_ready(nnx.state(fp8x.quantize_model(model, "fp8_e4m3fn_bf16_block_scale")))
 """
     layer, growth = measure(work, tmp_path / "big", tmp_path / "small")
-    assert growth < 3 * layer
+    assert growth < 4 * layer
 
 
 class TestErrors:

@@ -64,6 +64,7 @@ def expected(layer, x, sizes) -> np.ndarray:
     return metric.grouped_matmul(x, layer.quantized_weight, sizes.tolist(), bias)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("index", "code"),
     # Those with float16 differ from bfloat16's in that alone.
@@ -82,6 +83,7 @@ def test_every_recipe_in_jit(index, code):
     assert not np.any(y[shape.m - shape.spare :])
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("n", [96, 128, 192, 256])
 def test_gate_and_up_have_scales_of_their_own(n):
     """128-blocks: rows of 96 and 192 do not merge with those of the next matrix, 128 and 256 do."""
@@ -95,6 +97,7 @@ def test_gate_and_up_have_scales_of_their_own(n):
         assert_close(y[:, part], truth[:, part])
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("block", [(None, None), (1, None), (1, 32), (32, 32), (2, None, 64)], ids=str)
 def test_merged_rows_are_the_parts(block):
     shape = Shape((3, 0, 4, 1), 96, 160)
@@ -151,6 +154,7 @@ def test_rows_in_another_order():
         np.testing.assert_array_equal(layer(x, sizes, rows), layer(x[rows], sizes))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", ["mxfp8_mxfp8_bf16", "fp8_e4m3fn_bf16_block_scale_static_activation"])
 def test_with_a_gate_before_another(code):
     """The two layers' bits, with 8 bits between them."""

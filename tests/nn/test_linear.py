@@ -44,6 +44,7 @@ def expected(layer, x) -> np.ndarray:
     return metric.matmul(x, layer.quantized_weight, None if layer.bias is None else layer.bias[...])
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("index", "code"), list(enumerate(CODES)), ids=str)
 def test_every_recipe_in_jit(index, code):
     layer = layer_of(code, use_bias=index % 2 == 0)
@@ -164,6 +165,7 @@ class TestStaticScale:
         np.testing.assert_array_equal(layer.input_scale[...], [[1]])
         assert np.isfinite(float64(layer(inputs(2)))).all()
 
+    @pytest.mark.sample
     @pytest.mark.parametrize("code", [code for code in CODES if "bf16" in code and code.endswith("_max_calibrate")])
     def test_calibration_is_inference_with_the_running_scale(self, code):
         layer = layer_of(code)

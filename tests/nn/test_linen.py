@@ -88,6 +88,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.sample
 @codes
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_multiply_by_ops_eager_and_compiled(name, code):
@@ -168,6 +169,7 @@ def transformer(how: str):
     return model, ids, model.init(jax.random.key(0), ids)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     "code, limit",
     [(CODE, 0.12), ("e4m3_bf16", 0.06), ("fp8_e4m3fn_bf16_block_scale", 0.12), ("e4m3_e4m3_bf16_dynamic", 0.12)],

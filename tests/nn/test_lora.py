@@ -59,6 +59,7 @@ def test_the_base_is_quantized_and_the_adapter_stays(kind):
         np.testing.assert_array_equal(one[...], other[...])
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("kind", [OfLayers, AroundLayers])
 def test_only_adapters_are_trained(kind, code):

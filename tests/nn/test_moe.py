@@ -77,6 +77,7 @@ def product(layer, e, x) -> np.ndarray:
     return y if layer.bias is None else y + float64(layer.bias[e])
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     "options",
     [
@@ -96,6 +97,7 @@ def test_unquantized_is_the_dense_mixture(options):
     assert_close(y, dense(moe, x), tolerance=1e-6)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("index", "code"),
     # Those with float16 differ from bfloat16's in that alone.
@@ -115,6 +117,7 @@ def test_every_recipe_in_jit(index, code):
     assert_close(y, dense(moe, x), tolerance=4e-2)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", ["e4m3_e4m3_bf16", "fp8_e4m3fn_bf16_block_scale", "mxfp8_mxfp8_bf16"])
 def test_with_float32_between_the_products_nothing_falls_aside(code):
     moe, x = moe_of(dataclasses.replace(fp8x.recipe(code), out_dtype=jnp.float32)), tokens(65)
@@ -130,6 +133,7 @@ def test_no_tokens(code):
     assert moe(jnp.zeros((2, 0, HIDDEN))).shape == (2, 0, HIDDEN)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("block", [(None, None, None), (128, 128)], ids=str)
 def test_weight_only_in_float32_is_exact(block):
     """Nothing is rounded but the weights: one scale for all experts, and 128-blocks over 96 rows of gate and of up."""
@@ -140,6 +144,7 @@ def test_weight_only_in_float32_is_exact(block):
     assert made.w13.weight_scale.shape == moe.w13.weight_scale.shape
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", [None, "mxfp8_mxfp8_bf16", "e4m3_bf16"])
 def test_a_hot_expert_and_empty_ones(code):
     moe, x = moe_of(code, top_k=1, use_bias=True), tokens(300)
@@ -149,6 +154,7 @@ def test_a_hot_expert_and_empty_ones(code):
     assert_close(moe(x), dense(moe, x), tolerance=4e-2 if code else 1e-6)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", [None, "e4m3_e4m3_bf16", "fp8_e4m3fn_bf16_block_scale"])
 def test_a_token_alone_is_the_token_in_a_batch(code):
     moe, x = moe_of(code, use_bias=True), tokens(65)
@@ -158,6 +164,7 @@ def test_a_token_alone_is_the_token_in_a_batch(code):
         assert relative_error(forward(moe, x[i]), y[i]) < (4e-2 if code else 1e-6)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", ["e4m3_bf16", "mxfp8_mxfp8_bf16"])
 def test_one_token_goes_unsorted_and_sees_the_same_experts(no_gpu, code):
     moe = moe_of(dataclasses.replace(fp8x.recipe(code), out_dtype=jnp.float32), use_bias=True)
@@ -247,6 +254,7 @@ class TestGradient:
             getattr(plain, name).bias[...] = layer.bias[...]
         return plain
 
+    @pytest.mark.sample
     @pytest.mark.parametrize("code", ["e4m3_bf16", "mxfp8_mxfp8_bf16", "e4m3_e4m3_bf16"])
     def test_is_that_of_the_dequantized_mixture(self, code):
         limit = 1e-5 if code == "e4m3_bf16" else 0.15  # activations in 8 bits are off by that much themselves

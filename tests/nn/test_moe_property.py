@@ -67,6 +67,7 @@ def routings(draw, tokens: int, num_experts: int, top_k: int):
     return np.float32(x), np.float32(weights), np.int32(experts)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("sizes", "code"),
     [

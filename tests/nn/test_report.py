@@ -192,6 +192,7 @@ def test_a_rule_can_ask_for_an_embedding():
     }
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", ["mxfp8_mxfp8_bf16", "e4m3_bf16", "fp8_e4m3fn_bf16_block_scale", "e4m3_e4m3_bf16"])
 def test_embeddings_are_dequantized_after_the_look_up(code):
     source = nnx.Embed(300, 64, rngs=nnx.Rngs(0))

@@ -73,6 +73,7 @@ def inputs(seed=0):
     return jax.random.normal(jax.random.key(seed), (2, 5, FEATURES), jnp.bfloat16)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("code", "kind"),
     [*((code, Block) for code in CODES), ("mxfp8_bf16", Mixture), ("e4m3_e4m3_bf16", Mixture)],
@@ -107,6 +108,7 @@ class Ensemble(nnx.Module):
         return nnx.vmap(lambda block, x: block.heads(x), in_axes=(0, None))(self.blocks, x)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("method", ["max", "mse"])
 def test_every_layer_of_a_stack_is_calibrated_by_what_it_sees(method):
     code, rules = "fp8_e4m3fn_bf16_block_scale_static_activation", {r".*(up|down)": None}
@@ -131,6 +133,7 @@ def test_experts_of_a_stack_that_saw_little_are_named():
     assert report.undersampled(100)[:2] == ["blocks.moe.w13 layer 0 expert 0", "blocks.moe.w13 layer 0 expert 1"]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", ["mxfp8_bf16", "e4m3_e4m3_bf16_dynamic"])
 def test_gradients_also_where_layers_are_run_again(code):
     blocks = fp8x.quantize_model(nnx.Dict(blocks=make(LAYERS)), code).blocks

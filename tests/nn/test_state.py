@@ -42,6 +42,7 @@ def test_variables_have_types_of_their_own():
     assert names(moe, InputScale) == {"w13.input_scale", "w2.input_scale"}
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", ["mxfp8_mxfp8_bf16", "e5m2_e5m2_bf16"])
 def test_optimizers_pass_by_what_is_quantized(code):
     moe = moe_of(code)
@@ -64,6 +65,7 @@ def test_optimizers_pass_by_what_is_quantized(code):
     assert (moe.router.kernel[...] != before.router.kernel[...]).any()
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", ["fp8_e4m3fn_bf16_block_scale_static_activation_max_calibrate", "mxfp8_bf16"])
 def test_split_and_merge(code):
     moe = moe_of(code)

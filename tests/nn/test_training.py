@@ -97,6 +97,7 @@ def begin(module: nnx.Module, code: str) -> fp8x.nn.QuantizationAware:
     return fp8x.quantize_model(module, None, {"": in_training(code)})
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", ["mxfp8_mxfp8_bf16", pytest.param("e4m3_bf16", marks=pytest.mark.slow), *SLOW])
 @pytest.mark.parametrize("name", CASES)
 def test_forward_has_the_bits_of_the_quantized_layer(name, code):
@@ -109,6 +110,7 @@ def test_forward_has_the_bits_of_the_quantized_layer(name, code):
     np.testing.assert_array_equal(as_bits(case.call(fp8x.nn.finish_training(layer))), as_bits(expected))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", ["e4m3_bf16", pytest.param("mxfp8_mxfp8_bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
 def test_gradient_is_that_of_the_module_with_the_dequantized_matrix(name, code):
@@ -158,6 +160,7 @@ def mse(model, x):
     return jnp.mean((model(x).astype(jnp.float32) - jnp.roll(x, 1, -1)) ** 2)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", ["e4m3_e4m3_bf16_dynamic", "mxfp8_bf16"])
 def test_an_optimizer_trains_it_and_finishing_keeps_every_bit(code):
     model = fp8x.quantize_model(Net(), in_training(code))
@@ -212,6 +215,7 @@ class Stack(nnx.Module):
         )(x, self.layers)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", ["mxfp8_mxfp8_bf16", "e4m3_bf16"])
 def test_a_stack_under_scan_is_its_layers_one_by_one(code):
     model = fp8x.quantize_model(Stack(), in_training(code))
@@ -244,7 +248,7 @@ def test_attention():
     model = fp8x.quantize_model(make(), in_training("e4m3_bf16"))
     assert set(layers_in_training(model)) == {"query", "key", "value", "out"}
     y = nnx.jit(lambda model, x: model(x))(model, X)
-    gradients = nnx.grad(lambda model: jnp.sum(model(X).astype(jnp.float32) ** 2))(model)
+    gradients = nnx.jit(nnx.grad(lambda model: jnp.sum(model(X).astype(jnp.float32) ** 2)))(model)
     assert all(leaf.any() for path, leaf in nnx.to_flat_state(nnx.as_pure(gradients)) if path[-1] == "kernel")
     np.testing.assert_array_equal(as_bits(nnx.jit(lambda m, x: m(x))(fp8x.nn.finish_training(model), X)), as_bits(y))
 
@@ -255,7 +259,7 @@ def test_mixture_of_experts(code):
     fp8x.quantize_model(moe, in_training(code))
     forward = nnx.jit(lambda moe, x: moe(x))
     y, alone = forward(moe, ROWS), forward(moe, ROWS[:1])
-    gradients = nnx.grad(lambda moe: jnp.sum(moe(ROWS) ** 2))(moe)
+    gradients = nnx.jit(nnx.grad(lambda moe: jnp.sum(moe(ROWS) ** 2)))(moe)
     assert all(leaf.any() for leaf in jax.tree.leaves(gradients))
     fp8x.nn.finish_training(moe)
     np.testing.assert_array_equal(as_bits(forward(moe, ROWS)), as_bits(y))

@@ -115,6 +115,7 @@ def check_products(code: str, forms) -> None:
     assert not lost, f"never quantized: {[forms[index] for index in lost]}"
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", ["e4m3_e4m3_bf16", "fp8_e4m3fn_bf16_block_scale", "mxfp8_mxfp8_bf16"])
 def test_products_multiply_codes(code):
     check_products(code, QUICK)

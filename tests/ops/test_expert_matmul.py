@@ -60,6 +60,7 @@ def truth(x, w, experts, bias=None) -> np.ndarray:
     return y
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("shape", "experts", "weight", "activation", "dtype", "use_bias"), CASES)
 def test_product(shape, experts, weight, activation, dtype, use_bias):
     x, w, experts, bias = operands_of(shape, experts, weight, dtype)

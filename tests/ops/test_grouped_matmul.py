@@ -105,6 +105,7 @@ def test_static_scale_ignores_rows_past_the_groups():
     np.testing.assert_array_equal(y, expected)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("weight", "activation"), [PAIRS[0], PAIRS[1], PAIRS[3]], ids=str)
 def test_rows_of_an_input_in_another_order(weight, activation):
     """As if they were taken first; the gradient of a row that is taken twice is the sum."""
@@ -127,6 +128,7 @@ def test_rows_of_an_input_in_another_order(weight, activation):
     np.testing.assert_array_equal(quantized, expected)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("weight", "activation"), [PAIRS[0], PAIRS[1], PAIRS[3]], ids=str)
 def test_an_input_through_a_gate(weight, activation):
     """As if gate and up had met before; the gradient is that of both steps."""

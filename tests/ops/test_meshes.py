@@ -65,6 +65,7 @@ def check(form: Form, kind: AxisType, backend: str) -> None:
     assert_close(np.asarray(y), expected, tolerance=GATED if form.op == "gated_matmul" else FLOAT32)
 
 
+@pytest.mark.sample
 @kinds
 @pytest.mark.parametrize("form", QUICK, ids=str)
 def test_one_devices_numbers_by_kernels(opaque, kind, form):
@@ -89,6 +90,7 @@ def test_every_form(opaque, kind, backend, op, pair, layout):
     check(Form(op, pair, layout), kind, backend)
 
 
+@pytest.mark.sample
 @kinds
 def test_gradients(opaque, kind):
     form = Form("grouped_matmul", "rows", "rows and columns")
@@ -118,6 +120,7 @@ def test_mapped(opaque, kind):
     assert_close(np.asarray(y).reshape(expected.shape), expected, tolerance=FLOAT32)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("spec", [("data", "tensor"), (None, ("tensor", "data")), (("data", "tensor"), None)], ids=str)
 @pytest.mark.parametrize("scheme", [per_tensor(), per_row(), GROUP, Scheme("e4m3", block=(128, 96)), mx()], ids=str)
 def test_quantize_and_dequantize_on_an_explicit_mesh(scheme, spec):

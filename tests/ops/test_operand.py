@@ -48,6 +48,7 @@ def test_dense(weight, activation, dtype, multiplied_in):
     assert_close(y, metric.matmul(x, w, given.bias[0]))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("weight", "activation", "dtype", "multiplied_in"), CASES, ids=str)
 def test_grouped(weight, activation, dtype, multiplied_in):
     shape = GROUPED[6]

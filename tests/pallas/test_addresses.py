@@ -175,6 +175,7 @@ def _is_elsewhere(access: Instruction) -> bool:
     return any(modifier.split("::")[0] in ("param", "shared") for modifier in access.modifiers)
 
 
+@pytest.mark.sample
 @needs_compiler
 @pytest.mark.parametrize("case", [c if hasattr(c, "marks") else pytest.param(c) for c in CASES.values()], ids=CASES)
 def test_strides_are_multiplied_in_64_bits(case):

@@ -42,6 +42,7 @@ def compile_fp8(
     return report
 
 
+@pytest.mark.sample
 @needs_compiler
 @pytest.mark.parametrize(
     "options",
@@ -79,6 +80,7 @@ def test_fp8(tiling, scales, options):
     assert report.instructions["FADD" if scales in ("one", "factors") else "FFMA"] >= elements
 
 
+@pytest.mark.sample
 @needs_compiler
 @pytest.mark.parametrize("types", [(E4M3, E5M2), (E5M2, E4M3), (E5M2, E5M2)], ids=str)
 def test_fp8_types(types):
@@ -88,6 +90,7 @@ def test_fp8_types(types):
     assert report.faults == []
 
 
+@pytest.mark.sample
 @needs_compiler
 @pytest.mark.parametrize(("k", "is_copied"), [(96, False), (192, False), (200, True)])
 def test_weights_of_ragged_k(k, is_copied):

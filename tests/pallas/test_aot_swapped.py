@@ -102,6 +102,7 @@ QUICK = {
 }
 
 
+@pytest.mark.sample
 @needs_compiler
 @pytest.mark.parametrize(
     ("form", "tokens", "rows", "groups"),

@@ -20,6 +20,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("m", [8, 512])
 @pytest.mark.parametrize(("weight", "activation"), PAIRS, ids=str)
 def test_same_kernel_form_and_tilings(weight, activation, m, monkeypatch):

@@ -14,6 +14,7 @@ needs_compiler = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.mi
 WGMMA = re.compile(r"[HQ]GMMA\.64x(\d+)x\S+ R(\d+), (R(\d+)|gdesc)")
 
 
+@pytest.mark.sample
 @needs_compiler
 @pytest.mark.parametrize(
     "compiled",

@@ -45,6 +45,7 @@ def cases(shapes, fast):
     ]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("shape", "weight", "activation", "dtype", "use_bias"), cases(GROUPED, {(1, 2), (2, 1), (6, 0), (7, 2)})
 )
@@ -61,6 +62,7 @@ def test_grouped(interpreted, short_sums, shape, weight, activation, dtype, use_
     assert not np.any(y[shape.m - shape.spare :]), "rows past the groups are zero"
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("shape", "weight", "activation", "dtype", "use_bias"), cases(DENSE, {(0, 0), (4, 1), (5, 2)}))
 def test_dense(interpreted, shape, weight, activation, dtype, use_bias):
     given = operands(shape, weight, dtype=dtype)

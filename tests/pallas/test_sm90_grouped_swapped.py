@@ -58,6 +58,7 @@ def cases(shapes, fast):
     ]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("shape", "weight", "activation", "dtype", "out_dtype", "use_bias"),
     cases(GROUPED, {(4, 0), (6, 5), (4, 9)}),
@@ -78,6 +79,7 @@ def test_grouped(interpreted, short_sums, shape, weight, activation, dtype, out_
     assert not np.any(y[shape.m - shape.spare :]), "rows past the groups are zero"
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("shape", "weight", "activation", "dtype", "out_dtype", "use_bias"), cases(DENSE, {(1, 6), (4, 3), (5, 7)})
 )

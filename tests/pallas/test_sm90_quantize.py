@@ -119,6 +119,7 @@ def test_given_scales(interpreted, dtype, element):
         assert_as_numerics(x, per_tensor(element), jnp.full((1, 1), 0.37, F32))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("m", "k", "scheme"),
     [
@@ -143,6 +144,7 @@ def test_ragged(interpreted, m, k, scheme):
         assert_as_numerics(normal((m, k)), scheme)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("scheme", [GROUP, slow(TOKEN), slow(MX[0]), STATIC_GROUP], ids=str)
 def test_rows_past_the_groups(interpreted, scheme):
     """Whatever they hold: here NaN, which would stay."""
@@ -207,6 +209,7 @@ class TestGate:
         actual = jax.jit(KERNEL_ACTIVATIONS[gate])(jnp.asarray(x, F32))
         np.testing.assert_allclose(actual, expected, rtol=2.0**-18, atol=1e-9)
 
+    @pytest.mark.sample
     @pytest.mark.parametrize(
         ("scheme", "gate", "shape", "dtype"),
         [

@@ -125,6 +125,7 @@ FEW = [
 ]
 
 
+@pytest.mark.sample
 @needs_compiler
 @pytest.mark.parametrize("form", FEW, ids=str)
 def test_a_few(form):

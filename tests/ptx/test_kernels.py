@@ -18,6 +18,7 @@ from ptx.emulated import emulated
 pytestmark = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("weight", "activation"),
     [(Scheme("e4m3", block=(128, 128)), Scheme("e4m3", block=(1, 128))), (per_row(), None)],

@@ -57,6 +57,7 @@ def test_other_bits_are_not_what_was_measured(bits):
 DATA = {"k160": (GROUPED[2], jnp.float32), "k416": (RAGGED, jnp.bfloat16)}
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("data", "weight", "activation", "measured"),
     [

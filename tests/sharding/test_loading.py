@@ -26,6 +26,7 @@ def assert_same(model, other):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("name", "code", "axes"),
     [

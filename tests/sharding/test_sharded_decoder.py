@@ -41,6 +41,7 @@ DIAGONAL = [
 ]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("code", "axes"), DIAGONAL, ids=str)
 def test_logits_equal_one_device(code, axes):
     expected = run(tiny(code), IDS)
@@ -70,6 +71,7 @@ def test_every_recipe_on_sixteen_devices():
     subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], check=True)
 
 
+@pytest.mark.slow
 def test_768_features_over_four_devices():
     code, config = "fp8_e4m3fn_bf16_block_scale", {"moe_intermediate_size": 768}
     model = shard(tiny(code, **config), mesh_of(data=2, tensor=4))
@@ -123,6 +125,7 @@ def test_collectives(axis_type):
     assert collectives(lambda m, ids, c: m.extend(ids, c), model, ids[:, :1], cache) == {"all-reduce": 5}
 
 
+@pytest.mark.slow
 def test_collectives_of_dynamic_scales_and_of_data():
     """A scale a token over a K that is split: its amax meets before o_proj and w2. Rows of a batch never do."""
     model = shard(tiny("e4m3_e4m3_bf16_dynamic"), mesh_of(tensor=2))

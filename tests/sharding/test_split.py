@@ -93,6 +93,7 @@ def test_scale_spec_errors():
         scale_spec(P(None, None, "tensor"), BLOCK, mesh_of(tensor=2), (128, 128))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("scheme", [BLOCK, per_row(), per_tensor(), Scheme("e4m3", block=(None, None, None))], ids=str)
 def test_quantizing_in_parts_equals_the_whole_bit_for_bit(scheme):
     mesh = mesh_of(expert=2, tensor=4)
