@@ -32,8 +32,9 @@ from mixtures import RECIPES, Mixture, randomize
 import fp8x
 from fp8x.benchmark import H200, Results, copy_bandwidth, facts, time_queue
 from fp8x.models import Decoder, DecoderConfig
-from fp8x.models.attention import KeyValues, Rotary, causal_mask
+from fp8x.models.attention import KeyValues, causal_mask
 from fp8x.models.decoder import Cache
+from fp8x.models.rope import Rotary
 from fp8x.ops.dispatch import BACKENDS
 
 BF16 = "bf16"
@@ -107,7 +108,7 @@ def decode(model: Decoder, ids: Int[Array, " b"], cache: Cache, steps: int) -> I
 def attend(model: Decoder, x, cache: Cache):
     """The attention of every layer, one after another."""
     config, positions = model.config, cache.length + jnp.arange(1)
-    rotary = Rotary.at(positions, config.head_dim, config.rope_theta, x.dtype)
+    rotary = Rotary.at(positions, config.rope, x.dtype)
     mask = causal_mask(positions, jnp.arange(cache.layers[0].keys.shape[1]), config.sliding_window)
     for layer, cached in zip(model.layers, cache.layers):
         x, _ = layer.self_attn(layer.input_layernorm(x), rotary, mask, cached, cache.length)
@@ -133,7 +134,7 @@ def floor_seconds(model: Decoder, batch: int, setting: Setting, who: str) -> flo
     """The least time of a step, by the bytes that it has to read."""
     config = model.config
     size = lambda tree: sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
-    sizes = (config.hidden_size, config.moe_intermediate_size, config.num_experts, config.num_experts_per_tok)
+    sizes = (config.hidden_size, config.mixture.intermediate, config.num_experts, config.mixture.top_k)
     mixture = Mixture(*sizes)
     idle = config.num_experts - mixture.active_experts(batch)
     nbytes = size(nnx.state(model)) - size(nnx.state(model.embed_tokens))  # of which a row a text is read

@@ -210,7 +210,7 @@ def write_checkpoint(path: Path, config: dict, tokenizer: Tokenizer, seed: int =
 
 
 def _shapes(config, names) -> dict[str, tuple[int, int]]:
-    hidden, inner = config.hidden_size, config.moe_intermediate_size
+    hidden, inner = config.hidden_size, config.mixture.intermediate
     keys = config.num_key_value_heads * config.head_dim
     outputs = {"k_proj": (keys, hidden), "v_proj": (keys, hidden), "router": (config.num_experts, hidden)}
     outputs |= {"w13": (inner, hidden), "w2": (hidden, inner), "lm_head": (config.vocab_size, hidden)}

@@ -10,7 +10,7 @@ from fp8x.version import __version__
 
 app = typer.Typer(
     name="fp8x",
-    help="""FP8 for Flax: quantize, calibrate, evaluate and run Hugging Face checkpoints of Mixtral and Qwen3-MoE.
+    help="""FP8 for Flax: quantize, calibrate, evaluate and run Hugging Face checkpoints of Llama, Mistral, Qwen, DeepSeek and GLM.
 
     A model's way, from bf16 to text:
 

@@ -1,16 +1,17 @@
-"""Causal grouped-query attention with rotary positions, as in transformers' Mixtral and Qwen3-MoE."""
+"""Causal attention with rotary positions, as in transformers: by grouped queries, and through latents."""
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from fp8x.models.config import DecoderConfig
+from fp8x.models.rope import Rotary
 from fp8x.nn.training import source_of
 
 
@@ -31,33 +32,12 @@ class RMSNorm(nnx.Module):
         return self.scale[...].astype(x.dtype) * (x32 * inverse_rms).astype(x.dtype)
 
 
-class Rotary(NamedTuple):
-    """Cosines and sines of the rotary angles, one row per position."""
-
-    cos: Float[Array, "t head_dim"]
-    sin: Float[Array, "t head_dim"]
-
-    @classmethod
-    def at(cls, positions: Int[Array, " t"], head_dim: int, theta: float, dtype: DTypeLike) -> "Rotary":
-        """Angles `position · theta^(-2i/head_dim)` in float32 (RoFormer, arXiv:2104.09864, section 3.2.2)."""
-        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        frequencies = np.float32(1) / np.float32(theta) ** exponents
-        angles = positions[:, None].astype(jnp.float32) * frequencies
-        angles = jnp.concatenate([angles, angles], axis=-1)
-        return cls(jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype))
-
-    def rotate(self, x: Float[Array, "b t heads head_dim"]) -> Float[Array, "b t heads head_dim"]:
-        """Rotates dimension i with dimension i + head_dim / 2: the half layout of Hugging Face checkpoints."""
-        first, second = jnp.split(x, 2, axis=-1)
-        half_turn = jnp.concatenate([-second, first], axis=-1)
-        return x * self.cos[:, None] + half_turn * self.sin[:, None]
-
-
 class KeyValues(NamedTuple):
-    """Keys (rotated) and values of one layer."""
+    """What a layer keeps of the tokens that it has read: of grouped queries keys (rotated) and values, a head each; of
+    latents these, as one head, and the keys' part with positions (rotated)."""
 
-    keys: Float[Array, "b s kv_heads head_dim"]
-    values: Float[Array, "b s kv_heads head_dim"]
+    keys: Float[Array, "b s heads dim"]
+    values: Float[Array, "b s heads dim"]
 
     def write(self, new: "KeyValues", start: Int[Array, ""]) -> "KeyValues":
         """These with `new` written from position `start` on."""
@@ -71,18 +51,18 @@ def causal_mask(queries: Int[Array, " t"], keys: Int[Array, " s"], window: int |
 
 
 class Attention(nnx.Module):
-    """Attention of one layer: `q_proj`, `k_proj`, `v_proj`, `o_proj` and, for Qwen3-MoE, `q_norm` and `k_norm`."""
+    """Grouped queries: `q_proj`, `k_proj`, `v_proj`, `o_proj` and, in some families, `q_norm` and `k_norm`."""
 
     def __init__(self, config: DecoderConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        def linear(inputs: int, outputs: int) -> nnx.Linear:
-            return nnx.Linear(inputs, outputs, use_bias=config.attention_bias, param_dtype=param_dtype, rngs=rngs)
+        def linear(inputs: int, outputs: int, use_bias: bool) -> nnx.Linear:
+            return nnx.Linear(inputs, outputs, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs)
 
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = linear(config.hidden_size, queries)
-        self.k_proj = linear(config.hidden_size, keys)
-        self.v_proj = linear(config.hidden_size, keys)
-        self.o_proj = linear(queries, config.hidden_size)
+        self.q_proj = linear(config.hidden_size, queries, config.attention_bias)
+        self.k_proj = linear(config.hidden_size, keys, config.attention_bias)
+        self.v_proj = linear(config.hidden_size, keys, config.attention_bias)
+        self.o_proj = linear(queries, config.hidden_size, config.output_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, param_dtype=param_dtype)
             self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, param_dtype=param_dtype)
@@ -102,23 +82,97 @@ class Attention(nnx.Module):
         Returns the output in x's type, and the keys and values seen: `cache` with x's written from `start` on,
         or x's alone without a cache.
         """
-        query, key, value = (self._heads(linear(x), x.dtype) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (heads(linear, x, self.head_dim) for linear in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         seen = KeyValues(rotary.rotate(key), value)
         if cache is not None:
             seen = cache.write(seen, start)
         out = jax.nn.dot_product_attention(rotary.rotate(query), seen.keys, seen.values, mask=mask[None, None])
-        heads = out.shape[-2] * self.head_dim
-        return self.o_proj(out.reshape(*x.shape[:-1], heads)).astype(x.dtype), seen
+        return self.o_proj(out.reshape(*x.shape[:-1], -1)).astype(x.dtype), seen
 
-    @property
-    def kv_heads(self) -> int:
-        """How many key and value heads are here: on a mesh, on one device."""
-        linear = source_of(self.k_proj)
-        outputs = linear.kernel.shape[1] if isinstance(linear, nnx.Linear) else linear.weight.shape[0]
-        return outputs // self.head_dim
+    def cache_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Heads and dims of the two arrays of `KeyValues`; on a mesh, on one device."""
+        shape = (_outputs(self.k_proj) // self.head_dim, self.head_dim)
+        return shape, shape
 
-    def _heads(self, x: Float[Array, "b t n"], dtype: DTypeLike) -> Float[Array, "b t heads head_dim"]:
-        # A quantized projection answers in its recipe's type; everything between is in the residual's.
-        return x.astype(dtype).reshape(*x.shape[:-1], x.shape[-1] // self.head_dim, self.head_dim)
+
+class LatentAttention(nnx.Module):
+    """Through latents: `q_proj`, or `q_a_proj`, `q_a_layernorm` and `q_b_proj`; `kv_a_proj_with_mqa`, `kv_a_layernorm`,
+    `kv_b_proj`; and `o_proj`. See `Latent`."""
+
+    def __init__(self, config: DecoderConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        def linear(inputs: int, outputs: int) -> nnx.Linear:
+            return nnx.Linear(inputs, outputs, use_bias=False, param_dtype=param_dtype, rngs=rngs)
+
+        # Their epsilon is no field of config.json: transformers' classes leave it at its default.
+        norm = lambda dim: RMSNorm(dim, eps=1e-6, param_dtype=param_dtype)  # noqa: E731
+        latent, count, hidden = config.latent, config.num_attention_heads, config.hidden_size
+        self.latent, self.head_dim = latent, config.head_dim
+        self.scale = config.rope.score_factor / math.sqrt(config.head_dim)
+        if latent.q_rank is None:
+            self.q_proj = linear(hidden, count * config.head_dim)
+        else:
+            self.q_a_proj = linear(hidden, latent.q_rank)
+            self.q_a_layernorm = norm(latent.q_rank)
+            self.q_b_proj = linear(latent.q_rank, count * config.head_dim)
+        self.kv_a_proj_with_mqa = linear(hidden, latent.kv_rank + latent.rope_dim)
+        self.kv_a_layernorm = norm(latent.kv_rank)
+        self.kv_b_proj = linear(latent.kv_rank, count * (latent.nope_dim + latent.v_dim))
+        self.o_proj = linear(count * latent.v_dim, hidden)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t hidden"],
+        rotary: Rotary,
+        mask: Bool[Array, "t s"],
+        cache: KeyValues | None = None,
+        start: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "b t hidden"], KeyValues]:
+        """Arguments and results as `Attention`'s."""
+        latent = self.latent
+        if latent.q_rank is None:
+            query = heads(self.q_proj, x, self.head_dim)
+        else:
+            query = heads(self.q_b_proj, self.q_a_layernorm(self.q_a_proj(x).astype(x.dtype)), self.head_dim)
+        query = jnp.concatenate([query[..., : latent.nope_dim], rotary.rotate(query[..., latent.nope_dim :])], -1)
+        low = self.kv_a_proj_with_mqa(x).astype(x.dtype)
+        keys_values, position = self.kv_a_layernorm(low[..., : latent.kv_rank]), low[..., latent.kv_rank :]
+        seen = KeyValues(keys_values[:, :, None], rotary.rotate(position[:, :, None]))
+        if cache is not None:
+            seen = cache.write(seen, start)
+        full = heads(self.kv_b_proj, seen.keys[:, :, 0], latent.nope_dim + latent.v_dim)
+        position = jnp.broadcast_to(seen.values, (*full.shape[:-1], latent.rope_dim))
+        key, value = jnp.concatenate([full[..., : latent.nope_dim], position], -1), full[..., latent.nope_dim :]
+        out = attend(query, key, value, mask, self.scale)
+        return self.o_proj(out.reshape(*x.shape[:-1], -1)).astype(x.dtype), seen
+
+    def cache_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """As `Attention`'s."""
+        return (1, self.latent.kv_rank), (1, self.latent.rope_dim)
+
+
+def attend(
+    query: Float[Array, "b t h d"],
+    key: Float[Array, "b s h d"],
+    value: Float[Array, "b s h v"],
+    mask: Bool[Array, "t s"],
+    scale: float,
+) -> Float[Array, "b t h v"]:
+    """`jax.nn.dot_product_attention` of keys and values of different sizes: scores and softmax in float32, weights in
+    the values' type."""
+    scores = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32) * scale
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(value.dtype)
+    return jnp.einsum("bhts,bshv->bthv", weights, value)
+
+
+def heads(linear: nnx.Module, x: Float[Array, "b t n"], dim: int) -> Float[Array, "b t heads dim"]:
+    """What a projection gives, as heads, in x's type: a quantized one answers in its recipe's, and everything between
+    is in the residual's."""
+    y = linear(x).astype(x.dtype)
+    return y.reshape(*y.shape[:-1], y.shape[-1] // dim, dim)
+
+
+def _outputs(linear: nnx.Module) -> int:
+    linear = source_of(linear)
+    return linear.kernel.shape[1] if isinstance(linear, nnx.Linear) else linear.weight.shape[0]

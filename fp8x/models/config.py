@@ -1,48 +1,109 @@
-"""What a Mixtral or Qwen3-MoE decoder is made of, as read from a Hugging Face `config.json`."""
+"""What a decoder is made of, as read from a Hugging Face `config.json`."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from fp8x.errors import ConfigError
+from fp8x.models.rope import Rope
+from fp8x.nn.routing import Scores
 from fp8x.ops.gate import ACTIVATIONS
 
-ModelType = Literal["mixtral", "qwen3_moe"]
-
-# What transformers takes where config.json is silent: MixtralConfig and Qwen3MoeConfig.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "eos_token_id": 2},
-    "qwen3_moe": {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "eos_token_id": None},
-}
-MODEL_TYPES = tuple(_DEFAULTS)
 _DTYPES = ("float32", "bfloat16", "float16")
-_QWEN3_DEFAULT_WINDOW = 4096
 _SIZES = (
     "vocab_size",
     "hidden_size",
-    "moe_intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
-    "num_experts",
-    "num_experts_per_tok",
 )
-_MAX_LAYERS = 10_000
-_MAX_INT = 2**31 - 1
-_MAX_FLOAT = 3.4e38  # of float32, in which it is computed with
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """Attention through latents (DeepSeek-V2, arXiv:2405.04434, section 2.1): the cache holds `kv_rank + rope_dim`
+    numbers a token, of which every head makes its key and value.
+
+    Attributes:
+        q_rank: of the queries' latent; None where they are made of the hidden state.
+        kv_rank: of that of keys and values.
+        nope_dim, rope_dim: dims of a query and a key without and with positions; the latter are all heads'.
+        v_dim: dims of a value.
+    """
+
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """A layer's mixture of experts.
+
+    Attributes:
+        num_experts, top_k: how many there are, and how many a token visits.
+        intermediate: width of one expert.
+        scores, normalize, scale, use_correction_bias: as `fp8x.nn.MoE` takes them.
+        groups, top_groups, group_best: a token's experts are of so many groups of them, as `fp8x.nn.MoE` takes them.
+        shared_intermediate: width of the expert that every token visits; None without one.
+        shared_gate: whether a sigmoid weighs that one.
+        router_float32: whether the router computes in float32, whatever the parameters' type.
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate: int
+    scores: Scores = "softmax"
+    normalize: bool = True
+    scale: float = 1.0
+    use_correction_bias: bool = False
+    groups: int = 1
+    top_groups: int = 1
+    group_best: int = 1
+    shared_intermediate: int | None = None
+    shared_gate: bool = False
+    router_float32: bool = False
+
+    def __post_init__(self):
+        for name in ("num_experts", "top_k", "intermediate"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.num_experts % self.groups or not 1 <= self.top_groups <= self.groups:
+            raise ConfigError(
+                f"groups ({self.groups}) must divide the number of experts ({self.num_experts}), and the groups that a "
+                f"token visits ({self.top_groups}) be at most as many"
+            )
+        reachable = self.num_experts // self.groups * self.top_groups
+        if self.top_k > reachable:
+            raise ConfigError(f"num_experts_per_tok ({self.top_k}) must be at most the number of experts ({reachable})")
+        if self.group_best > self.num_experts // self.groups:
+            raise ConfigError(
+                f"groups ({self.groups}) of {self.num_experts} experts must have {self.group_best} or more"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The shape of a decoder and the options of its layers; field names are those of transformers.
+    """The shape of a decoder and the options of its layers.
 
     Attributes:
-        moe_intermediate_size: width of one expert (Mixtral's `intermediate_size`).
+        model_type: the family, as `fp8x.models.families.FAMILIES` has it.
+        head_dim: dims of a query and of a key.
         intermediate_size: width of the dense layers' MLP; None where every layer is a mixture of experts.
-        dense_layers: indices of the layers with a dense MLP, ascending (Qwen3-MoE only).
+        mixture: of the layers that are no dense ones; None without any.
+        dense_layers: indices of the layers with a dense MLP, ascending.
+        rope: how positions turn queries and keys.
+        latent: attention through latents; None for grouped queries.
+        qk_norm: whether queries and keys pass an RMSNorm over the head dimension.
+        attention_bias, output_bias, mlp_bias: whether q, k and v, the attention's output and the dense MLPs add one.
         sliding_window: a token sees itself and the `sliding_window - 1` tokens before it; None: all before it.
+        full_layers: indices of the layers without that window.
         eos_token_id: the tokens that end a text; may be empty.
+        skipped_layers: layers behind the last, for multi-token prediction, which are not loaded.
+        context: how many tokens it was trained to read; None where config.json is silent.
         dtype: name of the parameters' type.
         hf: the raw `config.json`; takes no part in comparison.
 
@@ -50,26 +111,30 @@ class DecoderConfig:
         ConfigError: a value is out of range or not supported.
     """
 
-    model_type: ModelType
+    model_type: str
     vocab_size: int
     hidden_size: int
-    moe_intermediate_size: int
-    intermediate_size: int | None = None
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    num_experts: int
-    num_experts_per_tok: int
-    norm_topk_prob: bool = True
+    rope: Rope
+    intermediate_size: int | None = None
+    mixture: Mixture | None = None
     dense_layers: tuple[int, ...] = ()
+    latent: Latent | None = None
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-5
-    rope_theta: float = 1e6
+    qk_norm: bool = False
     attention_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
     sliding_window: int | None = None
+    full_layers: tuple[int, ...] = ()
     tie_word_embeddings: bool = False
     eos_token_id: tuple[int, ...] = ()
+    skipped_layers: int = 0
+    context: int | None = None
     dtype: str = "float32"
     hf: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
@@ -84,191 +149,32 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
-        if self.num_experts_per_tok > self.num_experts:
-            raise ConfigError(
-                f"num_experts_per_tok ({self.num_experts_per_tok}) must be at most the number of experts "
-                f"({self.num_experts})"
-            )
         if self.hidden_act not in ACTIVATIONS:
             raise ConfigError(f"hidden_act {self.hidden_act!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
         if self.dtype not in _DTYPES:
             raise ConfigError(f"dtype {self.dtype!r} is not supported; supported: {', '.join(_DTYPES)}")
         if self.dense_layers and self.intermediate_size is None:
             raise ConfigError(f"layers {list(self.dense_layers)} are dense, which needs intermediate_size")
+        if self.mixture is None and len(self.dense_layers) < self.num_hidden_layers:
+            raise ConfigError("mixture: is None, but some layers are no dense ones")
 
     @property
-    def qk_norm(self) -> bool:
-        """Whether queries and keys pass an RMSNorm over the head dimension."""
-        return self.model_type == "qwen3_moe"
+    def num_experts(self) -> int:
+        """How many experts a mixture has; 0 without one."""
+        return 0 if self.mixture is None else self.mixture.num_experts
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "DecoderConfig":
-        """Reads the parsed `config.json` of a Mixtral or Qwen3-MoE checkpoint, of transformers 4 or 5.
+        """Reads the parsed `config.json` of a family that fp8x knows, of transformers 4 or 5.
 
         Fields that give a tensor its shape must be there; the others take transformers' defaults.
 
         Raises:
-            ConfigError: a needed field is missing, or a value has the wrong type or is not supported.
+            ConfigError: a needed field is missing, a value has the wrong type or is not supported, or a field changes
+                what the model computes and the family does not read it.
+
+        Warns of fields that fp8x does not know at all.
         """
-        model_type = hf.get("model_type")
-        if model_type not in MODEL_TYPES:
-            raise ConfigError(
-                f"config.json has model_type {model_type!r}; supported: {', '.join(map(repr, _DEFAULTS))}"
-            )
-        fields = _Fields(hf, model_type)
-        read = _read_mixtral if model_type == "mixtral" else _read_qwen3_moe
-        return cls(**_read_common(fields), **read(fields), hf=dict(hf))
+        from fp8x.models.families import read
 
-
-class _Fields:
-    """Typed access to config.json, with the field and what it holds in every error."""
-
-    def __init__(self, hf: Mapping[str, Any], model_type: str):
-        self.hf = hf
-        self.model_type = model_type
-        self.defaults = _DEFAULTS[model_type]
-
-    def get(self, name: str) -> Any:
-        """The value of a field that may be missing or null; then transformers' default."""
-        value = self.hf.get(name)
-        return self.defaults.get(name) if value is None else value
-
-    def positive_int(self, *names: str) -> int:
-        """A needed positive integer, under the first of `names` that is there."""
-        for name in names:
-            if self.hf.get(name) is not None:
-                return self._check_positive(name, self.hf[name], int, "integer", _MAX_INT)
-        raise ConfigError(f"config.json of a {self.model_type} model has no {' or '.join(names)} (a positive integer)")
-
-    def optional_positive_int(self, name: str) -> int | None:
-        value = self.get(name)
-        return None if value is None else self._check_positive(name, value, int, "integer", _MAX_INT)
-
-    def positive_float(self, name: str, value: Any) -> float:
-        return float(self._check_positive(name, value, (int, float), "number", _MAX_FLOAT))
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.hf.get(name, default)
-        if not isinstance(value, bool):
-            raise self.error(name, value, "true or false")
-        return value
-
-    def ints(self, name: str) -> tuple[int, ...]:
-        """A list of non-negative integers, or one alone; empty where missing or null."""
-        value = self.get(name)
-        items = value if isinstance(value, list | tuple) else () if value is None else (value,)
-        if any(type(item) is not int or not 0 <= item <= _MAX_INT for item in items):
-            raise self.error(name, value, "a non-negative integer or a list of them")
-        return tuple(items)
-
-    def error(self, name: str, value: Any, expected: str) -> ConfigError:
-        got = f"{type(value).__name__} {value!r:.200}"
-        return ConfigError(f"config.json of a {self.model_type} model: {name} must be {expected}, got {got}")
-
-    def _check_positive(
-        self, name: str, value: Any, types: type | tuple[type, ...], kind: str, limit: int | float
-    ) -> Any:
-        if not isinstance(value, types) or isinstance(value, bool) or not value > 0:
-            raise self.error(name, value, f"a positive {kind}")
-        if value > limit:
-            raise self.error(name, value, f"at most {limit}")
-        return value
-
-
-def _read_common(fields: _Fields) -> dict[str, Any]:
-    hidden = fields.positive_int("hidden_size")
-    heads = fields.positive_int("num_attention_heads")
-    head_dim = fields.optional_positive_int("head_dim")
-    if head_dim is None:
-        if hidden % heads:
-            raise ConfigError(
-                f"hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads}) without head_dim"
-            )
-        head_dim = hidden // heads
-    return {
-        "model_type": fields.model_type,
-        "vocab_size": fields.positive_int("vocab_size"),
-        "hidden_size": hidden,
-        "num_hidden_layers": _read_layers(fields),
-        "num_attention_heads": heads,
-        "num_key_value_heads": _read_kv_heads(fields, heads),
-        "head_dim": head_dim,
-        "num_experts": fields.positive_int("num_local_experts", "num_experts"),
-        "num_experts_per_tok": fields.positive_int("num_experts_per_tok"),
-        "hidden_act": _read_activation(fields),
-        "rms_norm_eps": fields.positive_float("rms_norm_eps", fields.get("rms_norm_eps")),
-        "rope_theta": _read_rope_theta(fields),
-        "tie_word_embeddings": fields.flag("tie_word_embeddings", default=False),
-        "eos_token_id": fields.ints("eos_token_id"),
-        "dtype": _read_dtype(fields),
-    }
-
-
-def _read_mixtral(fields: _Fields) -> dict[str, Any]:
-    return {
-        "moe_intermediate_size": fields.positive_int("intermediate_size"),
-        "sliding_window": fields.optional_positive_int("sliding_window"),
-    }
-
-
-def _read_qwen3_moe(fields: _Fields) -> dict[str, Any]:
-    mlp_only = set(fields.ints("mlp_only_layers"))
-    sparse_step = fields.optional_positive_int("decoder_sparse_step") or 1
-    dense = tuple(i for i in range(_read_layers(fields)) if i in mlp_only or (i + 1) % sparse_step)
-    window = None
-    if fields.flag("use_sliding_window", default=False):
-        # An explicit null turns the window off; only a missing field takes transformers' default.
-        missing = "sliding_window" not in fields.hf
-        window = _QWEN3_DEFAULT_WINDOW if missing else fields.optional_positive_int("sliding_window")
-    return {
-        "moe_intermediate_size": fields.positive_int("moe_intermediate_size"),
-        "intermediate_size": fields.positive_int("intermediate_size") if dense else None,
-        "dense_layers": dense,
-        "norm_topk_prob": fields.flag("norm_topk_prob", default=False),
-        "attention_bias": fields.flag("attention_bias", default=False),
-        "sliding_window": window,
-    }
-
-
-def _read_layers(fields: _Fields) -> int:
-    count = fields.positive_int("num_hidden_layers")
-    if count > _MAX_LAYERS:
-        raise fields.error("num_hidden_layers", count, f"at most {_MAX_LAYERS}")
-    return count
-
-
-def _read_kv_heads(fields: _Fields, heads: int) -> int:
-    """`num_key_value_heads`; null means as many as heads, as in transformers."""
-    if "num_key_value_heads" in fields.hf and fields.hf["num_key_value_heads"] is None:
-        return heads
-    return fields.positive_int("num_key_value_heads")
-
-
-def _read_rope_theta(fields: _Fields) -> float:
-    """The rotary base: `rope_theta` beside `rope_scaling` (transformers 4) or in `rope_parameters` (5)."""
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = fields.hf.get(name) or {}
-        if not isinstance(rope, Mapping):
-            raise fields.error(name, rope, "an object")
-        if nested := [key for key, value in rope.items() if isinstance(value, Mapping)]:
-            raise ConfigError(f"config.json: {name} per layer type ({', '.join(nested)}) is not supported")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise ConfigError(f"config.json: {name} has rope_type {kind!r}; supported: 'default'")
-    theta = fields.get("rope_theta")
-    for name in ("rope_scaling", "rope_parameters"):
-        theta = (fields.hf.get(name) or {}).get("rope_theta", theta)
-    return fields.positive_float("rope_theta", theta)
-
-
-def _read_activation(fields: _Fields) -> str:
-    name = fields.hf.get("hidden_act", "silu")
-    if not isinstance(name, str):
-        raise fields.error("hidden_act", name, "a name")
-    return "silu" if name == "swish" else name
-
-
-def _read_dtype(fields: _Fields) -> str:
-    """`dtype` (transformers 5) or `torch_dtype` (4); float32, which holds any of the others, where neither is."""
-    name = fields.hf.get("dtype") or fields.hf.get("torch_dtype") or "float32"
-    return name.removeprefix("torch.") if isinstance(name, str) else name
+        return cls(**read(hf), hf=dict(hf))

@@ -17,8 +17,9 @@ from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES
 from fp8x.checkpoint.format import stored_recipes
 from fp8x.checkpoint.header import FLOAT8, UNQUANTIZED
 from fp8x.errors import CheckpointError, RuleError, some
-from fp8x.models.config import MODEL_TYPES, DecoderConfig
-from fp8x.models.hf_names import linear_names, param_names
+from fp8x.models.config import DecoderConfig
+from fp8x.models.families import FAMILIES
+from fp8x.models.hf_names import linear_names, param_names, skipped
 from fp8x.models.loading import HARMLESS, flat
 from fp8x.recipe import OUT_DTYPES, Recipe, Rules, as_recipe, check_stored
 
@@ -121,7 +122,7 @@ def convert(
     Raises:
         CheckpointError: `src` is missing or damaged, holds NaN or Inf, no format can hold the result, or `dst` can't be
             written; the message says which file and tensor, and `dst` is as it was.
-        ConfigError: a config.json of Mixtral or Qwen3-MoE with fields that fp8x can't read.
+        ConfigError: a config.json of a family that fp8x knows, with fields that it can't read.
         CalibrationError: static activation scales that neither `calibration` nor `src` gives, or that do not fit.
         RecipeError, RuleError, ShapeError: an unknown recipe, a rule that matches nothing, a matrix it does not fit.
     """
@@ -153,14 +154,14 @@ def convert(
 
 def _modules(reader: Reader) -> dict[str, list[str]]:
     """The prefixes of every module that holds matrices."""
-    if reader.config.get("model_type") not in MODEL_TYPES:
+    if reader.config.get("model_type") not in FAMILIES:
         return {prefix: [prefix] for prefix in _matrices(reader)}
     config = DecoderConfig.from_hf(reader.config)
     modules = {path: [prefix for _, prefix in flat(names)] for path, names in linear_names(config).items()}
     needed = [*param_names(config).values(), *(f"{prefix}.weight" for names in modules.values() for prefix in names)]
     if missing := [name for name in needed if name not in reader]:
         raise CheckpointError(f"{reader.path}: {some(missing)} missing, which config.json calls for")
-    return modules
+    return modules | {prefix: [prefix] for prefix in _matrices(reader) if skipped(config, prefix)}
 
 
 def _matrices(reader: Reader) -> list[str]:

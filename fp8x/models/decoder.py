@@ -1,4 +1,4 @@
-"""Mixtral and Qwen3-MoE: a decoder whose module tree and numbers follow transformers."""
+"""The one decoder of all families: its module tree and numbers follow transformers."""
 
 from typing import NamedTuple
 
@@ -11,8 +11,9 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Float32, Int
 
-from fp8x.models.attention import Attention, KeyValues, RMSNorm, Rotary, causal_mask
+from fp8x.models.attention import Attention, KeyValues, LatentAttention, RMSNorm, causal_mask
 from fp8x.models.config import DecoderConfig
+from fp8x.models.rope import Rotary
 from fp8x.nn import GatedMLP, MoE
 from fp8x.sharding.plan import Placement
 from fp8x.sharding.run import batch_spec, call, check_batch
@@ -26,29 +27,41 @@ class Cache(NamedTuple):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention, then the MLP (a mixture of experts or, in Qwen3-MoE's dense layers, one gated MLP), each residual."""
+    """Attention, then the MLP (one gated MLP, or a mixture of experts), each residual."""
 
     def __init__(self, config: DecoderConfig, index: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(hidden, eps=eps, param_dtype=param_dtype)
-        self.self_attn = Attention(config, param_dtype=param_dtype, rngs=rngs)
+        attention = Attention if config.latent is None else LatentAttention
+        self.self_attn = attention(config, param_dtype=param_dtype, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(hidden, eps=eps, param_dtype=param_dtype)
         if index in config.dense_layers:
             self.mlp = GatedMLP(
                 hidden,
                 config.intermediate_size,
                 activation=config.hidden_act,
+                use_bias=config.mlp_bias,
                 param_dtype=param_dtype,
                 rngs=rngs,
             )
         else:
+            mixture = config.mixture
             self.mlp = MoE(
                 hidden,
-                config.moe_intermediate_size,
-                config.num_experts,
-                config.num_experts_per_tok,
+                mixture.intermediate,
+                mixture.num_experts,
+                mixture.top_k,
                 activation=config.hidden_act,
-                normalize_top_k=config.norm_topk_prob,
+                scores=mixture.scores,
+                normalize_top_k=mixture.normalize,
+                routed_scale=mixture.scale,
+                use_correction_bias=mixture.use_correction_bias,
+                groups=mixture.groups,
+                top_groups=mixture.top_groups,
+                group_best=mixture.group_best,
+                shared_intermediate=mixture.shared_intermediate,
+                shared_gate=mixture.shared_gate,
+                router_dtype=jnp.float32 if mixture.router_float32 else None,
                 param_dtype=param_dtype,
                 rngs=rngs,
             )
@@ -68,7 +81,8 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A Mixtral or Qwen3-MoE language model: `decoder(ids)` gives the logits of the next token at every position.
+    """A language model of any family in `fp8x.models.families`: `decoder(ids)` gives the logits of the next token at
+    every position.
 
     Its matrices are `nnx.Linear` and `fp8x.nn.MoE`, which `fp8x.quantize_model` swaps for quantized ones; everything
     is computed in the parameters' type, logits are float32. `lm_head` is None where it is tied to the embedding.
@@ -118,18 +132,17 @@ class Decoder(nnx.Module):
 
     def init_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` texts of up to `capacity` tokens."""
-        config = self.config
-        shape = (batch, capacity, self.layers[0].self_attn.kv_heads, config.head_dim)
         sharding = None
         if self.placement is not None:
             check_batch(self.placement, batch, "batch")
             sharding = NamedSharding(self.placement.mesh, self._cache_specs().layers)
-        empty = jnp.zeros(shape, self.embed_tokens.embedding.dtype, device=sharding)
-        return Cache((KeyValues(empty, empty),) * config.num_hidden_layers, jnp.int32(0))
+        dtype, shapes = self.embed_tokens.embedding.dtype, self.layers[0].self_attn.cache_shapes()
+        empty = KeyValues(*(jnp.zeros((batch, capacity, *shape), dtype, device=sharding) for shape in shapes))
+        return Cache((empty,) * len(self.layers), jnp.int32(0))
 
     def _cache_specs(self) -> Cache:
-        """How a cache lies on the mesh: rows of the batch, and heads."""
-        batch, heads = self.placement.batch, self.placement.heads
+        """How a cache lies on the mesh: rows of the batch, and heads; latents are every device's."""
+        batch, heads = self.placement.batch, self.placement.heads if self.config.latent is None else ()
         return Cache(P(*(batch or (None,)), None, heads[0] if len(heads) == 1 else heads or None), P())
 
     def extend(self, ids: Int[Array, "b t"], cache: Cache) -> tuple[Float[Array, "b t hidden"], Cache]:
@@ -171,10 +184,11 @@ class Decoder(nnx.Module):
         x = self._embed(ids)
         positions = start + jnp.arange(ids.shape[1])
         seen_positions = positions if caches is None else jnp.arange(caches[0].keys.shape[1])
-        rotary = Rotary.at(positions, config.head_dim, config.rope_theta, x.dtype)
-        mask = causal_mask(positions, seen_positions, config.sliding_window)
+        rotary = Rotary.at(positions, config.rope, x.dtype)
+        masks = {w: causal_mask(positions, seen_positions, w) for w in (None, config.sliding_window)}
         seen = []
-        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
+        for index, (layer, cache) in enumerate(zip(self.layers, caches or [None] * len(self.layers), strict=True)):
+            mask = masks[None if index in config.full_layers else config.sliding_window]
             x, key_values = layer(x, rotary, mask, cache, start)
             seen.append(key_values)
         return self.norm(x), tuple(seen)

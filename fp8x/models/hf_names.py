@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 
 from fp8x.models.config import DecoderConfig
+from fp8x.models.families import FAMILIES
 
 Names = str | list["Names"]
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _DENSE_MLP = ("gate_proj", "up_proj", "down_proj")
-_LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def linear_names(config: DecoderConfig) -> dict[str, Names]:
@@ -20,7 +19,7 @@ def linear_names(config: DecoderConfig) -> dict[str, Names]:
     names: dict[str, Names] = {}
     for index in range(config.num_hidden_layers):
         layer, hf_layer = f"layers.{index}", f"model.layers.{index}"
-        for name in _ATTENTION:
+        for name in _projections(config):
             names[f"{layer}.self_attn.{name}"] = f"{hf_layer}.self_attn.{name}"
         if index in config.dense_layers:
             names |= {f"{layer}.mlp.{name}": f"{hf_layer}.mlp.{name}" for name in _DENSE_MLP}
@@ -31,34 +30,63 @@ def linear_names(config: DecoderConfig) -> dict[str, Names]:
     return names
 
 
+def _projections(config: DecoderConfig) -> tuple[str, ...]:
+    if config.latent is None:
+        return ("q_proj", "k_proj", "v_proj", "o_proj")
+    queries = ("q_proj",) if config.latent.q_rank is None else ("q_a_proj", "q_b_proj")
+    return (*queries, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+
+
 def _moe_names(config: DecoderConfig, layer: str, hf_layer: str) -> dict[str, Names]:
-    if config.model_type == "mixtral":
-        block, gate, up, down = f"{hf_layer}.block_sparse_moe", "w1", "w3", "w2"
-    else:
-        block, gate, up, down = f"{hf_layer}.mlp", *_DENSE_MLP
-    experts = [f"{block}.experts.{expert}" for expert in range(config.num_experts)]
-    return {
+    called, mixture = FAMILIES[config.model_type].mixture, config.mixture
+    block = f"{hf_layer}.{called.block}"
+    experts = [f"{block}.experts.{expert}" for expert in range(mixture.num_experts)]
+    names: dict[str, Names] = {
         f"{layer}.mlp.router": f"{block}.gate",
-        f"{layer}.mlp.w13": [[f"{expert}.{gate}", f"{expert}.{up}"] for expert in experts],
-        f"{layer}.mlp.w2": [f"{expert}.{down}" for expert in experts],
+        f"{layer}.mlp.w13": [[f"{expert}.{called.gate}", f"{expert}.{called.up}"] for expert in experts],
+        f"{layer}.mlp.w2": [f"{expert}.{called.down}" for expert in experts],
     }
+    if mixture.shared_intermediate is not None:
+        names |= {f"{layer}.mlp.shared.{name}": f"{block}.{called.shared}.{name}" for name in _DENSE_MLP}
+    if mixture.shared_gate:
+        names[f"{layer}.mlp.shared_expert_gate"] = f"{block}.{called.shared}_gate"
+    return names
 
 
 def param_names(config: DecoderConfig) -> dict[str, str]:
     """Path of every parameter that is no linear layer's matrix -> tensor name; both have the same layout."""
     names = {"embed_tokens.embedding": "model.embed_tokens.weight", "norm.scale": "model.norm.weight"}
-    for path, hf_path in _norms(config):
-        names[f"{path}.scale"] = f"{hf_path}.weight"
-    if config.attention_bias:
-        for index in range(config.num_hidden_layers):
-            for name in _ATTENTION:
-                path = f"layers.{index}.self_attn.{name}.bias"
-                names[path] = f"model.{path}"
+    for index in range(config.num_hidden_layers):
+        layer, hf_layer = f"layers.{index}", f"model.layers.{index}"
+        names |= {f"{layer}.{name}.scale": f"{hf_layer}.{name}.weight" for name in _norms(config)}
+        names |= {f"{layer}.{name}.bias": f"{hf_layer}.{name}.bias" for name in _biased(config, index)}
+        if index not in config.dense_layers and config.mixture.use_correction_bias:
+            block = FAMILIES[config.model_type].mixture.block
+            names[f"{layer}.mlp.correction_bias"] = f"{hf_layer}.{block}.gate.e_score_correction_bias"
     return names
 
 
-def _norms(config: DecoderConfig) -> Iterator[tuple[str, str]]:
-    in_layer = [*_LAYER_NORMS, *(("self_attn.q_norm", "self_attn.k_norm") if config.qk_norm else ())]
-    for index in range(config.num_hidden_layers):
-        for name in in_layer:
-            yield f"layers.{index}.{name}", f"model.layers.{index}.{name}"
+def _norms(config: DecoderConfig) -> Iterator[str]:
+    yield from ("input_layernorm", "post_attention_layernorm")
+    if config.qk_norm:
+        yield from ("self_attn.q_norm", "self_attn.k_norm")
+    if config.latent is not None:
+        yield from () if config.latent.q_rank is None else ("self_attn.q_a_layernorm",)
+        yield "self_attn.kv_a_layernorm"
+
+
+def _biased(config: DecoderConfig, index: int) -> Iterator[str]:
+    if config.attention_bias:
+        yield from (f"self_attn.{name}_proj" for name in "qkv")
+    if config.output_bias:
+        yield "self_attn.o_proj"
+    if config.mlp_bias and index in config.dense_layers:
+        yield from (f"mlp.{name}" for name in _DENSE_MLP)
+
+
+def skipped(config: DecoderConfig, name: str) -> bool:
+    """Whether a tensor is of the layers for multi-token prediction, behind the last that is loaded."""
+    prefix, _, rest = name.partition("model.layers.")
+    number = rest.partition(".")[0]
+    first = config.num_hidden_layers
+    return not prefix and number.isdecimal() and first <= int(number) < first + config.skipped_layers

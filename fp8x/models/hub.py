@@ -46,7 +46,7 @@ def load(
     allow_nonfinite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
-    """Loads a Mixtral or Qwen3-MoE checkpoint, quantized or not.
+    """Loads a checkpoint of any family in docs/models.md, quantized or not.
 
     Each matrix goes from its file into its place; with a recipe it is quantized on the way, so a bf16 model is never
     whole in memory: the peak is the model as it will be, and one matrix. What is in 8 bits on disk stays so, byte by

@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
@@ -18,7 +19,7 @@ from fp8x.checkpoint.header import DTYPE_NAMES, UNQUANTIZED
 from fp8x.errors import CheckpointError, some
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
-from fp8x.models.hf_names import Names, linear_names, param_names
+from fp8x.models.hf_names import Names, linear_names, param_names, skipped
 from fp8x.nn.grouped import GroupedLinear, weight_scheme
 from fp8x.nn.linear import Linear
 from fp8x.nn.quantized import QuantizedLayer
@@ -76,7 +77,8 @@ class Loader:
         if missing := [name for name in needed if name not in self.reader]:
             raise CheckpointError(f"{self.reader.path}: {some(missing)} missing, which config.json calls for")
         unknown = set(self.reader) - set(needed) - ({"lm_head.weight"} if self.model.lm_head is None else set())
-        if unknown := sorted(name for name in unknown if not HARMLESS.fullmatch(name)):
+        left = [name for name in unknown if skipped(self.model.config, name)]
+        if unknown := sorted(name for name in unknown.difference(left) if not HARMLESS.fullmatch(name)):
             is_lost = self.format is None and any("scale" in name for name in unknown)
             hint = "; is the quantization_config lost?" if is_lost else ""
             raise CheckpointError(f"{self.reader.path}: {some(unknown)} not part of what config.json describes{hint}")
@@ -88,12 +90,18 @@ class Loader:
             for _, prefix in flat(names):
                 self.reader.check(f"{prefix}.weight", shapes=[self.shapes[path][-2:]], dtypes=dtypes)
         self._total_bytes = sum(self.reader.stored(name).nbytes for name in needed)
+        if left:
+            warnings.warn(
+                f"{self.reader.path}: {len(left)} tensors of {self.model.config.skipped_layers} layers for multi-token "
+                "prediction are not loaded; generation does without them",
+                stacklevel=3,
+            )
 
     def load(self, recipes: Mapping[str, Recipe | None]) -> None:
         """Fills the model; `recipes` of every linear module, None where it stays in 16 or 32 bits."""
         for path, name in param_names(self.model.config).items():
             variable = get(self.model, path)
-            variable.set_value(self._array(name, variable.shape))
+            variable.set_value(self._array(name, variable.shape, variable.dtype))
         for path, names in self.names.items():
             recipe, shape = recipes[path], self.shapes[path]
             if recipe is not None:
@@ -152,12 +160,12 @@ class Loader:
             stack[index] = self._array(f"{prefix}.weight", shape[-2:])
         return jax.device_put(stack)
 
-    def _array(self, name: str, shape: tuple[int, ...]) -> Array:
-        """An unquantized tensor in the model's type."""
+    def _array(self, name: str, shape: tuple[int, ...], dtype: np.dtype | None = None) -> Array:
+        """An unquantized tensor, in the model's type unless another is given."""
         array = jnp.array(self.reader.read(name, shapes=[shape], dtypes=UNQUANTIZED))
         self._check_finite(name, array)
         self._finish(name)
-        return array.astype(self.dtype)
+        return array.astype(dtype or self.dtype)
 
     def _tensors(self, prefix: str, recipe: Recipe | None, shape: tuple[int, ...]) -> list[str]:
         """What is stored of a matrix."""

@@ -51,12 +51,12 @@ class MeshLoader(Loader):
         biases = {}
         for path, name in param_names(self.model.config).items():
             variable = get(self.model, path)
-            read = self._part_of(name, variable.shape)
+            read = self._part_of(name, variable.shape, variable.dtype)
             if path.endswith(".bias"):
                 biases[path.removesuffix(".bias")] = read
                 continue
             dims = layout.param(path, variable.ndim)
-            put(variable, place(read, variable.shape, self.dtype, dims, self.mesh))
+            put(variable, place(read, variable.shape, variable.dtype, dims, self.mesh))
             self._finish(name)
         for path, names in self.names.items():
             self._layer(path, names, recipes[path], layout, biases.get(path), input_scales.get(path))
@@ -119,10 +119,10 @@ class MeshLoader(Loader):
 
         return read
 
-    def _part_of(self, name: str, shape: tuple[int, ...]) -> Read:
-        """Reads of an unquantized tensor, in the model's type."""
+    def _part_of(self, name: str, shape: tuple[int, ...], dtype: np.dtype | None = None) -> Read:
+        """Reads of an unquantized tensor, in the model's type unless another is given."""
         read = self._checked(name, self.reader.read(name, shapes=[shape], dtypes=UNQUANTIZED))
-        return lambda index: np.asarray(jnp.asarray(read(index)).astype(self.dtype))
+        return lambda index: np.asarray(jnp.asarray(read(index)).astype(dtype or self.dtype))
 
 
 def _abstract(recipe: Recipe, shape: tuple[int, ...]) -> QuantizedLayer:

@@ -37,8 +37,12 @@ class MoE(nnx.Module):
         normalize_top_k: whether the chosen experts' scores are scaled to sum to one.
         routed_scale: a factor on their weights after that.
         use_correction_bias: whether a bias is added to the scores to choose by, and to nothing else.
+        groups, top_groups, group_best: a token's experts are of `top_groups` of so many groups of them, those with the
+            highest sum of their `group_best` highest scores.
         use_bias: whether every expert's matrices add a bias.
         shared_intermediate: gives a shared expert of that width, which every token visits with weight one.
+        shared_gate: whether a sigmoid of the token weighs the shared expert instead (Qwen2-MoE).
+        router_dtype: computation type of the router; None takes `dtype`.
         dtype: computation type; None takes the parameters'.
         param_dtype: type of what is not quantized.
 
@@ -48,6 +52,7 @@ class MoE(nnx.Module):
         w13: weights `[E, 2, intermediate, hidden]`: gate (w1), then up (w3).
         w2: weights `[E, hidden, intermediate]`.
         shared: a `GatedMLP`, or None.
+        shared_expert_gate: `nnx.Linear`, hidden -> 1, without bias, or None; never quantized.
         expert_axes: mesh axes over which the experts are split, where the layer is one device's part of another: w13
             and w2 hold the experts of this device alone. Every device routes all tokens.
         sum_axes: those over which its outputs are summed: `expert_axes`, and those over which w2's K is split.
@@ -73,20 +78,36 @@ class MoE(nnx.Module):
         normalize_top_k: bool = True,
         routed_scale: float = 1.0,
         use_correction_bias: bool = False,
+        groups: int = 1,
+        top_groups: int = 1,
+        group_best: int = 1,
         use_bias: bool = False,
         shared_intermediate: int | None = None,
+        shared_gate: bool = False,
+        router_dtype=None,
         dtype=None,
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
         if not 1 <= top_k <= num_experts:
             raise ShapeError(f"top_k: {top_k} does not fit {num_experts} experts; use 1 to {num_experts}")
+        if num_experts % groups or not 1 <= top_groups <= groups or top_k > num_experts // groups * top_groups:
+            raise ShapeError(
+                f"groups: {groups}, of which a token visits {top_groups}, do not fit {num_experts} experts, {top_k} a "
+                "token; they must divide the experts, and the visited ones hold as many as a token visits"
+            )
+        if not 1 <= group_best <= num_experts // groups:
+            raise ShapeError(f"group_best: {group_best} does not fit groups of {num_experts // groups} experts")
+        if shared_gate and shared_intermediate is None:
+            raise ShapeError("shared_gate: there is no shared expert; give its shared_intermediate")
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.top_k, self.num_experts, self.normalize_top_k = top_k, num_experts, normalize_top_k
         gate_activation(activation)
         self.activation = activation
         self.scores, self.routed_scale = check_scores(scores), routed_scale
-        self.router = nnx.Linear(hidden, num_experts, use_bias=False, **options)
+        self.groups, self.top_groups, self.group_best = groups, top_groups, group_best
+        of_router = options | {"dtype": router_dtype or dtype}
+        self.router = nnx.Linear(hidden, num_experts, use_bias=False, **of_router)
         self.correction_bias = CorrectionBias(jnp.zeros(num_experts)) if use_correction_bias else None
         if recipe is None:
             make = functools.partial(UnquantizedGroupedLinear, num_experts, use_bias=use_bias, **options)
@@ -102,6 +123,7 @@ class MoE(nnx.Module):
             if shared_intermediate is None
             else GatedMLP(hidden, shared_intermediate, activation=activation, use_bias=use_bias, **options)
         )
+        self.shared_expert_gate = nnx.Linear(hidden, 1, use_bias=False, **options) if shared_gate else None
         if recipe is not None and self.shared is not None:
             quantize_model(self.shared, recipe)
 
@@ -115,7 +137,8 @@ class MoE(nnx.Module):
         weights, experts = self.route(tokens)
         y = self.combine(tokens, weights, experts)
         if self.shared is not None:
-            y += self.shared(tokens)
+            shared = self.shared(tokens)
+            y += shared if self.shared_expert_gate is None else shared * jax.nn.sigmoid(self.shared_expert_gate(tokens))
         return y.astype(x.dtype).reshape(x.shape)
 
     def _by_xla(self, x: Float[Array, "... h"]) -> Float[Array, "... h"]:
@@ -143,6 +166,9 @@ class MoE(nnx.Module):
             bias=None if self.correction_bias is None else self.correction_bias[...],
             normalize=self.normalize_top_k,
             scale=self.routed_scale,
+            groups=self.groups,
+            top_groups=self.top_groups,
+            group_best=self.group_best,
         )
 
     def combine(

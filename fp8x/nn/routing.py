@@ -36,6 +36,9 @@ def choose_experts(
     bias: Float[Array, " e"] | None = None,
     normalize: bool = True,
     scale: float = 1.0,
+    groups: int = 1,
+    top_groups: int = 1,
+    group_best: int = 1,
 ) -> tuple[Float[Array, "t k"], Int[Array, "t k"]]:
     """Weights and experts of every token, in float32: the `top_k` highest scores, of equal ones the first.
 
@@ -46,16 +49,30 @@ def choose_experts(
             (arXiv:2412.19437, section 2.1.2).
         normalize: whether a token's weights are scaled to sum to one; all zero stay zero.
         scale: a factor on them after that: DeepSeek-V3's `routed_scaling_factor`.
+        groups: how many groups of equal size the experts are in, one after another.
+        top_groups: a token's experts are of so many of them, those with the highest sum of their `group_best` highest
+            scores (DeepSeek-V2 takes the highest score, V3 the sum of two with the bias added).
     """
     values = SCORES[scores](logits.astype(jnp.float32))
-    if bias is None:
+    if bias is None and top_groups == groups:
         weights, experts = jax.lax.top_k(values, top_k)
     else:
-        _, experts = jax.lax.top_k(values + bias.astype(jnp.float32), top_k)
+        biased = values if bias is None else values + bias.astype(jnp.float32)
+        _, experts = jax.lax.top_k(_limited(biased, groups, top_groups, group_best), top_k)
         weights = jnp.take_along_axis(values, experts, axis=-1)
     if normalize:
         weights /= jnp.sum(weights, axis=-1, keepdims=True) + np.float32(1e-20)
     return (weights if scale == 1.0 else weights * scale), experts
+
+
+def _limited(values: Float[Array, "t e"], groups: int, top_groups: int, best: int) -> Float[Array, "t e"]:
+    """The scores, minus infinity outside of a token's best groups."""
+    if top_groups == groups:
+        return values
+    grouped = values.reshape(*values.shape[:-1], groups, -1)
+    _, chosen = jax.lax.top_k(jnp.sum(jax.lax.top_k(grouped, best)[0], axis=-1), top_groups)
+    is_chosen = jnp.any(chosen[..., None] == jnp.arange(groups), axis=-2)
+    return jnp.where(is_chosen[..., None], grouped, -jnp.inf).reshape(values.shape)
 
 
 class Order(NamedTuple):

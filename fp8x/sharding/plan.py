@@ -96,18 +96,19 @@ def plan(config: "DecoderConfig", mesh: Mesh, recipes: Mapping[str, Recipe | Non
     layers: dict[str, LayerSplit] = {}
     for index in range(config.num_hidden_layers):
         layer = f"layers.{index}"
-        layers |= _attention(
-            config, f"{layer}.self_attn", recipes, heads, math.prod(mesh.shape[axis] for axis in heads)
-        )
+        attention = _attention if config.latent is None else _latent_attention
+        layers |= attention(config, f"{layer}.self_attn", recipes, heads, math.prod(mesh.shape[axis] for axis in heads))
         if index in config.dense_layers:
-            paths = [f"{layer}.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
-            inner = _features(config.intermediate_size, model, parts, [recipes[path] for path in paths])
-            layers |= dict.fromkeys(paths[:2], LayerSplit(n=inner)) | {paths[2]: LayerSplit(k=inner)}
+            layers |= _mlp(f"{layer}.mlp", config.intermediate_size, model, parts, recipes)
         else:
             w13, w2 = f"{layer}.mlp.w13", f"{layer}.mlp.w2"
-            sizes = (config.num_experts, config.moe_intermediate_size)
+            sizes = (config.num_experts, config.mixture.intermediate)
             layers[w13], layers[w2] = mixture(*sizes, mesh, [recipes[w13], recipes[w2]])
             layers[f"{layer}.mlp.router"] = LayerSplit()
+            if config.mixture.shared_intermediate is not None:
+                layers |= _mlp(f"{layer}.mlp.shared", config.mixture.shared_intermediate, model, parts, recipes)
+            if config.mixture.shared_gate:
+                layers[f"{layer}.mlp.shared_expert_gate"] = LayerSplit()
     vocab = _features(config.vocab_size, model, parts, [recipes.get("lm_head")])
     if not config.tie_word_embeddings:
         layers["lm_head"] = LayerSplit(n=vocab)
@@ -154,6 +155,31 @@ def _attention(
     keys = key_value_heads(queries, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     splits = {"q": LayerSplit(n=queries), "k": LayerSplit(n=keys), "v": LayerSplit(n=keys), "o": LayerSplit(k=queries)}
     return {paths[name]: split for name, split in splits.items()}
+
+
+def _latent_attention(
+    config: "DecoderConfig", path: str, recipes: Mapping[str, Recipe | None], axes: tuple[str, ...], parts: int
+) -> dict[str, LayerSplit]:
+    """Heads over the axes; what makes the latents is every device's."""
+    latent, count = config.latent, config.num_attention_heads
+    queries = "q_proj" if latent.q_rank is None else "q_b_proj"
+    low = ["kv_a_proj_with_mqa", *([] if latent.q_rank is None else ["q_a_proj"])]
+    dims = {queries: config.head_dim, "kv_b_proj": latent.nope_dim + latent.v_dim, "o_proj": latent.v_dim}
+    if not axes:
+        return {f"{path}.{name}": LayerSplit() for name in (*dims, *low)}
+    # Heads of which a device holds a multiple, so that it holds whole blocks of each matrix.
+    granule = math.lcm(*(math.lcm(dim, _granule([recipes[f"{path}.{name}"]])) // dim for name, dim in dims.items()))
+    splits = {name: even(count * dim, axes, parts, granule * dim) for name, dim in dims.items()}
+    over = {name: LayerSplit(k=split) if name == "o_proj" else LayerSplit(n=split) for name, split in splits.items()}
+    return {f"{path}.{name}": split for name, split in (over | dict.fromkeys(low, LayerSplit())).items()}
+
+
+def _mlp(
+    path: str, intermediate: int, axes: tuple[str, ...], parts: int, recipes: Mapping[str, Recipe | None]
+) -> dict[str, LayerSplit]:
+    paths = [f"{path}.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
+    inner = _features(intermediate, axes, parts, [recipes[path] for path in paths])
+    return dict.fromkeys(paths[:2], LayerSplit(n=inner)) | {paths[2]: LayerSplit(k=inner)}
 
 
 def _features(size: int, axes: tuple[str, ...], parts: int, recipes: list[Recipe | None]) -> Split | None:

@@ -1,8 +1,8 @@
-"""Writes tiny random Mixtral and Qwen3-MoE checkpoints with the logits and texts that transformers makes of them.
+"""Writes tiny random checkpoints of every family with the logits and texts that transformers makes of them.
 
-The environment (Python 3.11, CPU): `pip install torch transformers safetensors`; the committed files were made with
-torch 2.13.0 and transformers 5.23.0. Run `python tests/goldens/make_hf_goldens.py`; it replaces the case folders beside
-this file. Each holds a checkpoint (config.json and safetensors, with the tensor names of the published models) and
+The environment (CPU): `pip install torch transformers safetensors`; the committed files of Mixtral and Qwen3-MoE were
+made with torch 2.13.0 and transformers 5.23.0, the others with torch 2.14.1 and transformers 5.24.0. Run `python
+tests/goldens/make_hf_goldens.py NAME...`; it replaces the named case folders beside this file, or all. Each holds a checkpoint (config.json and safetensors, with the tensor names of the published models) and
 `golden.safetensors`:
 
   ids         int32   [2, 12]         prompts
@@ -18,6 +18,7 @@ is larger than what the type's rounding moves.
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -149,6 +150,99 @@ CASES = [
     ),
 ]
 
+DENSE = SMALL | {"intermediate_size": 48, "num_hidden_layers": 2}
+LATENT = {
+    "vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "hidden_act": "silu",
+    "intermediate_size": 48, "moe_intermediate_size": 32, "num_hidden_layers": 3, "first_k_dense_replace": 1,
+    "n_routed_experts": 8, "num_experts_per_tok": 3, "kv_lora_rank": 20, "rms_norm_eps": 1e-6, "rope_theta": 100.0,
+    "attention_bias": False, "tie_word_embeddings": False, "eos_token_id": 1, "max_position_embeddings": 64,
+}  # fmt: skip
+YARN = {
+    "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 8, "beta_slow": 1,
+    "mscale": 0.9, "mscale_all_dim": 0.6,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+# One line of what is special, each; a stretched context is short, so that the stretch shows in a prompt.
+CASES += [
+    Case(name, config, seed)
+    for seed, (name, config) in enumerate(
+        {
+            "llama": DENSE | {
+                "model_type": "llama", "architectures": ["LlamaForCausalLM"], "head_dim": 16, "rms_norm_eps": 1e-5,
+                "rope_theta": 200.0, "rope_scaling": LLAMA3, "mlp_bias": True, "tie_word_embeddings": True,
+                "eos_token_id": [1, 2], "max_position_embeddings": 128, "torch_dtype": "float32",
+            },
+            "llama_bf16": DENSE | {
+                "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_key_value_heads": 4,
+                "rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 50.0},
+                "attention_bias": True, "tie_word_embeddings": False, "eos_token_id": 2, "dtype": "bfloat16",
+            },
+            "mistral": DENSE | {
+                "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 6,
+                "rms_norm_eps": 1e-5, "rope_theta": 100.0, "tie_word_embeddings": False, "eos_token_id": 2,
+                "torch_dtype": "float32",
+            },
+            "qwen2_bf16": DENSE | {
+                "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True,
+                "sliding_window": 5, "max_window_layers": 1, "rms_norm_eps": 1e-6, "rope_theta": 100.0,
+                "tie_word_embeddings": True, "eos_token_id": 2, "torch_dtype": "bfloat16",
+            },
+            "qwen3": DENSE | {
+                "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 12, "rms_norm_eps": 1e-6,
+                "rope_parameters": YARN | {"rope_type": "yarn", "rope_theta": 80.0}, "attention_bias": False,
+                "use_sliding_window": True, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"],
+                "max_position_embeddings": 64, "tie_word_embeddings": False, "eos_token_id": 2, "dtype": "float32",
+            },
+            "qwen2_moe": DENSE | {
+                "model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "num_experts": 6,
+                "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 40,
+                "decoder_sparse_step": 1, "mlp_only_layers": [0], "norm_topk_prob": False, "rms_norm_eps": 1e-6,
+                "rope_theta": 100.0, "use_sliding_window": False, "tie_word_embeddings": False, "eos_token_id": 2,
+                "torch_dtype": "float32",
+            },
+            "glm4_moe": DENSE | {
+                "model_type": "glm4_moe", "architectures": ["Glm4MoeForCausalLM"], "head_dim": 16,
+                "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5,
+                "norm_topk_prob": True, "use_qk_norm": True, "attention_bias": True, "partial_rotary_factor": 0.5,
+                "rms_norm_eps": 1e-5, "rope_theta": 100.0, "tie_word_embeddings": False, "eos_token_id": 2,
+                "num_nextn_predict_layers": 1, "torch_dtype": "float32",
+            },
+            "deepseek_v2": LATENT | {
+                "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "q_lora_rank": None,
+                "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10, "n_shared_experts": 2,
+                "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0,
+                "norm_topk_prob": False, "scoring_func": "softmax", "moe_layer_freq": 1, "rope_scaling": YARN,
+                "torch_dtype": "float32",
+            },
+            "deepseek_v2_groups": LATENT | {
+                "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "q_lora_rank": 24,
+                "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "n_shared_experts": 1,
+                "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.0,
+                "norm_topk_prob": False, "torch_dtype": "float32",
+            },
+            "deepseek_v3": LATENT | {
+                "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "q_lora_rank": 24,
+                "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16, "n_shared_experts": 1,
+                "topk_method": "noaux_tc", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5,
+                "norm_topk_prob": True, "scoring_func": "sigmoid", "moe_layer_freq": 1, "rope_scaling": YARN,
+                "num_nextn_predict_layers": 1, "torch_dtype": "float32",
+            },
+            "deepseek_v3_direct": LATENT | {
+                "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "q_lora_rank": None,
+                "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12, "n_shared_experts": 1,
+                "topk_method": "noaux_tc", "n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.0,
+                "norm_topk_prob": False, "rope_interleave": False, "tie_word_embeddings": True, "dtype": "float32",
+            },
+        }.items(),
+        start=5,
+    )
+]  # fmt: skip
+
 
 def randomize(model: torch.nn.Module, seed: int) -> None:
     """Fills every parameter: matrices keep their input's variance or enlarge it, so that every layer matters."""
@@ -163,6 +257,9 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
             gain = 2.0 if "gate.weight" in name or "lm_head" in name else 1.4
             value = gain * parameter.shape[-1] ** -0.5 * noise
         parameter.data.copy_(value)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
 
 
 def write_checkpoint(case: Case, folder: Path) -> None:
@@ -195,12 +292,32 @@ def is_decided(model: torch.nn.Module, texts: torch.Tensor) -> torch.Tensor:
     """Which texts have no close decision, of a router anywhere or of a next token after the prompt."""
     rows = texts.shape[0]
     routing_gap, token_gap = MIN_GAPS[model.dtype]
-    output = model(texts, output_router_logits=True)
-    decided = (relative_gap(output.logits[:, PROMPT - 1 : -1], 1) > token_gap).all(dim=1)
-    for logits in output.router_logits:
-        gaps = relative_gap(logits, model.config.num_experts_per_tok).reshape(rows, -1)
-        decided &= (gaps > routing_gap).all(dim=1)
+    routed: list[torch.Tensor] = []
+    hooks = [
+        module.register_forward_hook(lambda module, _, output: routed.append(choices(module, output[0])))
+        for name, module in model.named_modules()
+        if name.endswith("mlp.gate") or name.endswith("block_sparse_moe.gate")
+    ]
+    logits = model(texts).logits
+    for hook in hooks:
+        hook.remove()
+    decided = (relative_gap(logits[:, PROMPT - 1 : -1], 1) > token_gap).all(dim=1)
+    for scores, rank in routed:
+        decided &= (relative_gap(scores, rank).reshape(rows, -1) > routing_gap).all(dim=1)
     return decided
+
+
+def choices(router: torch.nn.Module, logits: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """What a router chooses by, and how many; gaps between groups are as close as they are."""
+    if (bias := getattr(router, "e_score_correction_bias", None)) is not None:
+        logits = logits.sigmoid() + bias
+    if getattr(router, "num_group", None) in (None, 1) or getattr(router, "topk_method", "") == "greedy":
+        return logits, router.top_k
+    best = 1 if bias is None else 2
+    groups = logits.reshape(*logits.shape[:-1], router.num_group, -1)
+    ranked = groups.topk(best, dim=-1)[0].sum(-1)
+    kept = ranked >= ranked.sort(-1, descending=True).values[..., router.topk_group - 1, None]
+    return groups.masked_fill(~kept[..., None], logits.min() - 1).flatten(-2), router.top_k
 
 
 def find_texts(models: list[torch.nn.Module], seed: int) -> torch.Tensor:
@@ -247,4 +364,5 @@ def make(case: Case) -> None:
 
 if __name__ == "__main__":
     for case in CASES:
-        make(case)
+        if len(sys.argv) == 1 or case.name in sys.argv[1:]:
+            make(case)

@@ -1,0 +1,204 @@
+"""Every family against transformers, and through all that can be done with a model."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import Golden, read_golden
+from flax import nnx
+from meshes import mesh_of
+from metric import as_bits
+
+import fp8x
+from fp8x.checkpoint import Reader, Writer
+from fp8x.errors import CheckpointError, ShapeError
+from fp8x.models import Decoder, generate
+from fp8x.models.families import FAMILIES
+from fp8x.nn.walk import get_module, named_layers
+
+# Mixtral and Qwen3-MoE are those of the other tests.
+NAMES = [
+    "llama",
+    "llama_bf16",
+    "mistral",
+    "qwen2_bf16",
+    "qwen3",
+    "qwen2_moe",
+    "glm4_moe",
+    "deepseek_v2",
+    "deepseek_v2_groups",
+    "deepseek_v3",
+    "deepseek_v3_direct",
+]
+BLOCKS = "fp8_e4m3fn_bf16_block_scale"
+
+
+@pytest.fixture(params=NAMES)
+def family(request) -> Golden:
+    return read_golden(request.param)
+
+
+def bits_of(model: nnx.Module) -> dict[str, np.ndarray]:
+    return {str(path): as_bits(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model))}
+
+
+def assert_same(actual: nnx.Module, expected: nnx.Module) -> None:
+    actual, expected = bits_of(actual), bits_of(expected)
+    assert actual.keys() == expected.keys()
+    for path, bits in expected.items():
+        np.testing.assert_array_equal(actual[path], bits, err_msg=path)
+
+
+def test_there_is_a_golden_of_each():
+    read = {read_golden(name).hf["model_type"] for name in NAMES}
+    assert read | {"mixtral", "qwen3_moe"} == set(FAMILIES)
+
+
+def test_logits_and_texts_are_those_of_transformers(family, run):
+    ids, expected = family.tensors["ids"], family.tensors["logits_f32"]
+    assert np.abs(run(family.model_f32, ids) - expected).max() < 1e-5 * expected.std()
+    rounding = np.sqrt(np.mean((family.tensors["logits"] - expected) ** 2))
+    if rounding:  # a checkpoint in bf16, where transformers rounds, too
+        distance = np.sqrt(np.mean((run(family.model, ids) - family.tensors["logits"]) ** 2))
+        assert distance < 1.5 * rounding
+    texts = generate(family.model, ids, max_new_tokens=16)  # by a cache
+    np.testing.assert_array_equal(texts, np.concatenate([ids, family.tensors["generated"]], axis=1))
+
+
+def test_loaded_saved_and_converted_it_is_the_same(family, tmp_path):
+    model = fp8x.load(family.path, BLOCKS)
+    assert_same(model, fp8x.quantize_model(fp8x.load(family.path), BLOCKS))
+    assert not any(name in path for path in named_layers(model) for name in ("router", "lm_head", "expert_gate"))
+    fp8x.save(model, tmp_path / "saved", "fp8")
+    fp8x.convert(family.path, tmp_path / "converted", BLOCKS, "fp8")
+    for name in ("saved", "converted"):
+        assert_same(fp8x.load(tmp_path / name), model)
+
+
+@pytest.mark.sample
+def test_scales_are_calibrated_and_come_back(family, tmp_path):
+    model = fp8x.load(family.path, "e4m3_e4m3_bf16")
+    report = fp8x.calibrate(model, [jnp.asarray(family.tensors["ids"])])
+    assert set(report.layers) == set(named_layers(model))
+    fp8x.save(model, tmp_path / "saved")
+    again = fp8x.load(tmp_path / "saved")
+    assert_same(again, model)
+    logits, exact = (np.asarray(m(family.tensors["ids"])) for m in (again, family.model))
+    assert np.linalg.norm(logits - exact) < 0.4 * np.linalg.norm(exact)  # random routers fall aside
+
+
+@pytest.mark.sample
+@pytest.mark.parametrize("code", [None, "e4m3_e4m3_bf16_dynamic"])
+def test_on_a_mesh_it_is_one_devices(family, code, tmp_path):
+    """Loaded onto it and laid out on it; heads and experts are split, latents are not."""
+    config, ids = family.model.config, family.tensors["ids"]
+    mesh = mesh_of(tensor=2, **({"expert": 2} if config.mixture else {}))
+    recipe = code and dataclasses.replace(fp8x.recipe(code), out_dtype=jnp.float32)
+    path = tmp_path / "float32"
+    fp8x.save(family.model_f32, path)
+    model = fp8x.load(path, recipe)
+    placed = fp8x.load(path, recipe, mesh)
+    laid = fp8x.sharding.shard(fp8x.load(path, recipe), mesh)
+    assert_same(placed, laid)
+    expected, actual = np.asarray(model(ids)), np.asarray(placed(ids))
+    assert np.linalg.norm(actual - expected) < 1e-5 * np.linalg.norm(expected)
+    np.testing.assert_array_equal(generate(placed, ids, max_new_tokens=4), generate(model, ids, max_new_tokens=4))
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen2_moe"])
+def test_gradients_reach_every_parameter(name):
+    family = read_golden(name)
+    graphdef, state = nnx.split(family.model_f32)
+    ids = jnp.asarray(family.tensors["ids"])
+
+    @jax.jit
+    @jax.grad
+    def gradient(state):
+        log_p = jax.nn.log_softmax(nnx.merge(graphdef, state)(ids[:, :-1]))
+        return -jnp.mean(jnp.take_along_axis(log_p, ids[:, 1:, None], axis=-1))
+
+    for path, leaf in nnx.to_flat_state(gradient(state)):
+        assert jnp.all(jnp.isfinite(leaf[...])), path
+        # A correction bias chooses, and enters no weight; keys' biases move all scores alike but for the rotation.
+        assert jnp.any(leaf[...] != 0) or path[-1] == "correction_bias", path
+
+
+def with_layer_behind(source: Path, destination: Path, count: int) -> tuple[Path, int]:
+    """The checkpoint with a copy of its last layer, of `count`, behind that, and how many tensors are there."""
+    with contextlib.closing(Reader(source)) as reader, Writer(destination) as writer:
+        writer.add_json("config.json", reader.config)
+        stored = {name: reader.stored(name) for name in reader}
+        tensors = {name: np.array(reader.read(name, shapes=[s.shape], dtypes=[s.dtype])) for name, s in stored.items()}
+        last = f"model.layers.{count - 1}."
+        behind = {name.replace(last, f"model.layers.{count}."): v for name, v in tensors.items() if last in name}
+        behind[f"model.layers.{count}.eh_proj.weight"] = np.zeros((32, 64), np.float32)
+        for name, array in (tensors | behind).items():
+            writer.add(name, array)
+    return destination, len(behind)
+
+
+class TestDeepSeek:
+    """What its published checkpoints have that ours of transformers have not."""
+
+    @pytest.fixture
+    def native(self, tmp_path):
+        """In its own dialect, blocks with `weight_scale_inv`, with a layer for multi-token prediction behind."""
+        golden = read_golden("deepseek_v3")
+        fp8x.save(fp8x.load(golden.path, BLOCKS), tmp_path / "without", "fp8")
+        return with_layer_behind(tmp_path / "without", tmp_path / "native", golden.model.config.num_hidden_layers)
+
+    def test_the_native_dialect_is_loaded_bit_for_bit(self, native, tmp_path, run):
+        path, behind = native
+        with pytest.warns(
+            UserWarning, match=rf"{behind} tensors of 1 layers for multi-token prediction are not loaded"
+        ):
+            model = fp8x.load(path)
+        assert_same(model, fp8x.load(read_golden("deepseek_v3").path, BLOCKS))
+        dequantized = tmp_path / "dequantized"
+        fp8x.convert(path, dequantized, "f32")
+        with pytest.warns(UserWarning, match="multi-token prediction"):
+            plain = fp8x.load(dequantized)
+        kernels = named_layers(model)
+        assert len(kernels) == 3 * 5 + 3 + 2 * (2 + 3)  # attention; the dense layer; experts and the shared one
+        for path, layer in kernels.items():
+            other = get_module(plain, path)
+            other = other.kernel[...].T if isinstance(other, nnx.Linear) else other.weight[...]
+            np.testing.assert_array_equal(layer.quantized_weight.dequantize(), other, err_msg=path)
+        ids = read_golden("deepseek_v3").tensors["ids"]
+        exact = np.asarray(run(plain, ids))
+        assert np.linalg.norm(run(model, ids) - exact) < 0.4 * np.linalg.norm(exact)  # activations in 8 bits, too
+
+    def test_the_correction_bias_stays_in_float32(self):
+        model = fp8x.load(read_golden("deepseek_v3").path)
+        bias = model.layers[1].mlp.correction_bias
+        assert bias.dtype == jnp.float32 and np.ptp(np.asarray(bias[...])) > 0.1
+
+    def test_a_cache_holds_latents(self):
+        model = read_golden("deepseek_v3").model
+        cache = model.init_cache(2, 7)
+        assert [leaf.shape for leaf in cache.layers[0]] == [(2, 7, 1, 20), (2, 7, 1, 8)]
+
+    def test_tokens_read_one_by_one_are_those_read_at_once(self):
+        golden = read_golden("deepseek_v3")
+        model, ids = golden.model_f32, jnp.asarray(golden.tensors["ids"])
+        cache, extend, hidden = model.init_cache(*ids.shape), nnx.jit(Decoder.extend), []
+        for piece in jnp.split(ids, list(range(5, ids.shape[1])), axis=1):
+            y, cache = extend(model, piece, cache)
+            hidden.append(y)
+        logits = model.logits(jnp.concatenate(hidden, axis=1))
+        np.testing.assert_allclose(logits, golden.tensors["logits_f32"], atol=1e-4)
+
+    def test_a_width_that_no_block_fits_is_named(self, tmp_path):
+        """A latent of 24 dims is no multiple of MX's 32."""
+        with pytest.raises(ShapeError, match="q_b_proj"):
+            fp8x.load(read_golden("deepseek_v3").path, "mxfp8_bf16")
+
+    def test_a_layer_behind_the_skipped_one_is_unknown(self, native, tmp_path):
+        path, _ = native
+        two, _ = with_layer_behind(path, tmp_path / "two", 4)
+        with pytest.raises(CheckpointError, match=r"model.layers.4.* not part of what config.json describes"):
+            fp8x.load(two)
