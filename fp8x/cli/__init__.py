@@ -10,7 +10,9 @@ from fp8x.version import __version__
 
 app = typer.Typer(
     name="fp8x",
-    help="""FP8 for Flax: quantize, calibrate, evaluate and run Hugging Face checkpoints of Llama, Mistral, Qwen, DeepSeek and GLM.
+    help="""FP8 for Flax: quantize, calibrate, evaluate and run Hugging Face checkpoints.
+
+    Llama, Mistral, Mixtral, Qwen, DeepSeek and GLM are run; any is quantized.
 
     A model's way, from bf16 to text:
 

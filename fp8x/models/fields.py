@@ -11,15 +11,15 @@ _MAX_INT = 2**31 - 1
 _MAX_FLOAT = 3.4e38  # of float32, in which it is computed with
 
 # What changes no logits of a decoder in inference, or is read elsewhere.
-_NEUTRAL = frozenset(
-    """
-    architectures attention_dropout aux_loss_alpha auto_map bos_token_id dtype embd_pdrop ep_size eos_token_id
-    hidden_dropout id2label initializer_range is_decoder is_encoder_decoder label2id max_position_embeddings model_type
-    name_or_path num_mtp_layers num_nextn_predict_layers output_attentions output_hidden_states output_router_logits
-    pad_token_id pretraining_tp quantization_config resid_pdrop return_dict router_aux_loss_coef router_jitter_noise
-    seq_aux tokenizer_class torch_dtype transformers_version unsloth_fixed unsloth_version use_cache
-    """.split()
-)
+_NEUTRAL = {
+    "architectures", "attention_dropout", "aux_loss_alpha", "auto_map", "bos_token_id", "dtype", "embd_pdrop",
+    "ep_size", "eos_token_id", "hidden_dropout", "id2label", "initializer_range", "is_decoder",
+    "is_encoder_decoder", "label2id", "max_position_embeddings", "model_type", "name_or_path", "num_mtp_layers",
+    "num_nextn_predict_layers", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
+    "pretraining_tp", "quantization_config", "resid_pdrop", "return_dict", "router_aux_loss_coef",
+    "router_jitter_noise", "seq_aux", "tokenizer_class", "torch_dtype", "transformers_version", "unsloth_fixed",
+    "unsloth_version", "use_cache",
+}  # fmt: skip
 # What changes logits in the families that have it; no other family may hold more than its neutral value.
 _CHANGING: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),

@@ -2,8 +2,8 @@
 
 The environment (CPU): `pip install torch transformers safetensors`; the committed files of Mixtral and Qwen3-MoE were
 made with torch 2.13.0 and transformers 5.23.0, the others with torch 2.14.1 and transformers 5.24.0. Run `python
-tests/goldens/make_hf_goldens.py NAME...`; it replaces the named case folders beside this file, or all. Each holds a checkpoint (config.json and safetensors, with the tensor names of the published models) and
-`golden.safetensors`:
+tests/goldens/make_hf_goldens.py NAME...`; it replaces the named case folders beside this file, or all. Each holds a
+checkpoint (config.json and safetensors, with the tensor names of the published models) and `golden.safetensors`:
 
   ids         int32   [2, 12]         prompts
   logits      float32 [2, 12, vocab]  in the checkpoint's own type
