@@ -52,6 +52,7 @@ _CHANGING: dict[str, tuple[Any, ...]] = {
     "sliding_window": (),
     "topk_method": ("greedy",),
     "use_bias": (False,),
+    "use_mrope": (False,),
     "use_qk_norm": (False,),
     "use_sliding_window": (False,),
 }
@@ -92,12 +93,8 @@ class Fields:
 
     def count(self, name: str) -> int:
         """A whole number that may be 0, which it is where it is missing."""
-        value = self.get(name) or 0
-        return (
-            value
-            if value == 0 and not isinstance(value, str)
-            else self._check_positive(name, value, int, "integer", _MAX_INT)
-        )
+        value = self.get(name)
+        return 0 if value in (None, 0) else self._check_positive(name, value, int, "integer", _MAX_INT)
 
     def positive_float(self, name: str, value: Any = None) -> float:
         """The field, or `value`, which was found under that name elsewhere."""

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Float32, Int
 
@@ -92,35 +93,37 @@ class Rope:
 class Rotary(NamedTuple):
     """Cosines and sines of the rotary angles, one row per position; `interleaved` as in `Rope`."""
 
-    cos: Float[np.ndarray, "t dim"]
-    sin: Float[np.ndarray, "t dim"]
+    cos: Float[Array, "t dim"]
+    sin: Float[Array, "t dim"]
     interleaved: bool = False
 
     @classmethod
-    def at(cls, positions: Int[np.ndarray, " t"], rope: Rope, dtype: DTypeLike) -> "Rotary":
+    def at(cls, positions: Int[Array, " t"], rope: Rope, dtype: DTypeLike) -> "Rotary":
         """Angles `position · frequency`, in float32."""
         angles = positions[:, None].astype(jnp.float32) * rope.frequencies()
         angles = jnp.concatenate([angles, angles], axis=-1)
         cos, sin = jnp.cos(angles) * np.float32(rope.amplitude), jnp.sin(angles) * np.float32(rope.amplitude)
         return cls(cos.astype(dtype), sin.astype(dtype), rope.interleaved)
 
-    def rotate(self, x: Float[np.ndarray, "b t heads head_dim"]) -> Float[np.ndarray, "b t heads head_dim"]:
+    def rotate(self, x: Float[Array, "b t heads head_dim"]) -> Float[Array, "b t heads head_dim"]:
         """Turns the first dims of every head; of interleaved pairs the first ones come out in front."""
         dim = self.cos.shape[-1]
         turned, rest = x[..., :dim], x[..., dim:]
-        first, second = (turned[..., ::2], turned[..., 1::2]) if self.interleaved else jnp.split(turned, 2, axis=-1)
-        turned, quarter = jnp.concatenate([first, second], -1), jnp.concatenate([-second, first], -1)
-        turned = turned * self.cos[:, None] + quarter * self.sin[:, None]
+        if self.interleaved:
+            turned = jnp.concatenate([turned[..., ::2], turned[..., 1::2]], axis=-1)
+        first, second = jnp.split(turned, 2, axis=-1)
+        quarter_turn = jnp.concatenate([-second, first], axis=-1)
+        turned = turned * self.cos[:, None] + quarter_turn * self.sin[:, None]
         return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
-def read_rope(fields: Fields, head_dim: int, *, partial: float = 1.0, interleaved: bool = False) -> Rope:
+def read_rope(fields: Fields, head_dim: int, *, partial: float | None = None, interleaved: bool = False) -> Rope:
     """The rotation that config.json states: in `rope_theta` and `rope_scaling` (transformers 4), or in
     `rope_parameters` (5).
 
     Arguments:
         head_dim: dims of a head that positions are for.
-        partial: the share of them that turns, where config.json is silent.
+        partial: the share of them that turns, where config.json is silent; None for a family where all do.
 
     Raises:
         ConfigError: a rotation that is not one of the four, or lacks a number.
@@ -145,7 +148,11 @@ def read_rope(fields: Fields, head_dim: int, *, partial: float = 1.0, interleave
     if absent := [name for name in _NEEDED[kind] if name not in rope]:
         raise ConfigError(f"config.json: rope_type {kind!r} has no {absent[0]} (a positive number)")
     theta = fields.positive_float("rope_theta", rope.get("rope_theta"))
-    share = rope.get("partial_rotary_factor") or fields.raw("partial_rotary_factor") or partial
+    share = rope.get("partial_rotary_factor", 1.0)
+    if partial is not None:
+        share = rope.get("partial_rotary_factor") or fields.raw("partial_rotary_factor") or partial
+    elif share != 1:
+        raise fields.error("partial_rotary_factor", share, "1")
     dim = int(head_dim * fields.positive_float("partial_rotary_factor", share))
     if dim % 2 or not 0 < dim <= head_dim:
         turning = "" if share == 1 else f", of which partial_rotary_factor ({share}) turns {dim}"

@@ -1,47 +1,8 @@
-"""The checkpoints of `tests/goldens`, loaded, with what transformers makes of them."""
+"""The checkpoints of `tests/goldens` that most tests take."""
 
-import dataclasses
-import functools
-import json
-from pathlib import Path
-
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
-
-import fp8x
-from fp8x.models import Decoder
-
-GOLDENS = Path(__file__).parents[1] / "goldens"
-
-
-@dataclasses.dataclass(frozen=True)
-class Golden:
-    """One case of `make_hf_goldens.py`, whose docstring says what `tensors` holds."""
-
-    path: Path
-    hf: dict
-    tensors: dict[str, np.ndarray]
-
-    @functools.cached_property
-    def model(self) -> Decoder:
-        return fp8x.load(self.path)
-
-    @functools.cached_property
-    def model_f32(self) -> Decoder:
-        """The same weights in float32."""
-        model = nnx.clone(self.model)
-        nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.state(model)))
-        return model
-
-
-@functools.cache
-def read_golden(name: str) -> Golden:
-    path = GOLDENS / name
-    return Golden(path, json.loads((path / "config.json").read_text()), load_file(path / "golden.safetensors"))
+from golden import Golden, read_golden
 
 
 @pytest.fixture(scope="session", params=["mixtral", "mixtral_bf16_sharded", "qwen3_moe", "qwen3_moe_bf16"])

@@ -144,6 +144,8 @@ def test_a_missing_size_is_named(hf):
             MIXTRAL | {"rope_scaling": {"type": "linear", "factor": 2, "twist": 1}},
             r"'linear' has twist, which fp8x does",
         ),
+        (MIXTRAL | {"partial_rotary_factor": 0.5}, r"mixtral model has partial_rotary_factor 0.5, which fp8x does not"),
+        (MIXTRAL | {"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor must be 1, got float"),
         (MIXTRAL | {"qkv_bias": True}, r"mixtral model has qkv_bias True, which fp8x does not know there"),
         (QWEN | {"n_shared_experts": 1}, r"qwen3_moe model has n_shared_experts 1, which fp8x does not know there"),
         (QWEN | {"final_logit_softcapping": 30.0}, r"has final_logit_softcapping 30.0, which fp8x does not know"),

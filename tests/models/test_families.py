@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Golden, read_golden
 from flax import nnx
+from golden import Golden, read_golden
 from meshes import mesh_of
 from metric import as_bits
 

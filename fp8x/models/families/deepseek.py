@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3 (R1 and Kimi K2 too): attention through latents, the first layers dense, shared experts, and
+"""DeepSeek-V2 and V3 (R1 too): attention through latents, the first layers dense, shared experts, and
 experts in groups."""
 
 from typing import Any

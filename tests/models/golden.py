@@ -1,0 +1,43 @@
+"""`Golden`: a checkpoint of `tests/goldens`, loaded, with what transformers makes of it."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import load_file
+
+import fp8x
+from fp8x.models import Decoder
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """One case of `make_hf_goldens.py`, whose docstring says what `tensors` holds."""
+
+    path: Path
+    hf: dict
+    tensors: dict[str, np.ndarray]
+
+    @functools.cached_property
+    def model(self) -> Decoder:
+        return fp8x.load(self.path)
+
+    @functools.cached_property
+    def model_f32(self) -> Decoder:
+        """The same weights in float32."""
+        model = nnx.clone(self.model)
+        nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.state(model)))
+        return model
+
+
+@functools.cache
+def read_golden(name: str) -> Golden:
+    path = GOLDENS / name
+    return Golden(path, json.loads((path / "config.json").read_text()), load_file(path / "golden.safetensors"))
