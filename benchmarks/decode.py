@@ -51,12 +51,14 @@ CONFIGS = {
         "rms_norm_eps": 1e-6, "dtype": "bfloat16",
     },
 }  # fmt: skip
-TINY = {
-    name: config | {"vocab_size": 61, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    | {"head_dim": 16, "intermediate_size": 96, "moe_intermediate_size": 96}
-    | {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
-    for name, config in CONFIGS.items()
+_TINY = {
+    "vocab_size": 61, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96,
+    "moe_intermediate_size": 96, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2,
 }  # fmt: skip
+TINY = {
+    name: config | {"head_dim": 16} | {field: value for field, value in _TINY.items() if field in config}
+    for name, config in CONFIGS.items()
+}
 BATCHES = [1, 8, 64]
 QUICK = {"batches": [1, 16], "who": ["fp8_e4m3fn_bf16_block_scale", "mxfp8_mxfp8_bf16", BF16]}
 

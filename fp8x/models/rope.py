@@ -147,7 +147,8 @@ def read_rope(fields: Fields, head_dim: int, *, partial: float | None = None, in
         rope.setdefault("factor", longest / fields.positive_float("original", rope["original_max_position_embeddings"]))
     if absent := [name for name in _NEEDED[kind] if name not in rope]:
         raise ConfigError(f"config.json: rope_type {kind!r} has no {absent[0]} (a positive number)")
-    theta = fields.positive_float("rope_theta", rope.get("rope_theta"))
+    theta = fields.get("rope_theta")  # beside what transformers 5 writes, for 4
+    theta = fields.positive_float("rope_theta", rope.get("rope_theta", theta))
     share = rope.get("partial_rotary_factor", 1.0)
     if partial is not None:
         share = rope.get("partial_rotary_factor") or fields.raw("partial_rotary_factor") or partial

@@ -26,7 +26,8 @@ BASES = {
 }
 
 
-pytestmark = pytest.mark.own_process
+# A field whose name is damaged is unknown, which is a warning.
+pytestmark = [pytest.mark.own_process, pytest.mark.filterwarnings("ignore:config.json of a .* not read:UserWarning")]
 
 
 def files_of(base: str, path: Path) -> Files:

@@ -51,6 +51,7 @@ def test_missing_fields_take_the_defaults_of_transformers():
         {"rope_theta": 5e5, "torch_dtype": "bfloat16"},
         {"rope_theta": 5e5, "rope_scaling": None, "torch_dtype": "bfloat16", "head_dim": None},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "dtype": "bfloat16"},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": 5e5, "dtype": "bfloat16"},
         {"rope_scaling": {"type": "default"}, "rope_theta": 500000, "dtype": "torch.bfloat16"},
     ],
 )
