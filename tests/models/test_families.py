@@ -37,6 +37,12 @@ NAMES = [
 BLOCKS = "fp8_e4m3fn_bf16_block_scale"
 
 
+def some_of_them(*fast: str):
+    """The families, of which all but some are slow."""
+    cases = [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in NAMES]
+    return pytest.mark.parametrize("family", cases, indirect=True)
+
+
 @pytest.fixture(params=NAMES)
 def family(request) -> Golden:
     return read_golden(request.param)
@@ -79,7 +85,7 @@ def test_loaded_saved_and_converted_it_is_the_same(family, tmp_path):
         assert_same(fp8x.load(tmp_path / name), model)
 
 
-@pytest.mark.sample
+@some_of_them("deepseek_v3", "qwen2_moe")
 def test_scales_are_calibrated_and_come_back(family, tmp_path):
     model = fp8x.load(family.path, "e4m3_e4m3_bf16")
     report = fp8x.calibrate(model, [jnp.asarray(family.tensors["ids"])])
@@ -88,11 +94,12 @@ def test_scales_are_calibrated_and_come_back(family, tmp_path):
     again = fp8x.load(tmp_path / "saved")
     assert_same(again, model)
     logits, exact = (np.asarray(m(family.tensors["ids"])) for m in (again, family.model))
-    assert np.linalg.norm(logits - exact) < 0.4 * np.linalg.norm(exact)  # random routers fall aside
+    error = np.linalg.norm(logits - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
+    assert np.median(error) < 0.3  # of random weights; a token whose experts fall aside is off by more
 
 
-@pytest.mark.sample
-@pytest.mark.parametrize("code", [None, "e4m3_e4m3_bf16_dynamic"])
+@some_of_them("llama_bf16", "deepseek_v3", "qwen2_moe")
+@pytest.mark.parametrize("code", [pytest.param(None, marks=pytest.mark.slow), "e4m3_e4m3_bf16_dynamic"])
 def test_on_a_mesh_it_is_one_devices(family, code, tmp_path):
     """Loaded onto it and laid out on it; heads and experts are split, latents are not."""
     config, ids = family.model.config, family.tensors["ids"]
