@@ -89,7 +89,7 @@ class Attention(nnx.Module):
         if cache is not None:
             seen = cache.write(seen, start)
         out = jax.nn.dot_product_attention(rotary.rotate(query), seen.keys, seen.values, mask=mask[None, None])
-        return self.o_proj(out.reshape(*x.shape[:-1], -1)).astype(x.dtype), seen
+        return self.o_proj(joined(out)).astype(x.dtype), seen
 
     def cache_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Heads and dims of the two arrays of `KeyValues`; on a mesh, on one device."""
@@ -145,7 +145,7 @@ class LatentAttention(nnx.Module):
         position = jnp.broadcast_to(seen.values, (*full.shape[:-1], latent.rope_dim))
         key, value = jnp.concatenate([full[..., : latent.nope_dim], position], -1), full[..., latent.nope_dim :]
         out = attend(query, key, value, mask, self.scale)
-        return self.o_proj(out.reshape(*x.shape[:-1], -1)).astype(x.dtype), seen
+        return self.o_proj(joined(out)).astype(x.dtype), seen
 
     def cache_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """As `Attention`'s."""
@@ -171,6 +171,11 @@ def heads(linear: nnx.Module, x: Float[Array, "b t n"], dim: int) -> Float[Array
     is in the residual's."""
     y = linear(x).astype(x.dtype)
     return y.reshape(*y.shape[:-1], y.shape[-1] // dim, dim)
+
+
+def joined(y: Float[Array, "b t heads dim"]) -> Float[Array, "b t n"]:
+    """The heads side by side."""
+    return y.reshape(*y.shape[:-2], y.shape[-2] * y.shape[-1])
 
 
 def _outputs(linear: nnx.Module) -> int:

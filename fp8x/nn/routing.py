@@ -69,7 +69,7 @@ def _limited(values: Float[Array, "t e"], groups: int, top_groups: int, best: in
     """The scores, minus infinity outside of a token's best groups."""
     if top_groups == groups:
         return values
-    grouped = values.reshape(*values.shape[:-1], groups, -1)
+    grouped = values.reshape(*values.shape[:-1], groups, values.shape[-1] // groups)
     _, chosen = jax.lax.top_k(jnp.sum(jax.lax.top_k(grouped, best)[0], axis=-1), top_groups)
     is_chosen = jnp.any(chosen[..., None] == jnp.arange(groups), axis=-2)
     return jnp.where(is_chosen[..., None], grouped, -jnp.inf).reshape(values.shape)

@@ -116,6 +116,13 @@ def test_on_a_mesh_it_is_one_devices(family, code, tmp_path):
     np.testing.assert_array_equal(generate(placed, ids, max_new_tokens=4), generate(model, ids, max_new_tokens=4))
 
 
+@pytest.mark.parametrize("name", ["deepseek_v3", "llama"])
+def test_no_texts_and_no_tokens_have_no_logits(name):
+    model = read_golden(name).model
+    assert model(jnp.zeros((0, 4), jnp.int32)).shape == (0, 4, 64)
+    assert model(jnp.zeros((2, 0), jnp.int32)).shape == (2, 0, 64)
+
+
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen2_moe"])
 def test_gradients_reach_every_parameter(name):
     family = read_golden(name)
