@@ -185,10 +185,10 @@ class Decoder(nnx.Module):
         positions = start + jnp.arange(ids.shape[1])
         seen_positions = positions if caches is None else jnp.arange(caches[0].keys.shape[1])
         rotary = Rotary.at(positions, config.rope, x.dtype)
-        masks = {w: causal_mask(positions, seen_positions, w) for w in (None, config.sliding_window)}
+        windows = [None if index in config.full_layers else config.sliding_window for index in range(len(self.layers))]
+        masks = {window: causal_mask(positions, seen_positions, window) for window in set(windows)}
         seen = []
-        for index, (layer, cache) in enumerate(zip(self.layers, caches or [None] * len(self.layers), strict=True)):
-            mask = masks[None if index in config.full_layers else config.sliding_window]
-            x, key_values = layer(x, rotary, mask, cache, start)
+        for layer, window, cache in zip(self.layers, windows, caches or [None] * len(self.layers), strict=True):
+            x, key_values = layer(x, rotary, masks[window], cache, start)
             seen.append(key_values)
         return self.norm(x), tuple(seen)

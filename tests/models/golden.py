@@ -36,6 +36,19 @@ class Golden:
         nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.state(model)))
         return model
 
+    def gradient(self) -> nnx.State:
+        """Of the mean negative log-likelihood of the prompts, by every parameter in float32."""
+        graphdef, state = nnx.split(self.model_f32)
+        ids = jnp.asarray(self.tensors["ids"])
+
+        @jax.jit
+        @jax.grad
+        def gradient(state):
+            log_p = jax.nn.log_softmax(nnx.merge(graphdef, state)(ids[:, :-1]))
+            return -jnp.mean(jnp.take_along_axis(log_p, ids[:, 1:, None], axis=-1))
+
+        return gradient(state)
+
 
 @functools.cache
 def read_golden(name: str) -> Golden:

@@ -87,16 +87,7 @@ def test_eval_shape_makes_no_array(qwen):
 
 
 def test_gradients_reach_every_parameter(qwen):
-    graphdef, state = nnx.split(qwen.model_f32)
-    ids = qwen.tensors["ids"]
-
-    @jax.jit
-    @jax.grad
-    def gradient(state):
-        log_p = jax.nn.log_softmax(nnx.merge(graphdef, state)(ids[:, :-1]))
-        return -jnp.mean(jnp.take_along_axis(log_p, ids[:, 1:, None], axis=-1))
-
-    for path, leaf in nnx.to_flat_state(gradient(state)):
+    for path, leaf in nnx.to_flat_state(qwen.gradient()):
         assert jnp.all(jnp.isfinite(leaf[...])), path
         # A key's bias moves all scores of a query alike but for the rotation, so its gradient is small, not zero.
         assert jnp.any(leaf[...] != 0), path

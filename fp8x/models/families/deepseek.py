@@ -4,10 +4,10 @@ experts in groups."""
 from typing import Any
 
 from fp8x.errors import ConfigError
-from fp8x.models.config import Latent, Mixture
 from fp8x.models.families.family import Family, common
-from fp8x.models.families.glm import first_dense, sigmoid_mixture
+from fp8x.models.families.glm import first_dense, prediction_layers, sigmoid_mixture
 from fp8x.models.fields import Fields
+from fp8x.models.parts import Latent, Mixture
 
 
 def _attention(fields: Fields, interleaved: bool) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def _v3(fields: Fields) -> dict[str, Any]:
         **_attention(fields, interleaved=fields.flag("rope_interleave")),
         **first_dense(fields),
         "mixture": sigmoid_mixture(fields),
-        "skipped_layers": fields.count("num_nextn_predict_layers") or fields.count("num_mtp_layers"),
+        "skipped_layers": prediction_layers(fields),
     }
 
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from fp8x.models.config import Mixture
 from fp8x.models.families.family import Family, common, layers
 from fp8x.models.fields import Fields
+from fp8x.models.parts import Mixture
 
 
 def first_dense(fields: Fields) -> dict[str, Any]:
@@ -12,6 +12,11 @@ def first_dense(fields: Fields) -> dict[str, Any]:
     dense = tuple(range(min(fields.count("first_k_dense_replace"), layers(fields))))
     fields.raw("intermediate_size")
     return {"dense_layers": dense, "intermediate_size": fields.positive_int("intermediate_size") if dense else None}
+
+
+def prediction_layers(fields: Fields) -> int:
+    """Layers for multi-token prediction, behind the last."""
+    return fields.count("num_nextn_predict_layers") or fields.count("num_mtp_layers")
 
 
 def sigmoid_mixture(fields: Fields) -> Mixture:
@@ -38,7 +43,7 @@ def _glm4_moe(fields: Fields) -> dict[str, Any]:
         "mixture": sigmoid_mixture(fields),
         "qk_norm": fields.flag("use_qk_norm"),
         "attention_bias": fields.flag("attention_bias"),
-        "skipped_layers": fields.count("num_nextn_predict_layers") or fields.count("num_mtp_layers"),
+        "skipped_layers": prediction_layers(fields),
     }
     return {**common(fields, partial=0.5), **first_dense(fields), **own}
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from fp8x.models.config import Mixture
 from fp8x.models.families.family import Family, MixtureNames, common, dense, layers, windows
 from fp8x.models.fields import Fields
+from fp8x.models.parts import Mixture
 
 
 def _window(fields: Fields) -> int | None:
