@@ -1,16 +1,17 @@
 """Causal attention with rotary positions, as in transformers: by grouped queries, and through latents."""
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float32, Int
 
+from fp8x.array import ScaledArray
 from fp8x.models.config import DecoderConfig
+from fp8x.models.kv_cache import KeyValues, Stored, read, remember
 from fp8x.models.rope import Rotary
 from fp8x.nn.training import source_of
 
@@ -32,21 +33,9 @@ class RMSNorm(nnx.Module):
         return self.scale[...].astype(x.dtype) * (x32 * inverse_rms).astype(x.dtype)
 
 
-class KeyValues(NamedTuple):
-    """What a layer keeps of the tokens that it has read: of grouped queries keys (rotated) and values, a head each; of
-    latents these, as one head, and the keys' part with positions (rotated)."""
-
-    keys: Float[Array, "b s heads dim"]
-    values: Float[Array, "b s heads dim"]
-
-    def write(self, new: "KeyValues", start: Int[Array, ""]) -> "KeyValues":
-        """These with `new` written from position `start` on."""
-        return jax.tree.map(lambda old, update: jax.lax.dynamic_update_slice_in_dim(old, update, start, 1), self, new)
-
-
-def causal_mask(queries: Int[Array, " t"], keys: Int[Array, " s"], window: int | None) -> Bool[Array, "t s"]:
+def causal_mask(queries: Int[Array, "b t"], keys: Int[Array, " s"], window: int | None) -> Bool[Array, "b t s"]:
     """Which key position each query position sees: itself and those before, `window` in all if given."""
-    distance = queries[:, None] - keys[None, :]
+    distance = queries[..., None] - keys
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
@@ -68,14 +57,15 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, param_dtype=param_dtype)
         self.head_dim = config.head_dim
         self.qk_norm = config.qk_norm
+        self.k_cache = self.v_cache = nnx.data(None)
 
     def __call__(
         self,
         x: Float[Array, "b t hidden"],
         rotary: Rotary,
-        mask: Bool[Array, "t s"],
+        mask: Bool[Array, "#b t s"],
         cache: KeyValues | None = None,
-        start: Int[Array, ""] | int = 0,
+        start: Int[Array, "*b"] | int = 0,
     ) -> tuple[Float[Array, "b t hidden"], KeyValues]:
         """Attends from x to what `cache` holds before position `start` and to x itself.
 
@@ -85,10 +75,8 @@ class Attention(nnx.Module):
         query, key, value = (heads(linear, x, self.head_dim) for linear in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        seen = KeyValues(rotary.rotate(key), value)
-        if cache is not None:
-            seen = cache.write(seen, start)
-        out = jax.nn.dot_product_attention(rotary.rotate(query), seen.keys, seen.values, mask=mask[None, None])
+        seen = remember(KeyValues(rotary.rotate(key), value), (self.k_cache, self.v_cache), cache, start)
+        out = attend(rotary.rotate(query), *seen, mask, 1 / math.sqrt(self.head_dim))
         return self.o_proj(joined(out)).astype(x.dtype), seen
 
     def cache_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -120,14 +108,15 @@ class LatentAttention(nnx.Module):
         self.kv_a_layernorm = norm(latent.kv_rank)
         self.kv_b_proj = linear(latent.kv_rank, count * (latent.nope_dim + latent.v_dim))
         self.o_proj = linear(count * latent.v_dim, hidden)
+        self.k_cache = self.v_cache = nnx.data(None)
 
     def __call__(
         self,
         x: Float[Array, "b t hidden"],
         rotary: Rotary,
-        mask: Bool[Array, "t s"],
+        mask: Bool[Array, "#b t s"],
         cache: KeyValues | None = None,
-        start: Int[Array, ""] | int = 0,
+        start: Int[Array, "*b"] | int = 0,
     ) -> tuple[Float[Array, "b t hidden"], KeyValues]:
         """Arguments and results as `Attention`'s."""
         latent = self.latent
@@ -138,11 +127,10 @@ class LatentAttention(nnx.Module):
         query = jnp.concatenate([query[..., : latent.nope_dim], rotary.rotate(query[..., latent.nope_dim :])], -1)
         low = self.kv_a_proj_with_mqa(x).astype(x.dtype)
         keys_values, position = self.kv_a_layernorm(low[..., : latent.kv_rank]), low[..., latent.kv_rank :]
-        seen = KeyValues(keys_values[:, :, None], rotary.rotate(position[:, :, None]))
-        if cache is not None:
-            seen = cache.write(seen, start)
-        full = heads(self.kv_b_proj, seen.keys[:, :, 0], latent.nope_dim + latent.v_dim)
-        position = jnp.broadcast_to(seen.values, (*full.shape[:-1], latent.rope_dim))
+        new = KeyValues(keys_values[:, :, None], rotary.rotate(position[:, :, None]))
+        seen = remember(new, (self.k_cache, self.v_cache), cache, start)
+        full = heads(self.kv_b_proj, read(seen.keys, x.dtype)[:, :, 0], latent.nope_dim + latent.v_dim)
+        position = jnp.broadcast_to(read(seen.values, x.dtype), (*full.shape[:-1], latent.rope_dim))
         key, value = jnp.concatenate([full[..., : latent.nope_dim], position], -1), full[..., latent.nope_dim :]
         out = attend(query, key, value, mask, self.scale)
         return self.o_proj(joined(out)).astype(x.dtype), seen
@@ -154,16 +142,42 @@ class LatentAttention(nnx.Module):
 
 def attend(
     query: Float[Array, "b t h d"],
-    key: Float[Array, "b s h d"],
-    value: Float[Array, "b s h v"],
-    mask: Bool[Array, "t s"],
+    keys: Float[Stored, "b s kv d"],
+    values: Float[Stored, "b s kv v"],
+    mask: Bool[Array, "#b t s"],
     scale: float,
 ) -> Float[Array, "b t h v"]:
-    """`jax.nn.dot_product_attention` of keys and values of different sizes: scores and softmax in float32, weights in
-    the values' type."""
-    scores = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32) * scale
-    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(value.dtype)
-    return jnp.einsum("bhts,bshv->bthv", weights, value)
+    """`softmax(query @ keys.T * scale) @ values`, a head of keys and values for every `h / kv` of queries.
+
+    Scores and softmax are in float32, sums too; the weights are cast to the queries' type. Of what is in 8 bits the
+    codes are multiplied, and the scales go with the scores and the weights: both products read 8 bits.
+    """
+    b, t, h, d = query.shape
+    keys, key_scale = _factors(keys, query.dtype)
+    values, value_scale = _factors(values, query.dtype)
+    query = query.reshape(b, t, keys.shape[2], h // keys.shape[2], d)
+    scores = jnp.einsum("btkgd,bskd->bkgts", query, keys, preferred_element_type=jnp.float32) * scale
+    if key_scale is not None:
+        scores *= key_scale
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
+    if value_scale is not None:
+        weights *= value_scale
+    out = jnp.einsum("bkgts,bskv->btkgv", weights.astype(query.dtype), values)
+    return out.reshape(b, t, h, values.shape[-1])
+
+
+def _factors(
+    stored: Float[Stored, "b s kv d"], dtype: DTypeLike
+) -> tuple[Float[Array, "b s kv d"], Float32[Array, "b kv 1 1 #s"] | None]:
+    """What is stored as an array of `dtype`, in which 8-bit floats are exact, and what it is still to be multiplied by.
+
+    float16 holds no weights that are multiplied by small scales, and scales inside a head are no factors of its sums.
+    """
+    if not isinstance(stored, ScaledArray):
+        return stored.astype(dtype), None
+    if stored.scale.shape[-1] != 1 or dtype == jnp.float16:
+        return stored.dequantize(dtype), None
+    return stored.data.astype(dtype), stored.scale.astype(jnp.float32).transpose(0, 2, 3, 1)[:, :, None]
 
 
 def heads(linear: nnx.Module, x: Float[Array, "b t n"], dim: int) -> Float[Array, "b t heads dim"]:

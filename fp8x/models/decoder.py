@@ -1,6 +1,6 @@
 """The one decoder of all families: its module tree and numbers follow transformers."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,22 +8,19 @@ from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Float32, Int
 
-from fp8x.models.attention import Attention, KeyValues, LatentAttention, RMSNorm, causal_mask
+from fp8x.array import ScaledArray
+from fp8x.errors import RecipeError, ShapeError
+from fp8x.models.attention import Attention, LatentAttention, RMSNorm, causal_mask
 from fp8x.models.config import DecoderConfig
+from fp8x.models.kv_cache import Cache, KeyValues, KVQuantizer, as_scheme, is_static
 from fp8x.models.rope import Rotary
 from fp8x.nn import GatedMLP, MoE
+from fp8x.scheme import Scheme
 from fp8x.sharding.plan import Placement
 from fp8x.sharding.run import batch_spec, call, check_batch
-
-
-class Cache(NamedTuple):
-    """What a decoder has read: per layer, room for the keys and values of `capacity` tokens, and how many are set."""
-
-    layers: tuple[KeyValues, ...]
-    length: Int[Array, ""]
 
 
 class DecoderLayer(nnx.Module):
@@ -70,9 +67,9 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "b t hidden"],
         rotary: Rotary,
-        mask: Bool[Array, "t s"],
+        mask: Bool[Array, "#b t s"],
         cache: KeyValues | None,
-        start: Int[Array, ""] | int,
+        start: Int[Array, "*b"] | int,
     ) -> tuple[Float[Array, "b t hidden"], KeyValues]:
         """Arguments and results as `Attention`'s."""
         attended, seen = self.self_attn(self.input_layernorm(x), rotary, mask, cache, start)
@@ -130,31 +127,104 @@ class Decoder(nnx.Module):
         hidden, _ = self._run(ids, None, 0)
         return self.logits(hidden)
 
-    def init_cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache for `batch` texts of up to `capacity` tokens."""
+    @property
+    def kv_cache(self) -> Scheme | None:
+        """How keys and values are stored, over `[B, S, heads, dim]`; None for the type of the parameters."""
+        quantizer = self.layers[0].self_attn.k_cache
+        return None if quantizer is None else quantizer.scheme
+
+    def set_kv_cache(
+        self,
+        dtype: Scheme | str | DTypeLike | None,
+        scales: Sequence[tuple[ArrayLike, ArrayLike]] | None = None,
+    ) -> None:
+        """Says how keys and values are stored from now on: in caches, and where the model is called without one.
+
+        Arguments:
+            dtype: "e4m3" or "e5m2": in 8 bits, with a scale a token and head; a `Scheme` over `[B, S, heads, dim]`, as
+                docs/numerics.md lists them; None: in the type of the parameters.
+            scales: of a scheme whose scales hold for all tokens: those of keys and of values, for every layer. Through
+                latents one number serves for both. None leaves them to `fp8x.calibrate(model, batches, kv_cache=True)`.
+
+        Raises:
+            RecipeError: a scheme that does not fit keys and values.
+            ShapeError: scales of another number than layers, or heads, or not finite and positive.
+        """
+        if dtype is None:
+            quantizers = [(None, None)] * len(self.layers)
+        else:
+            scheme = as_scheme(dtype, None)
+            if not isinstance(scheme, Scheme):
+                raise RecipeError(f"dtype: {dtype!r} is no 8-bit type; use 'e4m3', 'e5m2', a Scheme, or None")
+            if scales is not None and len(scales) != len(self.layers):
+                raise ShapeError(f"scales: are of {len(scales)} layers, but the model has {len(self.layers)}")
+            pairs = [(None, None)] * len(self.layers) if scales is None else scales
+            quantizers = [
+                tuple(KVQuantizer(scheme, *each) for each in zip(layer.self_attn.cache_shapes(), pair, strict=True))
+                for layer, pair in zip(self.layers, pairs)
+            ]
+        for layer, (keys, values) in zip(self.layers, quantizers):
+            layer.self_attn.k_cache, layer.self_attn.v_cache = nnx.data(keys), nnx.data(values)
+
+    def init_cache(self, batch: int, capacity: int, dtype: Scheme | str | DTypeLike | None = None) -> Cache:
+        """An empty cache for `batch` texts of up to `capacity` tokens.
+
+        Arguments:
+            dtype: what it holds: "e4m3" or "e5m2", with the model's own scales where it has them (`set_kv_cache`), else
+                one a token and head; a `Scheme`; or a type of 16 or 32 bits. By default what the model says.
+
+        Raises:
+            CalibrationError: a scheme whose scales hold for all tokens, and the model has none.
+            RecipeError: a type or scheme that does not fit keys and values.
+        """
         sharding = None
         if self.placement is not None:
             check_batch(self.placement, batch, "batch")
-            sharding = NamedSharding(self.placement.mesh, self._cache_specs().layers)
-        dtype, shapes = self.embed_tokens.embedding.dtype, self.layers[0].self_attn.cache_shapes()
-        empty = KeyValues(*(jnp.zeros((batch, capacity, *shape), dtype, device=sharding) for shape in shapes))
-        return Cache((empty,) * len(self.layers), jnp.int32(0))
+            sharding = NamedSharding(self.placement.mesh, self._cache_specs(0).layers)
+        param_dtype = self.embed_tokens.embedding.dtype
+        stored = (self.kv_cache or param_dtype) if dtype is None else as_scheme(dtype, self.kv_cache)
 
-    def _cache_specs(self) -> Cache:
+        def empty(shape: tuple[int, int], own: KVQuantizer | None) -> Array | ScaledArray:
+            if not isinstance(stored, Scheme):
+                return jnp.zeros((batch, capacity, *shape), stored, device=sharding)
+            quantizer = own if own is not None and own.scheme == stored else KVQuantizer(stored, shape)
+            return quantizer.empty(batch, capacity, sharding)
+
+        layers = []
+        for layer in self.layers:
+            attention = layer.self_attn
+            quantizers = (attention.k_cache, attention.v_cache)
+            # Arrays are never written in place where another layer has the same.
+            is_alike = layers and not (isinstance(stored, Scheme) and is_static(stored))
+            layers.append(layers[0] if is_alike else KeyValues(*map(empty, attention.cache_shapes(), quantizers)))
+        return Cache(tuple(layers), jnp.int32(0))
+
+    def _cache_specs(self, length_rank: int) -> Cache:
         """How a cache lies on the mesh: rows of the batch, and heads; latents are every device's."""
         batch, heads = self.placement.batch, self.placement.heads if self.config.latent is None else ()
-        return Cache(P(*(batch or (None,)), None, heads[0] if len(heads) == 1 else heads or None), P())
+        layers = P(*(batch or (None,)), None, heads[0] if len(heads) == 1 else heads or None)
+        return Cache(layers, P(*batch) if length_rank else P())
 
-    def extend(self, ids: Int[Array, "b t"], cache: Cache) -> tuple[Float[Array, "b t hidden"], Cache]:
+    def extend(
+        self, ids: Int[Array, "b t"], cache: Cache, lengths: Int[Array, " b"] | None = None
+    ) -> tuple[Float[Array, "b t hidden"], Cache]:
         """Reads `ids` after what `cache` holds. The caller sees to the capacity: writes beyond it are misplaced.
+
+        Arguments:
+            lengths: how many ids of each text count, from the first; by default all. What is given behind them is read
+                too, but what is read next takes its place, and nothing that counts sees it.
 
         Returns the final hidden states, of which `logits` makes logits, and the longer cache.
         """
         if self.placement is not None:
-            rows, cached = batch_spec(self.placement), self._cache_specs()
-            return call(Decoder.extend, self, ids, cache, in_specs=(rows, cached), out_specs=(rows, cached))
+            rows = batch_spec(self.placement)
+            before = self._cache_specs(jnp.ndim(cache.length))
+            after = before if lengths is None else self._cache_specs(1)
+            args, specs = (ids, cache, lengths), (rows, before, rows)
+            count = 2 if lengths is None else 3
+            return call(Decoder.extend, self, *args[:count], in_specs=specs[:count], out_specs=(rows, after))
         hidden, layers = self._run(ids, cache.layers, cache.length)
-        return hidden, Cache(layers, cache.length + ids.shape[1])
+        return hidden, Cache(layers, cache.length + (ids.shape[1] if lengths is None else lengths))
 
     def logits(self, hidden: Float[Array, "... hidden"]) -> Float32[Array, "... vocab"]:
         """The logits of final hidden states."""
@@ -178,12 +248,13 @@ class Decoder(nnx.Module):
         return jnp.where(((ids >= 0) & (ids < self.config.vocab_size))[..., None], x, jnp.nan)
 
     def _run(
-        self, ids: Int[Array, "b t"], caches: tuple[KeyValues, ...] | None, start: Int[Array, ""] | int
+        self, ids: Int[Array, "b t"], caches: tuple[KeyValues, ...] | None, start: Int[Array, "*b"] | int
     ) -> tuple[Float[Array, "b t hidden"], tuple[KeyValues, ...]]:
         config = self.config
         x = self._embed(ids)
-        positions = start + jnp.arange(ids.shape[1])
-        seen_positions = positions if caches is None else jnp.arange(caches[0].keys.shape[1])
+        # Of one text for all, or of each text.
+        positions = jnp.reshape(start, (-1, 1)) + jnp.arange(ids.shape[1])
+        seen_positions = positions[0] if caches is None else jnp.arange(caches[0].keys.shape[1])
         rotary = Rotary.at(positions, config.rope, x.dtype)
         windows = [None if index in config.full_layers else config.sliding_window for index in range(len(self.layers))]
         masks = {window: causal_mask(positions, seen_positions, window) for window in set(windows)}

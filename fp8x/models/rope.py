@@ -93,14 +93,14 @@ class Rope:
 class Rotary(NamedTuple):
     """Cosines and sines of the rotary angles, one row per position; `interleaved` as in `Rope`."""
 
-    cos: Float[Array, "t dim"]
-    sin: Float[Array, "t dim"]
+    cos: Float[Array, "*b t dim"]
+    sin: Float[Array, "*b t dim"]
     interleaved: bool = False
 
     @classmethod
-    def at(cls, positions: Int[Array, " t"], rope: Rope, dtype: DTypeLike) -> "Rotary":
+    def at(cls, positions: Int[Array, "*b t"], rope: Rope, dtype: DTypeLike) -> "Rotary":
         """Angles `position · frequency`, in float32."""
-        angles = positions[:, None].astype(jnp.float32) * rope.frequencies()
+        angles = positions[..., None].astype(jnp.float32) * rope.frequencies()
         angles = jnp.concatenate([angles, angles], axis=-1)
         cos, sin = jnp.cos(angles) * np.float32(rope.amplitude), jnp.sin(angles) * np.float32(rope.amplitude)
         return cls(cos.astype(dtype), sin.astype(dtype), rope.interleaved)
@@ -113,7 +113,7 @@ class Rotary(NamedTuple):
             turned = jnp.concatenate([turned[..., ::2], turned[..., 1::2]], axis=-1)
         first, second = jnp.split(turned, 2, axis=-1)
         quarter_turn = jnp.concatenate([-second, first], axis=-1)
-        turned = turned * self.cos[:, None] + quarter_turn * self.sin[:, None]
+        turned = turned * self.cos[..., None, :] + quarter_turn * self.sin[..., None, :]
         return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 

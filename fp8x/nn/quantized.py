@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from fp8x import meshes, numerics
 from fp8x.array import ScaledArray
 from fp8x.errors import CalibrationError, RecipeError, ShapeError
-from fp8x.nn.observer import BINS, Amax, Histogram, NonfiniteCount, TokenCount, add_counts, count_bins
+from fp8x.nn.calibrated import Calibrated, InputScale
 from fp8x.ops.groups import concrete, row_mask
 from fp8x.recipe import Recipe, check_stored
 from fp8x.scheme import Scheme
@@ -31,11 +31,7 @@ class WeightScale(nnx.Variable):
     """The scales of a `Float8Weight`."""
 
 
-class InputScale(nnx.Variable):
-    """A static activation scale, float32 `[1, ceil(K / block_k)]`; NaN until it is calibrated."""
-
-
-class QuantizedLayer(nnx.Module):
+class QuantizedLayer(Calibrated):
     """Base of the layers in 8 bits.
 
     A stack of layers, as `nnx.vmap` makes them, is one of these whose variables have further leading axes; `nnx.scan`
@@ -49,9 +45,6 @@ class QuantizedLayer(nnx.Module):
         weight_scale: `WeightScale`, `weight_scheme.scale_shape(weight.shape)`.
         weight_scheme: the scheme of the two above.
         bias: `nnx.Param` or None.
-        input_scale: `InputScale`, or None unless the recipe's activation scale is static.
-        amax, tokens, nonfinite: statistics while the layer is in calibration, else None.
-        histogram: one too, where calibration was started with it.
         k_axes: mesh axes over which K is split, where the layer is one device's part of another.
         amax_axes: those over which a block of dynamically quantized activations reaches.
     """
@@ -134,51 +127,23 @@ class QuantizedLayer(nnx.Module):
             )
 
     @property
-    def is_calibrating(self) -> bool:
-        return self.amax is not None
+    def static_scheme(self) -> Scheme | None:
+        return self.recipe.activation if self.recipe.is_static else None
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        return self.weight.shape[-self.rank : -2][:1]
 
     def start_calibration(self, *, histogram: bool = False, fake_quantize: bool = True) -> None:
-        """From now on a call gathers the running amax of its input.
-
-        Arguments:
-            histogram: gather one of the input's magnitudes as well.
-            fake_quantize: go on with the input quantized by the scale that follows from the running amax; otherwise
-                with the input as it is, so that no row's result depends on other rows or on calls before.
-
-        Raises:
-            CalibrationError: the recipe has no static activation scale.
-        """
         if not self.recipe.is_static:
             raise CalibrationError(
                 f"recipe: its activation scale is {self.recipe.activation_scale}; only a static one is calibrated"
             )
-        self.fake_quantize = fake_quantize
-        self.amax = nnx.data(Amax(jnp.zeros(self.input_scale.shape, jnp.float32)))
-        experts = self.weight.shape[-self.rank : -2][:1]
-        self.tokens = nnx.data(TokenCount(jnp.zeros((*self.stack, *experts), jnp.int32)))
-        self.nonfinite = nnx.data(NonfiniteCount(jnp.zeros(self.stack, jnp.int32)))
-        shape = (*self.stack, 2, self.input_scale.shape[-1], BINS)
-        self.histogram = nnx.data(Histogram(jnp.zeros(shape, jnp.uint32)) if histogram else None)
+        super().start_calibration(histogram=histogram, fake_quantize=fake_quantize)
 
     def finish_calibration(self, scale: Float[Array, "1 groups"] | None = None) -> None:
-        """Sets the static scale (by default the one that follows from the amax gathered), and ends calibration.
-
-        Raises:
-            CalibrationError: no calibration was started, or the amax of a layer is zero: it saw nothing.
-        """
-        if not self.is_calibrating:
-            raise CalibrationError("layer: it is not in calibration; call start_calibration first")
-        if not np.asarray(self.amax[...]).any((-2, -1)).all():
-            raise CalibrationError(f"layer: it saw no activation other than zero in {np.sum(self.tokens[...])} tokens")
-        if scale is None:
-            scale = numerics.compute_scale(self.amax[...], self.recipe.activation)
-        self.input_scale[...] = jax.device_put(scale, self.input_scale[...].sharding)
+        super().finish_calibration(scale)
         self.recipe = dataclasses.replace(self.recipe, observer=None)
-        self.abandon_calibration()
-
-    def abandon_calibration(self) -> None:
-        """Ends calibration and keeps the static scale as it was before."""
-        self.amax = self.tokens = self.nonfinite = self.histogram = nnx.data(None)
 
     def _activation(
         self, x: Float[Array, "... k"], group_sizes: Int[Array, " e"] | None = None
@@ -186,7 +151,7 @@ class QuantizedLayer(nnx.Module):
         """How a product is to quantize its input `x`; in calibration, after `x` has joined the statistics."""
         scheme, scale = self.recipe.activation, None
         if self.is_calibrating:
-            self._observe(meshes.merge_rows(jax.lax.stop_gradient(x)), group_sizes)
+            self.observe(meshes.merge_rows(jax.lax.stop_gradient(x)), group_sizes)
             if not self.fake_quantize:
                 return {"activation": None, "activation_scale": None}
             scale = numerics.compute_scale(self.amax[...], scheme)
@@ -205,25 +170,6 @@ class QuantizedLayer(nnx.Module):
             amax = jax.lax.pmax(numerics.block_amax(x, scheme), self.amax_axes)
             scale = numerics.compute_scale(amax, scheme)
         return {"activation": scheme, "activation_scale": scale}
-
-    def _observe(self, x: Float[Array, "m k"], group_sizes: Int[Array, " e"] | None) -> None:
-        scheme, has_histogram = self.recipe.activation, self.histogram is not None
-
-        def statistics(x, group_sizes):
-            is_row = None if group_sizes is None else row_mask(group_sizes, x.shape[0])
-            counts = count_bins(x, scheme, is_row) if has_histogram else None
-            if is_row is not None:
-                x = jnp.where(is_row[:, None], x, 0)
-            nonfinite = jnp.sum(~jnp.all(jnp.isfinite(x), axis=1), dtype=jnp.int32)
-            return [numerics.block_amax(x, scheme), nonfinite, counts]
-
-        on_every_device = [((), ()), (), ((), (), ()) if has_histogram else None]
-        amax, nonfinite, counts = meshes.by_xla(statistics, lambda: on_every_device, x, group_sizes)
-        if has_histogram:
-            self.histogram[...] = add_counts(self.histogram[...], counts)
-        self.amax[...] = jnp.maximum(self.amax[...], amax)
-        self.tokens[...] = self.tokens[...] + (x.shape[0] if group_sizes is None else group_sizes)
-        self.nonfinite[...] = self.nonfinite[...] + nonfinite
 
 
 def _merged_names(variable: nnx.Variable, dims: Sequence[Sequence[int]] | None) -> tuple | None:

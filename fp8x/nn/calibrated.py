@@ -1,0 +1,96 @@
+"""`Calibrated`: what has a static scale for what it is fed, and finds it in calibration."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from fp8x import meshes, numerics
+from fp8x.errors import CalibrationError
+from fp8x.nn.observer import BINS, Amax, Histogram, NonfiniteCount, TokenCount, add_counts, count_bins
+from fp8x.ops.groups import row_mask
+from fp8x.scheme import Scheme
+
+
+class InputScale(nnx.Variable):
+    """A static activation scale, float32 `[1, ceil(K / block_k)]`; NaN until it is calibrated."""
+
+
+class Calibrated(nnx.Module):
+    """Base of what may have a static scale: the layers in 8 bits, and what stores keys and values in 8 bits.
+
+    Attributes:
+        input_scale: `InputScale`, or None unless the scale is static.
+        amax, tokens, nonfinite: statistics while it is in calibration, else None.
+        histogram: one too, where calibration was started with it.
+    """
+
+    stack: tuple[int, ...] = ()
+    experts: tuple[int, ...] = ()
+
+    @property
+    def static_scheme(self) -> Scheme | None:
+        """The scheme, over `[M, K]`, of what is quantized by the static scale; None without one."""
+        raise NotImplementedError
+
+    @property
+    def is_calibrating(self) -> bool:
+        return self.amax is not None
+
+    def start_calibration(self, *, histogram: bool = False, fake_quantize: bool = True) -> None:
+        """From now on a call gathers the running amax of its input.
+
+        Arguments:
+            histogram: gather one of the input's magnitudes as well.
+            fake_quantize: go on with the input quantized by the scale that follows from the running amax; otherwise
+                with the input as it is, so that no row's result depends on other rows or on calls before.
+
+        Raises:
+            CalibrationError: the scale is not static.
+        """
+        self.fake_quantize = fake_quantize
+        self.amax = nnx.data(Amax(jnp.zeros(self.input_scale.shape, jnp.float32)))
+        self.tokens = nnx.data(TokenCount(jnp.zeros((*self.stack, *self.experts), jnp.int32)))
+        self.nonfinite = nnx.data(NonfiniteCount(jnp.zeros(self.stack, jnp.int32)))
+        shape = (*self.stack, 2, self.input_scale.shape[-1], BINS)
+        self.histogram = nnx.data(Histogram(jnp.zeros(shape, jnp.uint32)) if histogram else None)
+
+    def finish_calibration(self, scale: Float[Array, "1 groups"] | None = None) -> None:
+        """Sets the static scale (by default the one that follows from the amax gathered), and ends calibration.
+
+        Raises:
+            CalibrationError: no calibration was started, or the amax of a layer is zero: it saw nothing.
+        """
+        if not self.is_calibrating:
+            raise CalibrationError("layer: it is not in calibration; call start_calibration first")
+        if not np.asarray(self.amax[...]).any((-2, -1)).all():
+            raise CalibrationError(f"layer: it saw no activation other than zero in {np.sum(self.tokens[...])} tokens")
+        if scale is None:
+            scale = numerics.compute_scale(self.amax[...], self.static_scheme)
+        self.input_scale[...] = jax.device_put(scale, self.input_scale[...].sharding)
+        self.abandon_calibration()
+
+    def abandon_calibration(self) -> None:
+        """Ends calibration and keeps the static scale as it was before."""
+        self.amax = self.tokens = self.nonfinite = self.histogram = nnx.data(None)
+
+    def observe(self, x: Float[Array, "m k"], group_sizes: Int[Array, " e"] | None = None) -> None:
+        """Joins `x` to the statistics."""
+        scheme, has_histogram = self.static_scheme, self.histogram is not None
+
+        def statistics(x, group_sizes):
+            is_row = None if group_sizes is None else row_mask(group_sizes, x.shape[0])
+            counts = count_bins(x, scheme, is_row) if has_histogram else None
+            if is_row is not None:
+                x = jnp.where(is_row[:, None], x, 0)
+            nonfinite = jnp.sum(~jnp.all(jnp.isfinite(x), axis=1), dtype=jnp.int32)
+            return [numerics.block_amax(x, scheme), nonfinite, counts]
+
+        on_every_device = [((), ()), (), ((), (), ()) if has_histogram else None]
+        amax, nonfinite, counts = meshes.by_xla(statistics, lambda: on_every_device, x, group_sizes)
+        if has_histogram:
+            self.histogram[...] = add_counts(self.histogram[...], counts)
+        self.amax[...] = jnp.maximum(self.amax[...], amax)
+        self.tokens[...] = self.tokens[...] + (x.shape[0] if group_sizes is None else group_sizes)
+        self.nonfinite[...] = self.nonfinite[...] + nonfinite
