@@ -13,6 +13,9 @@ from fp8x.errors import RecipeError, ShapeError
 ElementName = Literal["e4m3", "e5m2"]
 ScaleRule = Literal["amax", "pow2", "unit", "rceil", "floor", "ceil", "even"]
 
+# Blocks over keys and values [B, S, heads, dim] whose scales hold for all tokens: one in all, or one a head.
+KV_TENSOR, KV_HEAD = (None, None, None, None), (None, None, 1, None)
+
 # Smallest normal float32: below it 1/s overflows.
 MIN_SCALE = np.float32(2.0**-126)
 

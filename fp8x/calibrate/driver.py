@@ -1,9 +1,10 @@
 """`calibrate`: runs batches through a model and sets its static activation scales."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -15,16 +16,21 @@ from fp8x.calibrate.methods import DEFAULT_PERCENTILE, Method, check_method, fin
 from fp8x.calibrate.sharded import ShardedObserver
 from fp8x.calibrate.statistics import observe, start, static_layers
 from fp8x.errors import CalibrationError, DataError, MeshError, some
+from fp8x.nn.calibrated import Calibrated
 from fp8x.nn.observer import total_counts
-from fp8x.nn.quantized import QuantizedLayer
-from fp8x.nn.walk import named_layers
-from fp8x.sharding.model import plan_of
+from fp8x.scheme import KV_HEAD, KV_TENSOR, Scheme
+from fp8x.sharding.model import plan_of, static_dims
+from fp8x.sharding.place import whole
 from fp8x.sharding.plan import Placement
+
+KVGranularity = Literal["tensor", "head"]
+
+_KV_SCHEMES = {"tensor": Scheme("e4m3", block=KV_TENSOR), "head": Scheme("e4m3", block=KV_HEAD)}
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerStatistics:
-    """What calibration found in one layer's input.
+    """What calibration found in one layer's input, or in the keys or values of an attention.
 
     Attributes:
         activation: the scheme that the scale is for, as text.
@@ -74,6 +80,7 @@ def calibrate(
     *,
     method: Method = "max",
     percentile: float = DEFAULT_PERCENTILE,
+    kv_cache: bool | KVGranularity | Scheme = False,
 ) -> CalibrationReport:
     """Sets the static activation scales of a model from what its layers see.
 
@@ -92,6 +99,9 @@ def calibrate(
         method: `"max"`: scales from the largest magnitudes. `"percentile"`: from the magnitude that `percentile` of a
             hundred values do not exceed. `"mse"`: those of the least squared error. The last two gather histograms.
         percentile: above 0, up to 100; for its method only.
+        kv_cache: also store the keys and values of an `fp8x.models.Decoder` in e4m3 from now on, and find scales for
+            them: `True` or "tensor", one of keys and one of values a layer; "head", one a head; or a `Scheme`, as
+            `Decoder.set_kv_cache` takes it. A model whose cache has such scales already gets them anew in any case.
 
     Raises:
         CalibrationError: the model has no static layer, an unknown method, or layers (named) that saw NaN or Inf, or
@@ -100,10 +110,41 @@ def calibrate(
         MeshError: a mesh that the batches do not fit, or that is not the one the model is on.
     """
     check_method(method, percentile)
-    layers = static_layers(model)
     placement = getattr(model, "placement", None)
     if placement is not None:
         mesh = _check_placement(placement, mesh, method)
+    with _kv_cache(model, kv_cache):
+        return _calibrate(model, batches, mesh, method, percentile)
+
+
+@contextlib.contextmanager
+def _kv_cache(model: nnx.Module, kind: bool | KVGranularity | Scheme) -> Iterator[None]:
+    """Has a decoder store keys and values by scales that are to be found; after an error as before."""
+    if kind is False:
+        yield
+        return
+    if not hasattr(model, "set_kv_cache"):
+        raise CalibrationError(f"kv_cache: a {type(model).__name__} has none that fp8x knows; give an fp8x Decoder")
+    scheme = _KV_SCHEMES.get("tensor" if kind is True else kind, kind)
+    if not isinstance(scheme, Scheme) or scheme.block not in (KV_TENSOR, KV_HEAD):
+        raise CalibrationError(
+            f"kv_cache: {kind!r} does not fit; use True, 'tensor', 'head', or a Scheme with block {KV_TENSOR} or "
+            f"{KV_HEAD}"
+        )
+    before = [(layer.self_attn, layer.self_attn.k_cache, layer.self_attn.v_cache) for layer in model.layers]
+    model.set_kv_cache(scheme)
+    try:
+        yield
+    except BaseException:
+        for attention, keys, values in before:
+            attention.k_cache, attention.v_cache = nnx.data(keys), nnx.data(values)
+        raise
+
+
+def _calibrate(
+    model: nnx.Module, batches: Iterable, mesh: Mesh | None, method: Method, percentile: float
+) -> CalibrationReport:
+    layers, placement = static_layers(model), getattr(model, "placement", None)
     parts = start(model, histogram=method != "max")
     try:
         observer = _Observer(*parts) if mesh is None else ShardedObserver(*parts, mesh, placement is not None)
@@ -118,7 +159,7 @@ def calibrate(
             layer.abandon_calibration()
         raise
     if placement is not None:
-        found = _without_padding(model, found)
+        found = _as_on_one_device(model, layers, found)
     return CalibrationReport(found, count, method, percentile if method == "percentile" else None)
 
 
@@ -161,22 +202,20 @@ def _check_placement(placement: Placement, mesh: Mesh | None, method: Method) ->
     return placement.mesh
 
 
-def _without_padding(model: nnx.Module, found: dict[str, LayerStatistics]) -> dict[str, LayerStatistics]:
-    """Statistics of the groups of K that the whole layer has; those behind are zeros that fill up the last devices."""
-    splits = plan_of(model, model.placement.mesh).layers
-    layers = named_layers(model)
+def _as_on_one_device(
+    model: nnx.Module, layers: dict[str, Calibrated], found: dict[str, LayerStatistics]
+) -> dict[str, LayerStatistics]:
+    """Statistics of the groups of K that the whole layer has, without what fills up devices and copies of heads."""
+    plan = plan_of(model, model.placement.mesh)
 
     def cut(path: str, layer: LayerStatistics) -> LayerStatistics:
-        k = splits[path].k
-        if k is None:
-            return layer
-        groups = layers[path].recipe.activation.scale_shape((1, k.size))[1]
-        return dataclasses.replace(layer, amax=layer.amax[:, :groups], scale=layer.scale[:, :groups])
+        dims = static_dims(path, layers[path], plan)
+        return dataclasses.replace(layer, amax=whole(layer.amax, dims), scale=whole(layer.scale, dims))
 
     return {path: cut(path, layer) for path, layer in found.items()}
 
 
-def _check_inputs(layers: dict[str, QuantizedLayer]) -> None:
+def _check_inputs(layers: dict[str, Calibrated]) -> None:
     if broken := [path for path, layer in layers.items() if layer.nonfinite[...].any()]:
         rows = int(layers[broken[0]].nonfinite[...].sum())
         raise CalibrationError(
@@ -191,11 +230,11 @@ def _check_inputs(layers: dict[str, QuantizedLayer]) -> None:
         raise CalibrationError(f"model: {some(idle)} fed nothing but zeros; give more or other data")
 
 
-def _statistics(layer: QuantizedLayer, method: Method, percentile: float) -> LayerStatistics:
+def _statistics(layer: Calibrated, method: Method, percentile: float) -> LayerStatistics:
     amax = np.asarray(layer.amax[...])
     counts = None if layer.histogram is None else total_counts(np.asarray(layer.histogram[...]))
     scale = np.empty_like(amax)
     for index in np.ndindex(layer.stack):
         of_layer = None if counts is None else counts[index]
-        scale[index] = find_scale(method, percentile, amax[index], of_layer, layer.recipe.activation)
-    return LayerStatistics(str(layer.recipe.activation), amax, scale, np.asarray(layer.tokens[...]))
+        scale[index] = find_scale(method, percentile, amax[index], of_layer, layer.static_scheme)
+    return LayerStatistics(layer.describe(), amax, scale, np.asarray(layer.tokens[...]))

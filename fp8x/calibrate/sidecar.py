@@ -16,10 +16,22 @@ from jaxtyping import Float32, Int
 
 from fp8x.calibrate.driver import CalibrationReport, LayerStatistics
 from fp8x.calibrate.statistics import static_layers
-from fp8x.errors import CalibrationError, some
-from fp8x.scheme import Scheme
+from fp8x.errors import CalibrationError, ShapeError, some
+from fp8x.nn.walk import named_layers
+from fp8x.scheme import ELEMENTS, KV_HEAD, KV_TENSOR, Scheme
 
 VERSION = 1
+
+_KV_PATHS = (".k_cache", ".v_cache")
+_KV_SCHEMES = {
+    str(scheme): scheme
+    for scheme in (
+        Scheme(element, block=block, scale_rule=rule)
+        for element in ELEMENTS
+        for block in (KV_TENSOR, KV_HEAD)
+        for rule in ("amax", "pow2")
+    )
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +84,54 @@ class Sidecar:
     @property
     def scales(self) -> dict[str, Float32[np.ndarray, "1 groups"]]:
         """The static activation scale of every layer, by module path (`layers.0.mlp.w13`)."""
-        return {path: layer.scale for path, layer in self.report.layers.items()}
+        return {path: layer.scale for path, layer in self._layers.items()}
+
+    @property
+    def _layers(self) -> dict[str, LayerStatistics]:
+        """Of matrices, not of keys and values."""
+        return {path: layer for path, layer in self.report.layers.items() if not path.endswith(_KV_PATHS)}
+
+    @property
+    def kv_cache(self) -> Scheme | None:
+        """How keys and values are stored, over `[B, S, heads, dim]`, where their scales were found too.
+
+        Raises:
+            CalibrationError: in a way that this version does not know.
+        """
+        kinds = {layer.activation for path, layer in self.report.layers.items() if path.endswith(_KV_PATHS)}
+        if not kinds:
+            return None
+        if len(kinds) > 1 or not kinds <= set(_KV_SCHEMES):
+            raise CalibrationError(f"calibration: keys and values are in {', '.join(sorted(kinds))}; make it anew")
+        return _KV_SCHEMES[kinds.pop()]
+
+    @property
+    def kv_scales(self) -> dict[str, tuple[Float32[np.ndarray, " n"], Float32[np.ndarray, " n"]]]:
+        """The scales of keys and values, `[1]` or `[heads]`, by the attention's path (`layers.0.self_attn`)."""
+        layers, keys = self.report.layers, ".k_cache"
+        paths = [path.removesuffix(keys) for path in layers if path.endswith(keys)]
+        # Through latents one scale serves for both.
+        pairs = {path: (layers[path + keys], layers.get(f"{path}.v_cache", layers[path + keys])) for path in paths}
+        return {path: tuple(layer.scale.reshape(-1) for layer in pair) for path, pair in pairs.items()}
+
+    def set_kv_cache(self, model: nnx.Module) -> None:
+        """Has a decoder store keys and values by the scales here, if there are any.
+
+        Raises:
+            CalibrationError: a model that is no decoder, or whose layers and heads are others.
+        """
+        if self.kv_cache is None:
+            return
+        pairs = self.kv_scales
+        paths = [f"layers.{index}.self_attn" for index in range(len(getattr(model, "layers", ())))]
+        if set(paths) != set(pairs) or not hasattr(model, "set_kv_cache"):
+            raise CalibrationError(
+                f"calibration: {some(list(pairs))} in it, with scales of a KV cache; is it another model's?"
+            )
+        try:
+            model.set_kv_cache(self.kv_cache, [pairs[path] for path in paths])
+        except ShapeError as error:
+            raise CalibrationError(f"calibration: {error}; is it another model's?") from None
 
     def check(self, layers: Mapping[str, tuple[Scheme, int]]) -> None:
         """Looks whether the scales are those of a model.
@@ -83,13 +142,13 @@ class Sidecar:
         Raises:
             CalibrationError: layers without a scale, scales without a layer, or of another scheme or size; named.
         """
-        if missing := [path for path in layers if path not in self.report.layers]:
+        if missing := [path for path in layers if path not in self._layers]:
             raise CalibrationError(f"calibration: {some(missing)} without a scale in it; is it another model's?")
         made_with = f"use the recipe ({self.recipe}) and rules that it was made with"
-        if extra := [path for path in self.report.layers if path not in layers]:
+        if extra := [path for path in self._layers if path not in layers]:
             raise CalibrationError(f"calibration: {some(extra)} in it, but not calibrated in this model; {made_with}")
         for path, (scheme, k) in layers.items():
-            found = self.report.layers[path]
+            found = self._layers[path]
             if found.activation != str(scheme):
                 raise CalibrationError(
                     f"calibration: {path} was calibrated for {found.activation}, but its activations are in {scheme}; "
@@ -109,8 +168,11 @@ class Sidecar:
         """
         if getattr(model, "placement", None) is not None:
             raise CalibrationError("calibration: the model is on a mesh; give the file to fp8x.load, with the mesh")
-        layers = static_layers(model)
+        layers = {path: layer for path, layer in named_layers(model).items() if layer.recipe.is_static}
+        if not layers and self.kv_cache is None:
+            static_layers(model)  # raises
         self.check({path: (layer.recipe.activation, layer.weight.shape[-1]) for path, layer in layers.items()})
+        self.set_kv_cache(model)
         for path, scale in self.scales.items():
             layers[path].abandon_calibration()
             layers[path].input_scale[...] = jnp.asarray(scale)

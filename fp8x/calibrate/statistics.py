@@ -10,10 +10,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from fp8x.errors import CalibrationError
+from fp8x.nn.calibrated import Calibrated
 from fp8x.nn.observer import Amax, NonfiniteCount, Statistic
-from fp8x.nn.quantized import QuantizedLayer
 from fp8x.nn.training import check_finished
-from fp8x.nn.walk import named_layers
+from fp8x.nn.walk import named_static
 from fp8x.sharding.place import SPEC
 
 
@@ -32,23 +32,24 @@ def start(model: nnx.Module, *, histogram: bool = False) -> tuple[nnx.GraphDef, 
         layer.start_calibration(histogram=histogram, fake_quantize=False)
         # Statistics of a layer on a mesh lie as what they are of.
         layer.amax.set_metadata(SPEC, layer.input_scale.get_metadata(SPEC, P()))
-        layer.tokens.set_metadata(SPEC, P(*layer.weight.get_metadata(SPEC, P())[: layer.tokens.ndim]))
+        if layer.tokens.ndim:
+            layer.tokens.set_metadata(SPEC, P(*layer.weight.get_metadata(SPEC, P())[: layer.tokens.ndim]))
     return nnx.split(model, Statistic, ...)
 
 
-def static_layers(model: nnx.Module) -> dict[str, QuantizedLayer]:
-    """The layers that calibration is for, by path.
+def static_layers(model: nnx.Module) -> dict[str, Calibrated]:
+    """What calibration is for, by path: layers in 8 bits, and what stores keys and values in 8 bits.
 
     Raises:
         CalibrationError: there are none.
         RecipeError: the model is in training.
     """
     check_finished(model)
-    layers = {path: layer for path, layer in named_layers(model).items() if layer.recipe.is_static}
+    layers = named_static(model)
     if not layers:
         raise CalibrationError(
             "model: no layer has a static activation scale, so there is nothing to calibrate; "
-            "quantize it with a recipe such as 'e4m3_e4m3_bf16'"
+            "quantize it with a recipe such as 'e4m3_e4m3_bf16', or pass kv_cache=True"
         )
     return layers
 

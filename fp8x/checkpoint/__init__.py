@@ -14,6 +14,7 @@ from fp8x.checkpoint.reader import Reader as Reader
 from fp8x.checkpoint.writer import Writer as Writer
 from fp8x.errors import CheckpointError
 from fp8x.recipe import Recipe
+from fp8x.scheme import Scheme
 
 # In the order in which a model without a wish gets one.
 FORMATS: dict[str, Format] = {format.name: format for format in (CompressedTensors(), Fp8(), ModelOpt(), Mxfp8())}
@@ -43,8 +44,8 @@ def _quant_method(quantization: Mapping[str, Any]) -> Any:
     return "compressed-tensors" if method == "compressed_tensors" else method
 
 
-def choose_format(recipes: Iterable[Recipe], name: str | None = None) -> Format:
-    """The format of that name, or the first that can hold these recipes.
+def choose_format(recipes: Iterable[Recipe], name: str | None = None, kv_cache: Scheme | None = None) -> Format:
+    """The format of that name, or the first that can hold these recipes, and the scales of a KV cache in 8 bits.
 
     Raises:
         CheckpointError: an unknown name, or no format that can hold them; the message says why.
@@ -54,9 +55,15 @@ def choose_format(recipes: Iterable[Recipe], name: str | None = None) -> Format:
         raise CheckpointError(f"format: {name!r} is unknown; use one of {', '.join(map(repr, FORMATS))}")
     objections = {}
     for format in FORMATS.values() if name is None else [FORMATS[name]]:
-        reason = format.objection(recipes)
+        reason = format.objection(recipes) if recipes else _kv_alone(format)
+        if reason is None and kv_cache is not None and format.kv_fields(kv_cache) is None:
+            reason = f"no KV cache in {kv_cache}"
         if reason is None:
             return format
         objections[format.name] = reason
     reasons = "; ".join(f"{name!r}: {reason}" for name, reason in objections.items())
     raise CheckpointError(f"format: can't hold this model: {reasons}")
+
+
+def _kv_alone(format: Format) -> str | None:
+    return None if isinstance(format, CompressedTensors) else "no KV cache in 8 bits without matrices in 8 bits"

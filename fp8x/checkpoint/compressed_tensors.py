@@ -2,8 +2,8 @@
 
 `format` is "float-quantized" (float32 scales) or "mxfp8-quantized" (e8m0 scales as U8), and "mixed-precision" for both
 in one model. Fields and shapes follow compressed-tensors 0.20: `quantization/quant_args.py`, `quant_scheme.py` (presets
-FP8, FP8_DYNAMIC, FP8_BLOCK, MXFP8, MXFP8A16) and `lifecycle/initialize.py`. An FP8 KV cache (`kv_cache_scheme`) is not
-used: ours is in 16 bits.
+FP8, FP8_DYNAMIC, FP8_BLOCK, MXFP8, MXFP8A16) and `lifecycle/initialize.py`. `kv_cache_scheme` declares a KV cache in
+FP8, also where nothing else is quantized.
 """
 
 import re
@@ -18,7 +18,7 @@ from fp8x.checkpoint.fields import Fields
 from fp8x.checkpoint.format import Format, Layout, Recipes, TensorSpec, weight_spec
 from fp8x.checkpoint.names import first_target, patterns
 from fp8x.recipe import Recipe
-from fp8x.scheme import Scheme, mx, per_row, per_tensor
+from fp8x.scheme import KV_HEAD, KV_TENSOR, Scheme, mx, per_row, per_tensor
 
 FLOAT, MXFP8, MIXED = "float-quantized", "mxfp8-quantized", "mixed-precision"
 NAIVE = "naive-quantized"  # what the library infers for weight-only FP8; stored alike
@@ -62,10 +62,10 @@ class CompressedTensors(Format):
         kept = [prefix for prefix, recipe in recipes.items() if recipe is None]
         return {
             "quant_method": self.quant_method,
-            "format": formats[ordered[0]] if len(set(formats.values())) == 1 else MIXED,
+            "format": MIXED if len(set(formats.values())) > 1 else next(iter(formats.values()), FLOAT),
             "quantization_status": "compressed",
             "config_groups": groups,
-            "ignore": patterns(kept, set(recipes) - set(kept)),
+            "ignore": patterns(kept, set(recipes) - set(kept)) if groups else [],
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         } | ({KEY: added} if added else {})
@@ -80,18 +80,39 @@ class CompressedTensors(Format):
                 raise fields.error(name, "none: fp8x reads quantization alone")
         added = fields.object(KEY, {})
         targets: dict[str, Recipe] = {}
-        groups = fields.object("config_groups")
+        groups = fields.object("config_groups", {})
         for name in groups.value:
             group = _group(groups, name)
             own = group.one_of("format", None, FLOAT, NAIVE, MXFP8, default=None) or common
             recipe = apply_extras(_recipe(group, out_dtype, own == MXFP8), added.object(name, {}))
             targets |= dict.fromkeys(group.strings("targets"), recipe)
-        if not targets:
+        if not targets and self.kv_scheme(config) is None:
             raise fields.error("config_groups", "an object of groups with targets")
         ignored = first_target(fields.strings("ignore", []), LINEAR)
         target = first_target(targets, LINEAR)
         # No target is called None: what none matches has no recipe.
         return {prefix: None if ignored(prefix) is not None else targets.get(target(prefix)) for prefix in prefixes}
+
+    def kv_fields(self, scheme: Scheme) -> dict[str, Any] | None:
+        dynamic = scheme == per_row()
+        strategy = {KV_TENSOR: "tensor", KV_HEAD: "attn_head"}.get(scheme.block, "token" if dynamic else None)
+        if strategy is None or scheme.element != "e4m3":
+            return None
+        args = {"num_bits": 8, "type": "float", "strategy": strategy, "dynamic": dynamic, "symmetric": True}
+        return {"kv_cache_scheme": args}
+
+    def kv_scheme(self, config: Mapping[str, Any]) -> Scheme | None:
+        fields = Fields(config, "quantization_config")
+        if fields.get("kv_cache_scheme", None) is None:
+            return None
+        args = fields.object("kv_cache_scheme")
+        args.one_of("num_bits", 8)
+        args.one_of("type", "float")
+        args.one_of("symmetric", True, default=True)
+        if args.one_of("dynamic", False, True, default=False):
+            return per_row()
+        strategy = args.one_of("strategy", "tensor", "attn_head", None, default=None)
+        return Scheme("e4m3", block=KV_HEAD if strategy == "attn_head" else KV_TENSOR)
 
     def layout(self, recipe: Recipe, shape: tuple[int, int]) -> Layout:
         scheme, n = recipe.weight, shape[0]

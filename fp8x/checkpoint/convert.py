@@ -100,6 +100,7 @@ def convert_tensors(
     format: Format | None,
     out_dtype: np.dtype,
     dropped: Iterable[str] = (),
+    added: Mapping[str, np.ndarray] | None = None,
     allow_nonfinite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     beside: Mapping[str, Mapping[str, Any]] | None = None,
@@ -115,6 +116,7 @@ def convert_tensors(
         source_format, format: of source and destination; None where nothing is quantized.
         out_dtype: of matrices that are dequantized.
         dropped: tensors that are left out.
+        added: further tensors, small ones, by name.
         allow_nonfinite: accept matrices that hold NaN or Inf.
         max_shard_bytes, beside: as `fp8x.save` has them.
         progress: is called with the bytes read and the bytes in all.
@@ -132,12 +134,14 @@ def convert_tensors(
         )
     # Files are filled in this order, so that they are finished one after the other.
     jobs = _ordered(_jobs(reader, targets, set(dropped), source_format, format, out_dtype, allow_nonfinite))
+    jobs = [*(_Addition(name, array) for name, array in (added or {}).items()), *jobs]
     specs = {name: spec for job in jobs for name, spec in job.specs.items()}
     identity = [
         [__version__, version("jax"), version("jaxlib")],
         reader.identity,
         [config, beside, str(out_dtype), allow_nonfinite],
         [(prefix, *map(repr, (t.stored, t.recipe)), _hex(t.input_scale)) for prefix, t in targets.items()],
+        [(name, _hex(array)) for name, array in (added or {}).items()],
     ]
     unfinished = ResumableWriter(path, specs, identity, max_shard_bytes=max_shard_bytes)
     if unfinished.work in Path(os.path.realpath(reader.path)).parents:
@@ -208,6 +212,22 @@ def _matrix_shape(reader: Reader, name: str) -> tuple[int, int]:
     if len(tensor.shape) != 2:
         raise CheckpointError(f"{name} in {tensor.file}: shape is {list(tensor.shape)}, expected a matrix [N, K]")
     return tensor.shape
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Addition:
+    """A tensor that the source does not hold so."""
+
+    name: str
+    array: np.ndarray
+    bytes: int = 0  # of the source
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        return {self.name: (DTYPE_NAMES[self.array.dtype], self.array.shape)}
+
+    def run(self, work: "_Work") -> None:
+        work.writer.write(self.name, 0, self.array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -395,7 +415,7 @@ class _Work:
         self._lock, self._is_stopped = threading.Lock(), False
         self._local = threading.local()
 
-    def run(self, jobs: Iterable[_Copy | _Matrix]) -> None:
+    def run(self, jobs: Iterable["_Addition | _Copy | _Matrix"]) -> None:
         """Until all are done or one fails; then the others stop at their next rows."""
         threads = min(len(os.sched_getaffinity(0)), MAX_THREADS)
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
@@ -408,7 +428,7 @@ class _Work:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
-    def _run(self, job: _Copy | _Matrix) -> None:
+    def _run(self, job: "_Addition | _Copy | _Matrix") -> None:
         # Also where there is a GPU: the files are here, and it is the disk that everything waits for.
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             job.run(self)

@@ -16,9 +16,11 @@ from fp8x.checkpoint.header import UNQUANTIZED
 from fp8x.checkpoint.reader import DTYPE_NAMES, DTYPES, Reader
 from fp8x.errors import CheckpointError
 from fp8x.recipe import Recipe
-from fp8x.scheme import E8M0, FLOAT32
+from fp8x.scheme import E8M0, FLOAT32, Scheme
 
 Recipes = Mapping[str, Recipe | None]
+
+SCALE_DTYPES = ("F32", "BF16", "F16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +60,14 @@ class Format(abc.ABC):
     Attributes:
         name: as `fp8x.save` takes it.
         quant_method: what `quantization_config` calls it.
+        kv_names: the tensors of an attention that hold the scales of a KV cache in 8 bits: of keys, and of values.
+        kv_shape: of these, where there is one scale.
     """
 
     name: str
     quant_method: str
+    kv_names: tuple[str, str] = ("k_scale", "v_scale")
+    kv_shape: tuple[int, ...] = (1,)
 
     @abc.abstractmethod
     def objection(self, recipes: Iterable[Recipe]) -> str | None:
@@ -86,6 +92,18 @@ class Format(abc.ABC):
 
         Raises:
             CheckpointError: a field that is missing or not supported, by name.
+        """
+
+    @abc.abstractmethod
+    def kv_fields(self, scheme: Scheme) -> dict[str, Any] | None:
+        """The fields of a `quantization_config` that declare a KV cache stored so; None if there are none."""
+
+    @abc.abstractmethod
+    def kv_scheme(self, config: Mapping[str, Any]) -> Scheme | None:
+        """How a config declares that a KV cache is stored, over `[B, S, heads, dim]`; None for 16 bits.
+
+        Raises:
+            CheckpointError: a declaration that is not supported.
         """
 
     @abc.abstractmethod
@@ -119,7 +137,7 @@ class Format(abc.ABC):
         """
         layout, scheme = self.layout(recipe, shape), recipe.weight
         scheme.check_shape(shape, f"{prefix}.weight")
-        scale = _as_scale(layout.weight_scale.read(prefix, reader), scheme.scale_dtype)
+        scale = as_scale(layout.weight_scale.read(prefix, reader), scheme.scale_dtype)
         name = layout.weight_scale.name(prefix, reader)
         _check_scale(scale, name, reader)
         weight = ScaledArray(layout.weight.read(prefix, reader), scale.reshape(scheme.scale_shape(shape)), scheme)
@@ -130,7 +148,7 @@ class Format(abc.ABC):
             )
         if layout.input_scale is None:
             return weight, None
-        input_scale = _as_scale(layout.input_scale.read(prefix, reader), FLOAT32)
+        input_scale = as_scale(layout.input_scale.read(prefix, reader), FLOAT32)
         _check_scale(input_scale, layout.input_scale.name(prefix, reader), reader)
         return weight, input_scale.reshape(recipe.activation.scale_shape((1, shape[1])))
 
@@ -159,7 +177,7 @@ def weight_spec(recipe: Recipe, shape: tuple[int, int]) -> TensorSpec:
     return TensorSpec((".weight",), (tuple(shape),), (DTYPE_NAMES[recipe.weight.dtype],))
 
 
-def _as_scale(stored: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def as_scale(stored: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Scales in a scheme's type, from any type that formats store them in; exact."""
     if dtype == E8M0:
         return stored.view(E8M0)

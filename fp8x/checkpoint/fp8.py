@@ -7,6 +7,7 @@
     scale_fmt              "ue8m0": scales are powers of two (scale rule "pow2"): float32 in DeepSeek-V3.1, a byte in
                            transformers
     modules_to_not_convert names that stay in 16 bits (`ignored_layers` is read too)
+    kv_cache_scheme        "static": there are scales of a KV cache in FP8, AutoFP8's field
 
 Dynamic activations are quantized per token beside per-tensor weights: a row's result then does not depend on the other
 rows. So does vLLM wherever its CUTLASS kernels run (`Fp8LinearMethod` in quantization/fp8.py takes
@@ -30,7 +31,7 @@ from fp8x.checkpoint.fields import Fields
 from fp8x.checkpoint.format import Format, Layout, Recipes, TensorSpec, weight_spec
 from fp8x.checkpoint.names import listed
 from fp8x.recipe import Recipe
-from fp8x.scheme import ELEMENTS, Scheme
+from fp8x.scheme import ELEMENTS, KV_TENSOR, Scheme
 
 SCALES = ("F32", "BF16", "F8_E8M0")
 ONE = ((), (1,), (1, 1))  # how tools shape a single scale; the first is written
@@ -78,6 +79,14 @@ class Fp8(Format):
         recipe = apply_extras(_recipe(fields, out_dtype), fields.object(KEY, {}))
         is_kept = listed(kept_modules(fields))
         return {prefix: None if is_kept(prefix) else recipe for prefix in prefixes}
+
+    def kv_fields(self, scheme: Scheme) -> dict[str, Any] | None:
+        return {"kv_cache_scheme": "static"} if scheme == Scheme("e4m3", block=KV_TENSOR) else None
+
+    def kv_scheme(self, config: Mapping[str, Any]) -> Scheme | None:
+        fields = Fields(config, "quantization_config")
+        stated = fields.one_of("kv_cache_scheme", None, "static", default=None)
+        return None if stated is None else Scheme("e4m3", block=KV_TENSOR)
 
     def layout(self, recipe: Recipe, shape: tuple[int, int]) -> Layout:
         weight = recipe.weight

@@ -8,7 +8,10 @@
 
 They lie in config.json (`quantization_config`, with `ignore`), in older checkpoints in `hf_quant_config.json` beside it
 (`quantization`, with `exclude_modules`); written to both, as by ModelOpt. MIXED_PRECISION (a `quant_algo` for each of
-`quantized_layers`) is read. An FP8 KV cache is not used: ours is in 16 bits.
+`quantized_layers`) is read.
+
+A KV cache in FP8 is declared by `kv_cache_quant_algo: "FP8"` there, by `kv_cache_scheme` in config.json; its scales are
+`k_proj.k_scale` and `v_proj.v_scale`, F32 scalars.
 
 Sources: ModelOpt `export/{convert_hf_config,quant_utils,unified_export_hf}.py`, `quantization/qtensor/mxfp8_tensor.py`;
 vLLM `quantization/modelopt.py`.
@@ -26,7 +29,7 @@ from fp8x.checkpoint.format import Format, Layout, Recipes, TensorSpec, weight_s
 from fp8x.checkpoint.names import wildcards
 from fp8x.checkpoint.reader import LEGACY
 from fp8x.recipe import Recipe
-from fp8x.scheme import Scheme, mx, per_row, per_tensor
+from fp8x.scheme import KV_TENSOR, Scheme, mx, per_row, per_tensor
 
 SCALES = ("F32", "BF16", "F16")
 MIXED = "MIXED_PRECISION"
@@ -43,6 +46,8 @@ class ModelOpt(Format):
     """One algorithm a model, from the table above."""
 
     name = quant_method = "modelopt"
+    kv_names = ("k_proj.k_scale", "v_proj.v_scale")
+    kv_shape = ()
 
     def objection(self, recipes: Iterable[Recipe]) -> str | None:
         unique = list(dict.fromkeys(dataclasses.replace(recipe, observer=None) for recipe in recipes))
@@ -65,7 +70,7 @@ class ModelOpt(Format):
     def beside(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         quantization = {
             "quant_algo": config["quant_algo"],
-            "kv_cache_quant_algo": None,
+            "kv_cache_quant_algo": None if config.get("kv_cache_scheme") is None else "FP8",
             "exclude_modules": config["ignore"],
         }
         if config["quant_algo"] == "MXFP8":
@@ -80,6 +85,25 @@ class ModelOpt(Format):
         excluded = fields.strings("exclude_modules", []) + fields.strings("ignore", [])
         is_excluded, recipe_of = wildcards(excluded), _reader(fields, added, out_dtype)
         return {prefix: None if is_excluded(prefix) else recipe_of(prefix) for prefix in prefixes}
+
+    def kv_fields(self, scheme: Scheme) -> dict[str, Any] | None:
+        is_held = scheme == Scheme("e4m3", block=KV_TENSOR)
+        return {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}} if is_held else None
+
+    def kv_scheme(self, config: Mapping[str, Any]) -> Scheme | None:
+        fields = Fields(config, "quantization_config")
+        if "quantization" in config:
+            fields = fields.object("quantization")
+        algorithm = fields.one_of("kv_cache_quant_algo", None, "FP8", default=None)
+        if isinstance(fields.get("kv_cache_scheme", None), Mapping):
+            args = fields.object("kv_cache_scheme")
+            args.one_of("dynamic", False, default=False)
+            args.one_of("num_bits", 8)
+            args.one_of("type", "float")
+            algorithm = "FP8"
+        elif algorithm is None:
+            algorithm = fields.one_of("kv_cache_scheme", None, "FP8", default=None)
+        return None if algorithm is None else Scheme("e4m3", block=KV_TENSOR)
 
     def layout(self, recipe: Recipe, shape: tuple[int, int]) -> Layout:
         n, scale_shape = shape[0], recipe.weight.scale_shape(shape)

@@ -21,7 +21,7 @@ from fp8x.checkpoint.fp8 import kept_modules
 from fp8x.checkpoint.names import listed
 from fp8x.errors import CheckpointError
 from fp8x.recipe import Recipe
-from fp8x.scheme import mx
+from fp8x.scheme import Scheme, mx
 
 OBJECTION = "is read only; 'modelopt' and 'compressed-tensors' hold MXFP8"
 
@@ -44,6 +44,13 @@ class Mxfp8(Format):
         fields.one_of("activation_scheme", "dynamic", default="dynamic")
         recipe, is_kept = Recipe(mx(), mx(), "dynamic", out_dtype), listed(kept_modules(fields))
         return {prefix: None if is_kept(prefix) else recipe for prefix in prefixes}
+
+    def kv_fields(self, scheme: Scheme) -> dict[str, Any] | None:
+        return None
+
+    def kv_scheme(self, config: Mapping[str, Any]) -> Scheme | None:
+        Fields(config, "quantization_config").one_of("kv_cache_scheme", None, default=None)
+        return None
 
     def layout(self, recipe: Recipe, shape: tuple[int, int]) -> Layout:
         scale_shape = recipe.weight.scale_shape(shape)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from fp8x.checkpoint.convert import Conversion, Target, convert_tensors
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES
 from fp8x.checkpoint.format import stored_recipes
 from fp8x.checkpoint.header import FLOAT8, UNQUANTIZED
-from fp8x.errors import CheckpointError, RuleError, some
+from fp8x.checkpoint.kv_cache import KVScales, kv_tensors, read_kv_scales
+from fp8x.errors import CheckpointError, ConfigError, RuleError, some
 from fp8x.models.config import DecoderConfig
 from fp8x.models.families import FAMILIES
 from fp8x.models.hf_names import linear_names, param_names, skipped
-from fp8x.models.loading import HARMLESS, flat
+from fp8x.models.loading import flat
 from fp8x.recipe import OUT_DTYPES, Recipe, Rules, as_recipe, check_stored
 
 SCALES = ("weight_scale", "weight_scale_inv", "input_scale", "activation_scale")
@@ -37,6 +39,7 @@ class Plan:
         modules: the prefixes (tensor names without `.weight`) of every module that holds matrices, by path: as
             `fp8x.load` has it where it knows the model, else the prefix itself.
         stored, recipes: of every prefix in the source and in the destination; None for 16 or 32 bits.
+        kv_cache: the scales of a KV cache in 8 bits, if the destination has any.
         source_format, format: None where nothing is quantized.
         out_dtype: in which the model computes.
     """
@@ -44,6 +47,7 @@ class Plan:
     modules: Mapping[str, list[str]]
     stored: Mapping[str, Recipe | None]
     recipes: Mapping[str, Recipe | None]
+    kv_cache: KVScales | None
     source_format: Format | None
     format: Format | None
     out_dtype: np.dtype
@@ -54,6 +58,7 @@ def plan(
     recipe: Recipe | str | None = None,
     format: str | None = None,
     rules: Mapping[str, Recipe | str | None] | None = None,
+    calibration: Sidecar | None = None,
 ) -> Plan:
     """What `convert` would do; arguments and errors as there."""
     source_format, out_dtype = format_of(reader.config), _dtype(reader.config)
@@ -77,10 +82,14 @@ def plan(
         check_stored(by_module.values())
         recipes = {prefix: by_module[path] for path, names in modules.items() for prefix in names}
     used = [choice for choice in recipes.values() if choice is not None]
-    if format is not None and not used:
+    is_calibrated = calibration is not None and calibration.kv_cache is not None
+    kv_cache = _calibrated_kv(calibration) if is_calibrated else read_kv_scales(reader, source_format)
+    if not used and format is None:
+        kv_cache = None  # nowhere to declare it
+    if format is not None and not used and kv_cache is None:
         raise CheckpointError(f"format: {format!r} does not fit: nothing is quantized; leave the format out")
-    chosen = choose_format(used, format) if used else None
-    return Plan(modules, stored, recipes, source_format, chosen, out_dtype)
+    chosen = choose_format(used, format, kv_cache and kv_cache.scheme) if used or kv_cache else None
+    return Plan(modules, stored, recipes, kv_cache, source_format, chosen, out_dtype)
 
 
 def convert(
@@ -122,16 +131,23 @@ def convert(
     Raises:
         CheckpointError: `src` is missing or damaged, holds NaN or Inf, no format can hold the result, or `dst` can't be
             written; the message says which file and tensor, and `dst` is as it was.
-        ConfigError: a config.json of a family that fp8x knows, with fields that it can't read.
         CalibrationError: static activation scales that neither `calibration` nor `src` gives, or that do not fit.
         RecipeError, RuleError, ShapeError: an unknown recipe, a rule that matches nothing, a matrix it does not fit.
     """
     with contextlib.closing(Reader(src)) as reader:
-        planned = plan(reader, recipe, format, rules)
+        if calibration is not None and not isinstance(calibration, Sidecar):
+            calibration = sidecar.read(calibration)
+        planned = plan(reader, recipe, format, rules, calibration)
         scales = {} if calibration is None else _scales(calibration, planned, reader)
         config = _config(reader.config, planned)
         further = {} if planned.format is None else planned.format.beside(config["quantization_config"])
-        is_quantized = planned.source_format is not None
+        stored_kv = read_kv_scales(reader, planned.source_format)
+        if stored_kv is not None and planned.kv_cache is None:
+            warnings.warn(
+                f"{reader.path}: the scales of its KV cache are left out: a checkpoint in {planned.out_dtype} declares "
+                "none; format='compressed-tensors' keeps them",
+                stacklevel=2,
+            )
         return convert_tensors(
             reader,
             dst,
@@ -143,8 +159,8 @@ def convert(
             source_format=planned.source_format,
             format=planned.format,
             out_dtype=planned.out_dtype,
-            # Scales of an fp8 KV cache, which the new config does not declare.
-            dropped=[name for name in reader if is_quantized and HARMLESS.fullmatch(name)],
+            dropped=() if stored_kv is None else stored_kv.names,
+            added={} if planned.kv_cache is None else kv_tensors(planned.kv_cache, planned.format),
             allow_nonfinite=allow_nonfinite,
             max_shard_bytes=max_shard_bytes,
             beside={**further, **(beside or {})},
@@ -156,7 +172,14 @@ def _modules(reader: Reader) -> dict[str, list[str]]:
     """The prefixes of every module that holds matrices."""
     if reader.config.get("model_type") not in FAMILIES:
         return {prefix: [prefix] for prefix in _matrices(reader)}
-    config = DecoderConfig.from_hf(reader.config)
+    try:
+        config = DecoderConfig.from_hf(reader.config)
+    except ConfigError as error:
+        warnings.warn(
+            f"{reader.path}: fp8x.load could not build this model ({error}); its matrices go by their own names",
+            stacklevel=4,
+        )
+        return {prefix: [prefix] for prefix in _matrices(reader)}
     modules = {path: [prefix for _, prefix in flat(names)] for path, names in linear_names(config).items()}
     needed = [*param_names(config).values(), *(f"{prefix}.weight" for names in modules.values() for prefix in names)]
     if missing := [name for name in needed if name not in reader]:
@@ -180,9 +203,8 @@ def _dtype(config: Mapping[str, Any]) -> np.dtype:
     return {str(dtype): dtype for dtype in OUT_DTYPES.values()}.get(str(named), np.dtype(jnp.bfloat16))
 
 
-def _scales(calibration: str | Path | Sidecar, plan: Plan, reader: Reader) -> dict[str, np.ndarray]:
+def _scales(found: Sidecar, plan: Plan, reader: Reader) -> dict[str, np.ndarray]:
     """Static activation scales by prefix."""
-    found = calibration if isinstance(calibration, Sidecar) else sidecar.read(calibration)
     layers = {}
     for path, (prefix, *_) in plan.modules.items():
         recipe = plan.recipes[prefix]
@@ -190,6 +212,10 @@ def _scales(calibration: str | Path | Sidecar, plan: Plan, reader: Reader) -> di
             layers[path] = (recipe.activation, reader.stored(f"{prefix}.weight").shape[-1])
     found.check(layers)
     return {prefix: scale for path, scale in found.scales.items() for prefix in plan.modules[path]}
+
+
+def _calibrated_kv(found: Sidecar) -> KVScales:
+    return KVScales(found.kv_cache, {f"model.{path}": pair for path, pair in found.kv_scales.items()})
 
 
 def _config(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
@@ -200,4 +226,17 @@ def _config(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     if plan.format is not None:
         # An `lm_head` that is tied is still a matrix to others, which must not look for its scales.
         config["quantization_config"] = plan.format.to_config({"lm_head": None, **plan.recipes}, plan.out_dtype)
+        if plan.kv_cache is not None:
+            config["quantization_config"] |= _kv_fields(source, plan)
     return config
+
+
+def _kv_fields(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """How the destination declares its KV cache: in the source's own words, where they are of the same format."""
+    fields = plan.format.kv_fields(plan.kv_cache.scheme)
+    if (
+        plan.source_format is not plan.format
+        or plan.format.kv_scheme(source["quantization_config"]) != plan.kv_cache.scheme
+    ):
+        return fields
+    return {name: source["quantization_config"].get(name, value) for name, value in fields.items()}

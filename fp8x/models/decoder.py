@@ -1,9 +1,11 @@
 """The one decoder of all families: its module tree and numbers follow transformers."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding
@@ -18,7 +20,8 @@ from fp8x.models.config import DecoderConfig
 from fp8x.models.kv_cache import Cache, KeyValues, KVQuantizer, as_scheme, is_static
 from fp8x.models.rope import Rotary
 from fp8x.nn import GatedMLP, MoE
-from fp8x.scheme import Scheme
+from fp8x.scheme import KV_TENSOR, Scheme
+from fp8x.sharding.model import place_static, plan_of
 from fp8x.sharding.plan import Placement
 from fp8x.sharding.run import batch_spec, call, check_batch
 
@@ -159,12 +162,28 @@ class Decoder(nnx.Module):
             if scales is not None and len(scales) != len(self.layers):
                 raise ShapeError(f"scales: are of {len(scales)} layers, but the model has {len(self.layers)}")
             pairs = [(None, None)] * len(self.layers) if scales is None else scales
-            quantizers = [
-                tuple(KVQuantizer(scheme, *each) for each in zip(layer.self_attn.cache_shapes(), pair, strict=True))
-                for layer, pair in zip(self.layers, pairs)
-            ]
+            quantizers = [self._kv_quantizers(scheme, *pair) for pair in pairs]
         for layer, (keys, values) in zip(self.layers, quantizers):
             layer.self_attn.k_cache, layer.self_attn.v_cache = nnx.data(keys), nnx.data(values)
+        if self.placement is not None:
+            place_static(self, plan_of(self, self.placement.mesh))
+
+    def _kv_quantizers(
+        self, scheme: Scheme, keys: ArrayLike | None, values: ArrayLike | None
+    ) -> tuple[KVQuantizer, KVQuantizer]:
+        """Of one layer."""
+        config = self.config
+        if config.latent is None:
+            shape = (config.num_key_value_heads, config.head_dim)
+            return KVQuantizer(scheme, shape, keys), KVQuantizer(scheme, shape, values)
+        if is_static(scheme):
+            # One number for both, as vLLM has it; a latent is one head.
+            scheme = dataclasses.replace(scheme, block=KV_TENSOR)
+            if keys is not None and not np.array_equal(keys, values):
+                raise ShapeError(f"scales: {keys} and {values} differ, but one is for the whole latent; give it twice")
+            both = KVQuantizer(scheme, (1, config.latent.kv_rank), keys)
+            return both, both
+        return KVQuantizer(scheme, (1, config.latent.kv_rank)), KVQuantizer(scheme, (1, config.latent.rope_dim))
 
     def init_cache(self, batch: int, capacity: int, dtype: Scheme | str | DTypeLike | None = None) -> Cache:
         """An empty cache for `batch` texts of up to `capacity` tokens.
@@ -188,7 +207,7 @@ class Decoder(nnx.Module):
             if not isinstance(stored, Scheme):
                 return jnp.zeros((batch, capacity, *shape), stored, device=sharding)
             quantizer = own if own is not None and own.scheme == stored else KVQuantizer(stored, shape)
-            return quantizer.empty(batch, capacity, sharding)
+            return quantizer.empty((batch, capacity, *shape), sharding)
 
         layers = []
         for layer in self.layers:

@@ -4,6 +4,7 @@
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from fp8x.calibrate import sidecar
 from fp8x.checkpoint import CONFIG, Format, Reader, Writer, choose_format, format_of
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES
 from fp8x.checkpoint.header import DTYPES
+from fp8x.checkpoint.kv_cache import KVScales, kv_tensors
 from fp8x.errors import CheckpointError
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import Names, linear_names, param_names
+from fp8x.models.kv_cache import is_static
 from fp8x.models.loading import Loader, check_counts, flat, get
 from fp8x.models.mesh_loading import MeshLoader
 from fp8x.models.modules import save_module
@@ -30,8 +33,9 @@ from fp8x.nn.quantized import QuantizedLayer
 from fp8x.nn.training import check_finished
 from fp8x.nn.walk import check_calibrated
 from fp8x.recipe import Recipe, Rules, as_recipe, check_stored
+from fp8x.scheme import Scheme
 from fp8x.sharding.layers import gathered
-from fp8x.sharding.model import plan_of
+from fp8x.sharding.model import plan_of, static_dims
 from fp8x.sharding.place import whole, whole_shape
 from fp8x.sharding.plan import LayerSplit, Plan, check_mesh
 
@@ -48,6 +52,9 @@ def load(
 ) -> Decoder:
     """Loads a checkpoint of any family in docs/models.md, quantized or not.
 
+    A checkpoint whose config declares a KV cache in FP8, or that has scales for one, stores keys and values so
+    (`Decoder.kv_cache`); `model.set_kv_cache(None)` leaves them in 16 bits.
+
     Each matrix goes from its file into its place; with a recipe it is quantized on the way, so a bf16 model is never
     whole in memory: the peak is the model as it will be, and one matrix. What is in 8 bits on disk stays so, byte by
     byte; its layers return the checkpoint's type.
@@ -57,7 +64,8 @@ def load(
         recipe: quantizes while loading, as `fp8x.quantize_model` does: a `Recipe` or its code.
         mesh: lays the model out on it as `fp8x.sharding.shard` does; each process reads only what its devices hold.
         rules: exceptions to `recipe`, as `fp8x.quantize_model` takes them.
-        calibration: a file of static activation scales, as `fp8x calibrate` writes it.
+        calibration: a file of static activation scales, as `fp8x calibrate` writes it; where it holds scales of a KV
+            cache too, keys and values are stored by these.
         allow_nonfinite: load weights that hold NaN or Inf instead of raising.
         progress: called after every tensor with the bytes read and the bytes in all.
 
@@ -86,6 +94,7 @@ def load(
     options = (reader, model, format, allow_nonfinite, progress)
     loader = Loader(*options) if mesh is None else MeshLoader(*options, mesh)
     loader.check()
+    loader.set_kv_cache()
     recipes = loader.stored
     if format is None:
         recipes = Rules(None if recipe is None else as_recipe(recipe), rules or {}).resolve(linear_names(config))
@@ -94,6 +103,7 @@ def load(
     if scales is not None:
         static = {path: each.activation for path, each in recipes.items() if each is not None and each.is_static}
         scales.check({path: (scheme, loader.shapes[path][-1]) for path, scheme in static.items()})
+        scales.set_kv_cache(model)
     if mesh is not None:
         loader.load(recipes, {} if scales is None else scales.scales)
         return model
@@ -151,9 +161,12 @@ def save(
         prefix: getattr(layer, "recipe", None) for path, layer in layers.items() for _, prefix in flat(names[path])
     }
     used = [recipe for recipe in recipes.values() if recipe is not None]
-    if format is not None and not used:
+    kv_scales = _kv_scales(model)
+    if format is not None and not used and kv_scales is None:
         raise CheckpointError(f"format: {format!r} does not fit: the model is not quantized; leave the format out")
-    writer_format = choose_format(used, format) if used else None
+    declared = None if kv_scales is None else kv_scales.scheme
+    writer_format = choose_format(used, format, declared) if used or kv_scales else None
+    kv = {} if kv_scales is None else kv_tensors(kv_scales, writer_format)
     params, placed = param_names(config), None if model.placement is None else plan_of(model, model.placement.mesh)
     if not model.norm.scale[...].is_fully_addressable:
         raise CheckpointError(
@@ -165,9 +178,10 @@ def save(
         _stored_bytes(layer, names[path], writer_format, placed and placed.layers[path])
         for path, layer in layers.items()
     )
+    total += sum(array.nbytes for array in kv.values())
     report = None if progress is None else lambda done: progress(done, total)
     with Writer(path, max_shard_bytes=max_shard_bytes, progress=report) as writer:
-        hf = _hf_config(model, writer_format, recipes)
+        hf = _hf_config(model, writer_format, recipes, declared)
         further = {} if writer_format is None else writer_format.beside(hf["quantization_config"])
         for name, value in ({CONFIG: hf} | further | dict(beside or {})).items():
             writer.add_json(name, value)
@@ -180,15 +194,45 @@ def save(
             layer = layer if placed is None else gathered(layer, placed.layers[module_path])
             for name, array in _tensors(layer, names[module_path], writer_format):
                 writer.add(name, array)
+        for name, array in kv.items():
+            writer.add(name, array)
 
 
-def _hf_config(model: Decoder, format: Format | None, recipes: Mapping[str, Recipe | None]) -> dict:
+def _kv_scales(model: Decoder) -> KVScales | None:
+    """What is to be stored of how a model keeps keys and values."""
+    scheme = model.kv_cache
+    if scheme is None:
+        return None
+    if not is_static(scheme) or scheme.scale_rule == "unit":
+        warnings.warn(
+            f"model: keys and values in {scheme} need nothing that is stored; say model.set_kv_cache(...) again after "
+            "fp8x.load, or fp8x.calibrate(model, batches, kv_cache=True) for scales that a checkpoint holds",
+            stacklevel=3,
+        )
+        return None
+    plan, scales = None if model.placement is None else plan_of(model, model.placement.mesh), {}
+    for index, layer in enumerate(model.layers):
+        path, attention = f"layers.{index}.self_attn", layer.self_attn
+        pair = []
+        for name, quantizer in (("k_cache", attention.k_cache), ("v_cache", attention.v_cache)):
+            scale = quantizer.input_scale[...]
+            if plan is not None:
+                scale = whole(scale, static_dims(f"{path}.{name}", quantizer, plan))
+            pair.append(np.asarray(scale).reshape(-1))
+        scales[f"model.{path}"] = tuple(pair)
+    return KVScales(scheme, scales)
+
+
+def _hf_config(
+    model: Decoder, format: Format | None, recipes: Mapping[str, Recipe | None], kv_cache: Scheme | None
+) -> dict:
     hf = {key: value for key, value in model.config.hf.items() if key not in ("quantization_config", "_name_or_path")}
     dtype = model.embed_tokens.embedding.dtype
     if str(dtype) != model.config.dtype:
         hf["torch_dtype" if "torch_dtype" in hf and "dtype" not in hf else "dtype"] = str(dtype)
     if format is not None:
-        hf["quantization_config"] = format.to_config(recipes, dtype)
+        kv_fields = {} if kv_cache is None else format.kv_fields(kv_cache)
+        hf["quantization_config"] = format.to_config(recipes, dtype) | kv_fields
     return hf
 
 

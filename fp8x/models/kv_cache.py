@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, Int
 
@@ -28,12 +29,10 @@ from fp8x.errors import CalibrationError, RecipeError, ShapeError
 from fp8x.nn.calibrated import Calibrated, InputScale
 from fp8x.ops.groups import concrete
 from fp8x.recipe import OUT_DTYPES
-from fp8x.scheme import ELEMENTS, Scheme, per_row
+from fp8x.scheme import ELEMENTS, KV_HEAD, KV_TENSOR, Scheme, per_row
 
 Stored = Array | ScaledArray
 
-TENSOR, HEAD = (None, None, None, None), (None, None, 1, None)
-GRANULARITIES = {"tensor": Scheme("e4m3", block=TENSOR), "head": Scheme("e4m3", block=HEAD)}
 _STATIC = (1, None, 1, None)  # how a cache holds scales of either kind: a text's heads have one each
 
 
@@ -82,11 +81,10 @@ class KVQuantizer(Calibrated):
     def static_scheme(self) -> Scheme | None:
         if not is_static(self.scheme):
             return None
-        return dataclasses.replace(self.scheme, block=(None, None if self.scheme.block == TENSOR else self.shape[1]))
+        return dataclasses.replace(self.scheme, block=(None, None if self.scheme.block == KV_TENSOR else self.shape[1]))
 
-    @property
-    def width(self) -> int:
-        return self.shape[0] * self.shape[1]
+    def describe(self) -> str:
+        return str(self.scheme)
 
     def __call__(self, x: Float[Array, "b t heads dim"]) -> Float[Stored, "b t heads dim"]:
         """`x` as a cache would hold it; in calibration as it is.
@@ -95,8 +93,6 @@ class KVQuantizer(Calibrated):
             CalibrationError: the scale is missing.
         """
         if self.is_calibrating:
-            rows, features = x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]
-            self.observe(jax.lax.stop_gradient(x).reshape(rows, features))
             return x
         if not is_static(self.scheme):
             return numerics.quantize(x, self.scheme)
@@ -112,9 +108,9 @@ class KVQuantizer(Calibrated):
             )
         return jnp.broadcast_to(self.input_scale[...][:, None, :, None], (shape[0], 1, shape[2], 1))
 
-    def empty(self, batch: int, capacity: int, sharding=None) -> ScaledArray:
-        """Room for `capacity` tokens of `batch` texts."""
-        scheme, shape = stored_scheme(self.scheme), (batch, capacity, *self.shape)
+    def empty(self, shape: tuple[int, int, int, int], sharding: NamedSharding | None = None) -> ScaledArray:
+        """Room for `[B, S, heads, dim]`."""
+        scheme = stored_scheme(self.scheme)
         data = jnp.zeros(shape, scheme.dtype, device=sharding)
         if is_static(self.scheme):
             return ScaledArray(data, jax.device_put(self.scale_of(shape), sharding), scheme)
@@ -123,7 +119,7 @@ class KVQuantizer(Calibrated):
 
 def is_static(scheme: Scheme) -> bool:
     """Whether a scale holds for all tokens."""
-    return scheme.block in (TENSOR, HEAD)
+    return scheme.block in (KV_TENSOR, KV_HEAD)
 
 
 def stored_scheme(scheme: Scheme) -> Scheme:
@@ -141,8 +137,8 @@ def check_scheme(scheme: Scheme) -> None:
         return
     if len(scheme.block) > 4 or lead != (1, 1, 1):
         raise RecipeError(
-            f"scheme: {scheme} does not fit keys and values [B, S, heads, dim]; use float32 scales with block {TENSOR} "
-            f"or {HEAD}, which are calibrated, or blocks of one token and head, like (1, None) or (1, 32)"
+            f"scheme: {scheme} does not fit keys and values [B, S, heads, dim]; use float32 scales with block "
+            f"{KV_TENSOR} or {KV_HEAD}, which are calibrated, or blocks of one token and head, like (1, None)"
         )
 
 
@@ -186,12 +182,23 @@ def remember(
     """What attention reads: `cache` with `new` written from `start` on, or `new` alone without a cache."""
     if cache is not None:
         return cache.write(new, start)
+    keys, values = quantizers
+    if keys is not None and keys.is_calibrating:
+        if keys is values:  # through latents one serves for both
+            keys.observe(_rows(jnp.concatenate(new, axis=-1)))
+        else:
+            keys.observe(_rows(new.keys))
+            values.observe(_rows(new.values))
     return KeyValues(*(x if quantizer is None else quantizer(x) for x, quantizer in zip(new, quantizers)))
 
 
 def read(stored: Float[Stored, "b s heads dim"], dtype: DTypeLike) -> Float[Array, "b s heads dim"]:
     """What is stored, in `dtype`."""
     return stored.dequantize(dtype) if isinstance(stored, ScaledArray) else stored.astype(dtype)
+
+
+def _rows(x: Float[Array, "b t heads dim"]) -> Float[Array, "m k"]:
+    return jax.lax.stop_gradient(x).reshape(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3])
 
 
 def _write(old: Stored, new: Array, start: Int[Array, "*b"]) -> Stored:
@@ -211,7 +218,7 @@ def _update(old: Array, new: Array, start: Int[Array, "*b"]) -> Array:
 
 
 def _initial_scale(scheme: Scheme, heads: int, given: ArrayLike | None) -> Float[Array, "1 heads"]:
-    count = 1 if scheme.block == TENSOR else heads
+    count = 1 if scheme.block == KV_TENSOR else heads
     if given is None:
         # A unit scale needs no calibration.
         return jnp.full((1, count), 1.0 if scheme.scale_rule == "unit" else jnp.nan, jnp.float32)

@@ -16,18 +16,20 @@ from fp8x.array import ScaledArray
 from fp8x.checkpoint import Format, Reader
 from fp8x.checkpoint.format import stored_recipes
 from fp8x.checkpoint.header import DTYPE_NAMES, UNQUANTIZED
-from fp8x.errors import CheckpointError, some
+from fp8x.checkpoint.kv_cache import QUERIES, read_kv_scales
+from fp8x.errors import CheckpointError, ShapeError, some
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import Names, linear_names, param_names, skipped
+from fp8x.models.kv_cache import is_static
 from fp8x.nn.grouped import GroupedLinear, weight_scheme
 from fp8x.nn.linear import Linear
 from fp8x.nn.quantized import QuantizedLayer
 from fp8x.nn.walk import set_module
 from fp8x.recipe import Recipe
 
-# Tensors that say nothing a decoder needs: old rotary tables, and the scales of an fp8 KV cache (ours is in 16 bits).
-HARMLESS = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.([qkv]|kv|attn)_scale|[kv]_proj\.(output|[kv])_scale)")
+# Old rotary tables, which say nothing that a config does not.
+HARMLESS = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
 class Loader:
@@ -45,6 +47,7 @@ class Loader:
         self.names = linear_names(model.config)
         self.dtype = jnp.dtype(model.config.dtype)
         self.shapes = {path: _weight_shape(get(model, path)) for path in self.names}
+        self.kv_scales = read_kv_scales(reader, format)
         self.stored = dict.fromkeys(self.names) if format is None else self._stored_recipes(format)
         self._progress, self._read_bytes, self._total_bytes = progress, 0, 0
 
@@ -78,6 +81,14 @@ class Loader:
             raise CheckpointError(f"{self.reader.path}: {some(missing)} missing, which config.json calls for")
         unknown = set(self.reader) - set(needed) - ({"lm_head.weight"} if self.model.lm_head is None else set())
         left = [name for name in unknown if skipped(self.model.config, name)]
+        unknown -= set(() if self.kv_scales is None else self.kv_scales.names)
+        if queries := {name for name in unknown if QUERIES.fullmatch(name)}:
+            unknown -= queries
+            warnings.warn(
+                f"{self.reader.path}: {some(sorted(queries))} not used: fp8x multiplies queries and attention weights "
+                "in the type of the model",
+                stacklevel=3,
+            )
         if unknown := sorted(name for name in unknown.difference(left) if not HARMLESS.fullmatch(name)):
             is_lost = self.format is None and any("scale" in name for name in unknown)
             hint = "; is the quantization_config lost?" if is_lost else ""
@@ -96,6 +107,25 @@ class Loader:
                 "prediction are not loaded; generation does without them",
                 stacklevel=3,
             )
+
+    def set_kv_cache(self) -> None:
+        """Has the model store keys and values as the checkpoint says, if it does.
+
+        Raises:
+            CheckpointError: scales that are missing, or of another number of heads.
+        """
+        if self.kv_scales is None:
+            return
+        config, scheme = self.model.config, self.kv_scales.scheme
+        if not is_static(scheme):
+            return self.model.set_kv_cache(scheme)
+        pairs = self.kv_scales.of(f"model.layers.{index}.self_attn" for index in range(config.num_hidden_layers))
+        if config.latent is not None:
+            pairs = [(keys, keys) for keys, _ in pairs]  # as vLLM: a latent is keys and values
+        try:
+            self.model.set_kv_cache(scheme, pairs)
+        except ShapeError as error:
+            raise CheckpointError(f"{self.reader.path}: the scales of its KV cache do not fit: {error}") from None
 
     def load(self, recipes: Mapping[str, Recipe | None]) -> None:
         """Fills the model; `recipes` of every linear module, None where it stays in 16 or 32 bits."""

@@ -34,6 +34,10 @@ class Calibrated(nnx.Module):
         """The scheme, over `[M, K]`, of what is quantized by the static scale; None without one."""
         raise NotImplementedError
 
+    def describe(self) -> str:
+        """What the scale is for, in reports and files."""
+        return str(self.static_scheme)
+
     @property
     def is_calibrating(self) -> bool:
         return self.amax is not None

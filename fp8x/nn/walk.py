@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 
 from fp8x.errors import CalibrationError, RecipeError, some
+from fp8x.nn.calibrated import Calibrated
 from fp8x.nn.quantized import QuantizedLayer
 
 
@@ -37,17 +38,27 @@ def named_layers(model: nnx.Module) -> dict[str, QuantizedLayer]:
     return {path: module for path, module in named_modules(model) if isinstance(module, QuantizedLayer)}
 
 
+def named_static(model: nnx.Module) -> dict[str, Calibrated]:
+    """What has a static scale, by path: layers in 8 bits, and what stores keys and values in 8 bits."""
+    found: dict[str, Calibrated] = {}
+    for path, module in named_modules(model):
+        is_static = isinstance(module, Calibrated) and module.static_scheme is not None
+        if is_static and not any(module is other for other in found.values()):
+            found[path] = module
+    return found
+
+
 def check_calibrated(model: nnx.Module) -> None:
     """Looks before work for what a layer can tell only outside of jit.
 
     Raises:
         CalibrationError: layers that are in calibration, or whose static activation scale is missing, by name.
     """
-    layers = named_layers(model)
-    if calibrating := [path for path, layer in layers.items() if layer.is_calibrating]:
+    static = named_static(model)
+    if calibrating := [path for path, layer in static.items() if layer.is_calibrating]:
         raise CalibrationError(f"model: {some(calibrating)} in calibration; end it with fp8x.calibrate(model, batches)")
-    static = {path: layer.input_scale[...] for path, layer in layers.items() if layer.recipe.is_static}
-    if missing := [path for path, scale in static.items() if not np.isfinite(np.asarray(scale)).all()]:
+    scales = {path: layer.input_scale[...] for path, layer in static.items()}
+    if missing := [path for path, scale in scales.items() if not np.isfinite(np.asarray(scale)).all()]:
         raise CalibrationError(
             f"model: {some(missing)} not calibrated; run fp8x.calibrate(model, batches), or use a recipe with dynamic "
             "activation scales"

@@ -1,16 +1,19 @@
 """`shard`: a whole model onto a mesh."""
 
+import math
 from typing import TYPE_CHECKING
 
 from flax import nnx
 from jax.sharding import Mesh
 
 from fp8x.errors import MeshError
+from fp8x.nn.calibrated import Calibrated
 from fp8x.nn.moe import MoE
+from fp8x.nn.quantized import QuantizedLayer
 from fp8x.nn.training import check_finished
-from fp8x.nn.walk import get_module, named_modules
+from fp8x.nn.walk import get_module, named_modules, named_static
 from fp8x.sharding.layers import mark_moe, place_layer
-from fp8x.sharding.place import SPEC, place, put, values_of
+from fp8x.sharding.place import SPEC, Dims, place, put, scale_dims, values_of
 from fp8x.sharding.plan import Plan, check_mesh, mixture, plan
 
 if TYPE_CHECKING:
@@ -68,8 +71,28 @@ def plan_of(model: "Decoder", mesh: Mesh) -> Plan:
     return plan(model.config, mesh, recipes)
 
 
+def place_static(model: "Decoder", layers: Plan) -> None:
+    """Places the scales of keys and values that hold for all tokens: those of a head where the head is."""
+    for path, module in named_static(model).items():
+        if not isinstance(module, QuantizedLayer):
+            scale, dims = module.input_scale, static_dims(path, module, layers)
+            put(scale, place(values_of(scale), scale.shape, scale.dtype, dims, layers.placement.mesh, fill=1))
+
+
+def static_dims(path: str, module: Calibrated, layers: Plan) -> Dims:
+    """How a static scale lies, of a layer in 8 bits or of the keys and values of an attention."""
+    if isinstance(module, QuantizedLayer):
+        split, width = layers.layers[path].k, module.weight.shape[-1]
+    else:
+        k_proj = layers.layers.get(f"{path.rpartition('.')[0]}.k_proj")
+        split, width = None if k_proj is None else k_proj.n, math.prod(module.shape)
+    width = width if split is None else split.size
+    return scale_dims(module.static_scheme, (1, width), (None, split))[1]
+
+
 def finish(model: "Decoder", layers: Plan) -> None:
     """Copies what is not split to every device, and tells the modules what is."""
+    place_static(model, layers)
     _copy_rest(model, layers.placement.mesh)
     for path, module in named_modules(model):
         if isinstance(module, MoE):
