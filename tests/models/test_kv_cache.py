@@ -186,9 +186,7 @@ def test_a_calibration_that_fails_changes_nothing():
     assert model.kv_cache == HEAD
     np.testing.assert_array_equal(model.layers[0].self_attn.k_cache.input_scale[...], np.float32([[0.02, 0.03]]))
     for kind in ("layer", TOKEN, 1.5):
-        with pytest.raises(
-            CalibrationError, match=r"kv_cache: .* does not fit; use True, 'tensor', 'head', or"
-        ):
+        with pytest.raises(CalibrationError, match=r"kv_cache: .* does not fit; use True, 'tensor', 'head', or"):
             fp8x.calibrate(model, [IDS], kv_cache=kind)
     with pytest.raises(CalibrationError, match="kv_cache: a Linear has none that fp8x knows; give an fp8x Decoder"):
         fp8x.calibrate(fp8x.nn.Linear(8, 8, recipe="e4m3_e4m3_bf16", rngs=nnx.Rngs(0)), [IDS], kv_cache=True)
@@ -199,9 +197,7 @@ def test_a_model_without_its_scales_says_so():
     model.set_kv_cache(TENSOR)
     with pytest.raises(CalibrationError, match=r"kv_cache: its scales are missing"):
         model(IDS)
-    with pytest.raises(
-        CalibrationError, match=r"layers\.0\.self_attn\.k_cache, .* are not calibrated"
-    ):
+    with pytest.raises(CalibrationError, match=r"layers\.0\.self_attn\.k_cache, .* are not calibrated"):
         fp8x.models.generate(model, IDS, max_new_tokens=2)
 
 
