@@ -28,6 +28,7 @@ def calibrate(
     seed: options.Seed = 0,
     method: options.MethodName = options.METHOD,
     percentile: options.Percentile = options.PERCENTILE,
+    kv_cache: options.KVCache = None,
     mesh: options.MeshText = None,
     min_tokens: options.MinTokens = options.MIN_TOKENS,
     as_json: options.AsJson = False,
@@ -35,7 +36,8 @@ def calibrate(
     """Find the static activation scales that data gives, layer by layer; the model is not written.
 
     $ fp8x calibrate MODEL texts.jsonl --recipe e4m3_e4m3_bf16 --output calibration.json\n
-    $ fp8x calibrate MODEL texts.jsonl --recipe e4m3_e4m3_bf16 --method mse --mesh data=8 --batch-size 64
+    $ fp8x calibrate MODEL texts.jsonl --recipe e4m3_e4m3_bf16 --method mse --mesh data=8 --batch-size 64\n
+    $ fp8x calibrate MODEL texts.jsonl --recipe mxfp8_mxfp8_bf16 --kv-cache tensor --output calibration.json
 
     `fp8x.load(MODEL, RECIPE, calibration="calibration.json")` takes what --output writes.
     """
@@ -43,14 +45,17 @@ def calibrate(
     from fp8x.errors import CalibrationError
 
     chosen, rules = options.parse_recipe(recipe), options.parse_rules(rule)
-    if not any(map(options.needs_calibration, (chosen, *rules.values()))):
-        raise CalibrationError(f"--recipe {recipe}: has no calibrated scale; take a static one, like e4m3_e4m3_bf16")
+    options.check_kv_cache(kv_cache, "tensor", "head")
+    if kv_cache is None and not any(map(options.needs_calibration, (chosen, *rules.values()))):
+        raise CalibrationError(
+            f"--recipe {recipe}: has no calibrated scale; take a static one, like e4m3_e4m3_bf16, or pass --kv-cache"
+        )
     if output is not None:
         terminal.check_file("--output", output)
     check_method(method, percentile)
     devices = options.parse_mesh(mesh)
     calibration = options.Calibration(
-        data, num_samples, max_length, batch_size, seed, method=method, percentile=percentile, mesh=devices
+        data, num_samples, max_length, batch_size, seed, method, percentile, devices, kv_cache
     )
     rows = read_rows(source, calibration)
     is_split = devices is not None and any(devices.shape.get(axis, 1) > 1 for axis in ("tensor", "expert"))
@@ -114,7 +119,14 @@ def run(model: "Decoder", rows: "np.ndarray", calibration: options.Calibration) 
                 update(done * size, len(rows))
                 yield batch
 
-        return fp8x.calibrate(model, watched(), mesh, method=calibration.method, percentile=calibration.percentile)
+        return fp8x.calibrate(
+            model,
+            watched(),
+            mesh,
+            method=calibration.method,
+            percentile=calibration.percentile,
+            kv_cache=calibration.kv_cache or False,
+        )
 
 
 def sidecar(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from fp8x.recipe import Recipe
 
-ALL = "all"
+ALL, TOKEN = "all", "token"
 
 
 def evaluate(
@@ -28,6 +28,13 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--recipe", "-r", metavar="CODE", help="Also the first in this recipe. Repeatable; `all` for each."
+        ),
+    ] = None,
+    kv_cache: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND",
+            help="Also the first with keys and values in e4m3: a scale a `token` and head, a `tensor` or a `head`.",
         ),
     ] = None,
     calibration_data: Annotated[
@@ -48,7 +55,8 @@ def evaluate(
     """Bits per byte and perplexity on held-out text, side by side.
 
     $ fp8x eval MODEL MODEL-fp8 --data heldout.jsonl\n
-    $ fp8x eval MODEL --data heldout.jsonl --recipe all --calibrate texts.jsonl --markdown
+    $ fp8x eval MODEL --data heldout.jsonl --recipe all --calibrate texts.jsonl --markdown\n
+    $ fp8x eval MODEL --data heldout.jsonl --kv-cache token --kv-cache tensor --calibrate texts.jsonl
 
     Each document stands alone, after the model's first token, in windows of --context tokens without overlap; every
     token is predicted once. Bits per byte counts the bytes of the text in UTF-8.
@@ -61,32 +69,43 @@ def evaluate(
     from fp8x.models import evaluate as rule
 
     recipes, devices = _recipes(recipe or [], calibration_data), options.parse_mesh(mesh)
+    kinds = _kv_caches(kv_cache or [], calibration_data)
     texts = read_texts(data, report=terminal.warn)
     tokenizers = _check_checkpoints(checkpoints, recipes)
     calibration = rows = None
-    if any(map(options.needs_calibration, recipes.values())):
+    if any(map(options.needs_calibration, recipes.values())) or set(kinds) - {TOKEN}:
         check_method(method, percentile)
         calibration = options.Calibration(
-            calibration_data, options.NUM_SAMPLES, None, batch_size, seed, method=method, percentile=percentile
+            calibration_data, options.NUM_SAMPLES, None, batch_size, seed, method, percentile
         )
         rows = calibrate.read_rows(checkpoints[0], calibration)
 
-    def measure(path: Path, code: str | None) -> dict[str, Any]:
+    def measure(path: Path, code: str | None, kind: str | None) -> dict[str, Any]:
         nonlocal context
         model = load(path, recipes.get(code), mesh=devices)
         if options.needs_calibration(recipes.get(code)):
             calibrate.run(model, rows, calibration)
+        if kind == TOKEN:
+            model.set_kv_cache("e4m3")
+        elif kind is not None:
+            calibrate.run(model, rows, dataclasses.replace(calibration, kv_cache=kind))
         context = context or rule.default_context(model.config)  # of the first, for all
         with terminal.progress(f"evaluating {code or path.name}") as update:
             found = rule.evaluate(
                 model, tokenizers[path], texts, context=context, batch_size=batch_size, progress=update
             )
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
-        return {"checkpoint": str(path), "recipe": code, **dataclasses.asdict(found), "model_bytes": size}
+        cache = jax.eval_shape(lambda: model.init_cache(1, context).layers)
+        per_token = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) / context
+        row = {"checkpoint": str(path), "recipe": code, "kv_cache": kind, **dataclasses.asdict(found)}
+        return row | {"model_bytes": size, "cache_bytes_per_token": per_token}
 
     results = []
-    for path, code in [*((path, None) for path in checkpoints), *((checkpoints[0], code) for code in recipes)]:
-        result = measure(path, code)
+    cases = [(path, None, None) for path in checkpoints]
+    cases += [(checkpoints[0], code, None) for code in recipes]
+    cases += [(checkpoints[0], None, kind) for kind in kinds]
+    for case in cases:
+        result = measure(*case)
         baseline = results[0] if results else result
         result["delta_percent"] = 100 * (result["bits_per_byte"] / baseline["bits_per_byte"] - 1)
         results.append(result)
@@ -121,15 +140,26 @@ def _recipes(codes: list[str], calibration_data: Path | None) -> "dict[str, Reci
     return recipes
 
 
+def _kv_caches(kinds: list[str], calibration_data: Path | None) -> list[str]:
+    from fp8x.errors import CalibrationError
+
+    for kind in kinds:
+        options.check_kv_cache(kind, TOKEN, "tensor", "head")
+    if set(kinds) - {TOKEN} and calibration_data is None:
+        raise CalibrationError(f"--kv-cache {', '.join(kinds)}: calibrated; pass --calibrate DATA.jsonl too")
+    return kinds
+
+
 def _show(results: list[dict[str, Any]], data: Path, markdown: bool) -> None:
-    header = ("model", "bits per byte", "Δ", "perplexity", "size")
+    header = ("model", "bits per byte", "Δ", "perplexity", "size", "cache a token")
     lines = [
         (
-            result["recipe"] or Path(result["checkpoint"]).absolute().name,
+            _name(result),
             f"{result['bits_per_byte']:.4f}",
             f"{result['delta_percent']:+.2f} %" if index else "–",
             f"{result['perplexity']:.3f}",
             terminal.size(result["model_bytes"]),
+            terminal.size(round(result["cache_bytes_per_token"])),
         )
         for index, result in enumerate(results)
     ]
@@ -143,3 +173,9 @@ def _show(results: list[dict[str, Any]], data: Path, markdown: bool) -> None:
     terminal.show(
         f"{data.name}: lower is better", table, f"{first['tokens']:,} tokens, {first['bytes']:,} bytes of text"
     )
+
+
+def _name(result: dict[str, Any]) -> str:
+    if result["kv_cache"] is not None:
+        return f"keys and values in e4m3, a scale a {result['kv_cache']}"
+    return result["recipe"] or Path(result["checkpoint"]).absolute().name

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fp8x.errors import MeshError, RuleError
+from fp8x.errors import MeshError, RecipeError, RuleError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -41,6 +41,10 @@ MethodName = Annotated[
 ]
 Percentile = Annotated[
     float, typer.Option(metavar="P", help="For --method percentile: the share of values, in %, that is not clipped.")
+]
+KVCache = Annotated[
+    str | None,
+    typer.Option("--kv-cache", metavar="KIND", help="Keys and values in e4m3 too, with a scale a `tensor` or `head`."),
 ]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Accept weights that hold NaN or Inf.")]
 
@@ -112,6 +116,15 @@ def parse_mesh(text: str | None) -> "Mesh | None":
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), auto, devices=devices[:needed])
 
 
+def check_kv_cache(kind: str | None, *fits: str) -> None:
+    """
+    Raises:
+        RecipeError: an unknown kind of scales.
+    """
+    if kind is not None and kind not in fits:
+        raise RecipeError(f"--kv-cache {kind}: is unknown; use {', '.join(fits)}")
+
+
 def needs_calibration(recipe: "Recipe | None") -> bool:
     """Whether a layer's static activation scale comes from data; a bare cast's is 1."""
     return recipe is not None and recipe.needs_calibration
@@ -129,3 +142,4 @@ class Calibration:
     method: str = METHOD
     percentile: float = PERCENTILE
     mesh: "Mesh | None" = None
+    kv_cache: str | None = None

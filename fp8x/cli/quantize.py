@@ -47,6 +47,7 @@ def quantize(
         typer.Option("--format", "-f", metavar="NAME", help="compressed-tensors (the default), fp8 or modelopt."),
     ] = None,
     rule: options.Rule = None,
+    kv_cache: options.KVCache = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read the result back and measure its error, tensor by tensor.")
     ] = False,
@@ -61,7 +62,7 @@ def quantize(
     """Write a checkpoint anew: quantized, in another scheme or format, or dequantized.
 
     $ fp8x quantize MODEL MODEL-mx --recipe mxfp8_mxfp8_bf16 --rule 'layers\\.0\\..*=none'\n
-    $ fp8x quantize MODEL MODEL-fp8 --recipe e4m3_e4m3_bf16 --calibrate texts.jsonl\n
+    $ fp8x quantize MODEL MODEL-fp8 --recipe e4m3_e4m3_bf16 --calibrate texts.jsonl --kv-cache tensor\n
     $ fp8x quantize MODEL-fp8 MODEL-bf16 --recipe bf16\n
     $ fp8x quantize MODEL-fp8 MODEL-ct --format compressed-tensors
 
@@ -81,15 +82,15 @@ def quantize(
     check_free(destination)
     reader = Reader(source)
     planned = plan(reader, chosen, format, rules)
-    _check(planned, recipe, data, calibration)
+    _check(planned, recipe, data, calibration, kv_cache)
     found = None
-    if data is not None and _needs_calibration(planned):
-        arguments = options.Calibration(data, num_samples, max_length, batch_size, seed)
+    if data is not None and (kv_cache or _needs_calibration(planned)):
+        arguments = options.Calibration(data, num_samples, max_length, batch_size, seed, kv_cache=kv_cache)
         samples = calibrate.read_rows(source, arguments)
         model = load(source, chosen, rules, allow_nonfinite)
         report = calibrate.run(model, samples, arguments)
         calibrate.warn_undersampled(report, min_tokens)
-        found = calibrate.sidecar(report, recipe, arguments, samples)
+        found = calibrate.sidecar(report, recipe or "none", arguments, samples)
         del model
     try:
         with terminal.progress(f"writing {destination.name}", unit="bytes") as update:
@@ -129,17 +130,20 @@ def quantize(
     _show(summary, source, destination)
 
 
-def _check(plan: "Plan", code: str | None, data: Path | None, calibration: Path | None) -> None:
+def _check(plan: "Plan", code: str | None, data: Path | None, calibration: Path | None, kv_cache: str | None) -> None:
     """Raises for what would fail later, after work, or do nothing."""
     from fp8x.errors import CalibrationError, RecipeError, RuleError
 
-    if code is None and plan.source_format is None:
+    options.check_kv_cache(kv_cache, "tensor", "head")
+    if kv_cache is not None and data is None:
+        raise CalibrationError(f"--kv-cache {kv_cache}: its scales are calibrated: pass --calibrate DATA.jsonl")
+    if code is None and plan.source_format is None and kv_cache is None:
         raise RecipeError("--recipe: missing; the source is not quantized, so there is nothing to do without a recipe")
     if code not in (None, *UNQUANTIZED) and plan.format is None:
         raise RuleError("--rule: the rules skip every module; nothing would be quantized")
     if data is not None and calibration is not None:
         raise CalibrationError("--calibration: stands beside --calibrate; give the data or the scales, not both")
-    if (data or calibration) is not None and not _needs_calibration(plan):
+    if (data or calibration) is not None and not kv_cache and not _needs_calibration(plan):
         terminal.warn(f"--{'calibrate' if data else 'calibration'} is not used: recipe {code} has no calibrated scale")
     # Where the source is quantized, its own scales may do; `convert` knows.
     elif plan.source_format is None and data is calibration is None and _needs_calibration(plan):

@@ -84,7 +84,7 @@ def plan(
     used = [choice for choice in recipes.values() if choice is not None]
     is_calibrated = calibration is not None and calibration.kv_cache is not None
     kv_cache = _calibrated_kv(calibration) if is_calibrated else read_kv_scales(reader, source_format)
-    if not used and format is None:
+    if not used and format is None and not is_calibrated:
         kv_cache = None  # nowhere to declare it
     if format is not None and not used and kv_cache is None:
         raise CheckpointError(f"format: {format!r} does not fit: nothing is quantized; leave the format out")

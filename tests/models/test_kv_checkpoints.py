@@ -208,9 +208,13 @@ def test_scales_of_queries_are_named(tmp_path):
 @pytest.mark.sample
 @pytest.mark.parametrize(
     ("format", "code"),
-    [("compressed-tensors", None), ("compressed-tensors", "e4m3_e4m3_bf16_dynamic"), ("modelopt", "e4m3_e4m3_bf16_dynamic"),
-     ("fp8", "fp8_e4m3fn_bf16_block_scale")],
-)  # fmt: skip
+    [
+        ("compressed-tensors", None),
+        ("compressed-tensors", "e4m3_e4m3_bf16_dynamic"),
+        ("modelopt", "e4m3_e4m3_bf16_dynamic"),
+        ("fp8", "fp8_e4m3fn_bf16_block_scale"),
+    ],
+)
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
 def test_saved_and_loaded(tmp_path, format, code, name, run):
     golden = read_golden(name)
