@@ -5,3 +5,4 @@ from fp8x.models.config import DecoderConfig as DecoderConfig
 from fp8x.models.decoder import Cache as Cache
 from fp8x.models.decoder import Decoder as Decoder
 from fp8x.models.generate import generate as generate
+from fp8x.models.generate import stream as stream

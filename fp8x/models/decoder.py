@@ -199,7 +199,7 @@ class Decoder(nnx.Module):
         sharding = None
         if self.placement is not None:
             check_batch(self.placement, batch, "batch")
-            sharding = NamedSharding(self.placement.mesh, self._cache_specs(0).layers)
+            sharding = NamedSharding(self.placement.mesh, self.cache_specs(0).layers)
         param_dtype = self.embed_tokens.embedding.dtype
         stored = (self.kv_cache or param_dtype) if dtype is None else as_scheme(dtype, self.kv_cache)
 
@@ -218,7 +218,7 @@ class Decoder(nnx.Module):
             layers.append(layers[0] if is_alike else KeyValues(*map(empty, attention.cache_shapes(), quantizers)))
         return Cache(tuple(layers), jnp.int32(0))
 
-    def _cache_specs(self, length_rank: int) -> Cache:
+    def cache_specs(self, length_rank: int) -> Cache:
         """How a cache lies on the mesh: rows of the batch, and heads; latents are every device's."""
         batch, heads = self.placement.batch, self.placement.heads if self.config.latent is None else ()
         layers = P(*(batch or (None,)), None, heads[0] if len(heads) == 1 else heads or None)
@@ -237,8 +237,8 @@ class Decoder(nnx.Module):
         """
         if self.placement is not None:
             rows = batch_spec(self.placement)
-            before = self._cache_specs(jnp.ndim(cache.length))
-            after = before if lengths is None else self._cache_specs(1)
+            before = self.cache_specs(jnp.ndim(cache.length))
+            after = before if lengths is None else self.cache_specs(1)
             args, specs = (ids, cache, lengths), (rows, before, rows)
             count = 2 if lengths is None else 3
             return call(Decoder.extend, self, *args[:count], in_specs=specs[:count], out_specs=(rows, after))

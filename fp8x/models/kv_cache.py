@@ -142,13 +142,14 @@ def check_scheme(scheme: Scheme) -> None:
         )
 
 
-def as_scheme(kind: Scheme | str | DTypeLike, declared: Scheme | None) -> Scheme | np.dtype:
+def as_scheme(kind: Scheme | str | DTypeLike, declared: Scheme | None, name: str = "dtype") -> Scheme | np.dtype:
     """What a cache is to hold: a scheme, or a type of 16 or 32 bits.
 
     Arguments:
         kind: "e4m3" or "e5m2" (or their float8 types), with the scales that the model has for them, else one a token
             and head; "bf16", "f16", "f32" or such a type; or a scheme.
         declared: the model's scheme.
+        name: of the parameter that `kind` was given as.
 
     Raises:
         RecipeError: anything else.
@@ -168,7 +169,7 @@ def as_scheme(kind: Scheme | str | DTypeLike, declared: Scheme | None) -> Scheme
             return dtype
         if dtype not in by_dtype:
             names = ", ".join(map(repr, (*ELEMENTS, *OUT_DTYPES)))
-            raise RecipeError(f"dtype: {kind!r} is no type for keys and values; use {names} or a Scheme")
+            raise RecipeError(f"{name}: {kind!r} is no type for keys and values; use {names} or a Scheme")
         kind = by_dtype[dtype]
     return declared if declared is not None and declared.element == kind else per_row(kind)
 

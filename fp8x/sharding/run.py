@@ -27,7 +27,9 @@ def state_specs(state: nnx.State) -> nnx.State:
     return jax.tree.map(lambda variable: variable.get_metadata("spec", P()), state, is_leaf=is_variable)
 
 
-def call(function: Callable, model: nnx.Module, *args: Any, in_specs: tuple, out_specs: Any) -> Any:
+def call(
+    function: Callable, model: nnx.Module, *args: Any, in_specs: tuple, out_specs: Any, num_donated: int = 0
+) -> Any:
     """`function(model, *args)`, compiled, where `model.placement` says.
 
     Inside, the model holds what one device does, and its `placement` is None.
@@ -36,16 +38,18 @@ def call(function: Callable, model: nnx.Module, *args: Any, in_specs: tuple, out
         function: takes the model and what a device has of `args`. One that does not change: jit compiles for it.
         args: whole; in several processes, the same in each.
         in_specs, out_specs: of `args` and of what the function returns.
+        num_donated: how many of `args`, from the first, the results may take the place of.
     """
     placement = model.placement
     graphdef, state = nnx.split(model)
     args = to_mesh(placement, args, in_specs)
-    return _call(function, placement, graphdef, in_specs, out_specs, state, args)
+    split = args[:num_donated], args[num_donated:]
+    return _call(function, placement, graphdef, in_specs, out_specs, state, *split)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _call(function, placement, graphdef, in_specs, out_specs, state, args):
-    return on_devices(function, placement, graphdef, in_specs, out_specs)(state, *args)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=6)
+def _call(function, placement, graphdef, in_specs, out_specs, state, donated, args):
+    return on_devices(function, placement, graphdef, in_specs, out_specs)(state, *donated, *args)
 
 
 def on_devices(

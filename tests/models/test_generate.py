@@ -1,13 +1,21 @@
-import jax
+"""Whole texts. Most tests share prompts of 12 and 7 tokens and 16 new ones: XLA compiles for every other shape."""
+
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tokenizers import Tokenizer, decoders, models
 
 import fp8x
-from fp8x.errors import CalibrationError, DataError
-from fp8x.models import generate
-from fp8x.models.generate import _generate
+from fp8x.errors import CalibrationError, DataError, RecipeError
+from fp8x.models import generate, stream
+from fp8x.models.generate import _run
+from fp8x.models.kv_cache import GRANULARITIES
+
+CHUNK = 6  # both prompts are two of these
+DRAWN = {"max_new_tokens": 16, "temperature": 1.0, "top_p": 0.9, "min_p": 0.01, "prefill_chunk": CHUNK}
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +28,21 @@ def ids(qwen):
     return qwen.tensors["ids"]
 
 
+@pytest.fixture
+def prompts(ids):
+    return [ids[0], ids[1, :7]]
+
+
+def new_of(texts, prompts) -> list[np.ndarray]:
+    """What follows each prompt; checks that the text begins with it, and that zeros follow."""
+    found = []
+    for text, prompt in zip(np.asarray(texts), prompts, strict=True):
+        np.testing.assert_array_equal(text[: len(prompt)], prompt)
+        assert not text[len(prompt) + 16 :].any()
+        found.append(text[len(prompt) : len(prompt) + 16])
+    return found
+
+
 def test_greedy_texts_are_those_of_transformers(golden):
     texts = generate(golden.model, golden.tensors["ids"], max_new_tokens=16)
     assert texts.dtype == jnp.int32
@@ -28,15 +51,43 @@ def test_greedy_texts_are_those_of_transformers(golden):
 
 def test_the_cache_changes_no_token(golden, run):
     """Read at once, a text predicts at each place the token that generation put there."""
-    texts = generate(golden.model_f32, golden.tensors["ids"], max_new_tokens=16)
-    predicted = jnp.argmax(run(golden.model_f32, texts), axis=-1)
-    np.testing.assert_array_equal(predicted[:, 11:-1], texts[:, 12:])
+    prompts = [golden.tensors["ids"][0], golden.tensors["ids"][1, :7]]
+    texts = generate(golden.model_f32, prompts, max_new_tokens=16)
+    predicted = np.asarray(jnp.argmax(run(golden.model_f32, texts), axis=-1))
+    for row, new in enumerate(new_of(texts, prompts)):
+        start = len(prompts[row]) - 1
+        np.testing.assert_array_equal(predicted[row, start : start + 16], new)
 
 
-def test_a_prompt_alone_is_continued_as_in_a_batch(model, ids):
-    texts = generate(model, ids, max_new_tokens=16)
-    for row in range(len(ids)):
-        np.testing.assert_array_equal(generate(model, ids[row : row + 1], max_new_tokens=16)[0], texts[row])
+def test_lengths_and_chunks_change_no_text(model, ids, prompts):
+    texts = generate(model, prompts, max_new_tokens=16)
+    np.testing.assert_array_equal(generate(model, prompts, max_new_tokens=16, prefill_chunk=CHUNK), texts)
+    padded = np.concatenate([ids, np.full((2, 3), -1)], axis=1)
+    padded[1, 7:] = 999
+    np.testing.assert_array_equal(generate(model, padded, lengths=[12, 7], max_new_tokens=16), texts)
+    for prompt, new in zip(prompts, new_of(texts, prompts)):
+        alone = generate(model, prompt[None], max_new_tokens=16, prefill_chunk=CHUNK)
+        np.testing.assert_array_equal(alone[0], np.concatenate([prompt, new]))
+
+
+def test_a_text_with_a_seed_is_drawn_as_alone(model, prompts):
+    texts = generate(model, prompts, seed=[3, 4], **DRAWN)
+    for prompt, new, seed in zip(prompts, new_of(texts, prompts), (3, 4)):
+        np.testing.assert_array_equal(generate(model, prompt[None], seed=seed, **DRAWN)[0, len(prompt) :], new)
+    streamed = np.stack([*stream(model, prompts, seed=[3, 4], **DRAWN)], axis=1)
+    np.testing.assert_array_equal(streamed, new_of(texts, prompts))
+
+
+def test_rows_of_one_seed_are_drawn_apart(model, prompts):
+    texts = np.asarray(generate(model, prompts, seed=3, **DRAWN))
+    alike = np.asarray(generate(model, prompts, seed=[3, 3], **DRAWN))
+    assert (texts == alike).all(axis=1).tolist() == [True, False]
+    np.testing.assert_array_equal(generate(model, prompts, seed=3, **DRAWN), texts)
+
+
+def test_drawing_among_one_is_greedy(model, prompts):
+    greedy = generate(model, prompts, max_new_tokens=16)
+    np.testing.assert_array_equal(generate(model, prompts, **(DRAWN | {"top_p": 0.0, "temperature": 5.0})), greedy)
 
 
 def test_one_token_prompt_and_one_new_token(model, ids, run):
@@ -44,11 +95,33 @@ def test_one_token_prompt_and_one_new_token(model, ids, run):
     np.testing.assert_array_equal(texts[:, 1], jnp.argmax(run(model, ids)[:, 0], axis=-1))
 
 
+def spelled(*texts: str) -> Tokenizer:
+    """A tokenizer of 64 tokens with these texts, the last for all others."""
+    vocab = {text: number for number, text in enumerate(texts)} | {f"x{n}": n for n in range(len(texts), 64)}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
 def test_compiled_once_per_shape(model, ids):
-    before = _generate._cache_size()
-    for seed, temperature in enumerate([0.5, 1.0, 2.0]):
-        generate(nnx.clone(model), ids[:, :3], max_new_tokens=3, temperature=temperature, seed=seed, eos_id=seed)
-    assert _generate._cache_size() == before + 1
+    before = _run._cache_size()
+    for number, (width, top_k) in enumerate([(3, 64), (2, 70), (1, 1000)]):
+        share = 0.9 - number / 10
+        generate(
+            nnx.clone(model),
+            ids[:, :width],
+            max_new_tokens=3,
+            temperature=share,
+            top_k=top_k,
+            top_p=share,
+            min_p=share / 10,
+            seed=[number, 2**32 - 1] if number else number,
+            eos_id=number,
+            stop_strings=["ab" * (1 + number)],
+            tokenizer=spelled("a", "b"),
+            prefill_chunk=3,
+        )
+    assert _run._cache_size() == before + 1
 
 
 def test_an_end_token_ends_its_text_only(model, qwen, ids):
@@ -66,57 +139,86 @@ def test_an_end_token_ends_its_text_only(model, qwen, ids):
 
 def test_the_end_token_may_come_first(model, qwen, ids):
     end = int(qwen.tensors["generated"][0, 0])
-    assert (generate(model, ids[:1], max_new_tokens=16, eos_id=end)[:, 12:] == end).all()
+    assert (generate(model, ids[[0, 0]], max_new_tokens=16, eos_id=end)[:, 12:] == end).all()
 
 
-def test_draws_follow_the_softmax(model, ids, run):
-    draws, temperature, top_k = 4096, 0.7, 5
-    logits = np.asarray(run(model, ids)[0, -1])
-    kept = np.argsort(logits)[-top_k:]
-    p = np.zeros_like(logits)
-    p[kept] = jax.nn.softmax(logits[kept] / temperature)
-    prompts = np.repeat(ids[:1], draws, axis=0)
-    drawn = generate(model, prompts, max_new_tokens=1, temperature=temperature, top_k=top_k, seed=1)[:, -1]
-    frequency = np.bincount(drawn, minlength=logits.size) / draws
-    # Five standard deviations of a binomial; what has probability 0 is never drawn.
-    assert (np.abs(frequency - p) <= 5 * np.sqrt(p * (1 - p) / draws)).all()
+def test_a_stop_string_ends_its_text_only(model, qwen, ids):
+    free = qwen.tensors["generated"]
+    tokenizer = spelled(*(f"<{number}>" for number in range(64)))
+    # From inside one token to inside the next but one.
+    string = "".join(f"<{number}>" for number in free[0, 3:6])[1:-1]
+    options = {"max_new_tokens": 16, "stop_strings": [string, "never"], "tokenizer": tokenizer}
+    texts = np.asarray(generate(model, ids, **options))[:, 12:]
+    np.testing.assert_array_equal(texts, [[*free[0, :6], *[0] * 10], free[1]])
+    # What the prompt has does not count, and no step is taken for texts that have ended.
+    prompt = "".join(f"<{number}>" for number in ids[0])
+    streamed = [*stream(model, ids[[0, 0]], **(options | {"stop_strings": [string, prompt[-6:]]}))]
+    np.testing.assert_array_equal(streamed, free[0, :6, None].repeat(2, axis=1))
 
 
-def test_a_seed_decides_the_draws(model, ids):
-    def draw(seed, **options):
-        return np.asarray(generate(model, ids, max_new_tokens=8, temperature=1.0, seed=seed, **options))
-
-    np.testing.assert_array_equal(draw(0), draw(0))
-    assert (draw(0) != draw(1)).any()
-    # top_k beyond the vocabulary leaves every token in.
-    np.testing.assert_array_equal(draw(0), draw(0, top_k=1000))
-
-
-def test_drawing_among_one_is_greedy(model, ids):
-    greedy = generate(model, ids, max_new_tokens=16)
-    np.testing.assert_array_equal(generate(model, ids, max_new_tokens=16, temperature=5.0, top_k=1), greedy)
+def test_the_cache_may_be_in_8_bits(model, ids, monkeypatch):
+    keys = []
+    extend = type(model).extend
+    monkeypatch.setattr(type(model), "extend", lambda *args: keys.append(args[2].layers[0].keys) or extend(*args))
+    generate(model, ids[:, :1], max_new_tokens=1, cache_dtype="e4m3")
+    assert keys[0].data.dtype == jnp.float8_e4m3fn
 
 
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
-        ([[]], {}, r"ids: shape is \[1, 0\]; give at least one prompt of at least one token as \[B, T\]"),
+        ([[]], {}, r"ids: shape is \[1, 0\]; give at least one prompt of at least one token as \[B, T\], or lists"),
         ([], {}, r"ids: shape is \[0\]"),
         ([1, 2], {}, r"ids: shape is \[2\]; .* as \[B, T\]"),
-        ([[1, 2], [3]], {}, r"ids: rows have different lengths"),
+        ([[1, 2], []], {}, r"ids\[1\]: shape is \[0\]; give each prompt as a list of at least one token"),
+        ([[1, 2], 3], {}, r"ids\[1\]: shape is \[\]"),
+        ([[1, 2], [[3], 4]], {}, r"ids\[1\]: is no list of token ids"),
+        ([[1, 2], [64]], {}, r"ids\[1\]: 64 is outside the model's vocabulary"),
         ([[1, 64]], {}, r"ids: 64 is outside the model's vocabulary; use 0 to 63"),
         ([[-1, 2]], {}, r"ids: -1 is outside the model's vocabulary"),
         ([[1.0, 2.0]], {}, r"ids: dtype is float64; token ids are integers"),
+        ([[1, 2], [3]], {"lengths": [2, 1]}, r"lengths: ids are rows of different lengths already; leave lengths out"),
+        ([[1, 2]], {"lengths": [3]}, r"lengths: 3 does not fit; ids are 2 wide, so use 1 to 2"),
+        ([[1, 2]], {"lengths": [0]}, r"lengths: 0 does not fit"),
+        ([[1, 2]], {"lengths": [1, 1]}, r"lengths: int64 of shape \[2\] does not fit; give 1 integers"),
         ([[1]], {"eos_id": 64}, r"eos_id: 64 is outside the model's vocabulary"),
         ([[1]], {"max_new_tokens": 0}, r"max_new_tokens: 0 does not fit; use 1 or more"),
+        ([[1]], {"max_new_tokens": 1.5}, r"max_new_tokens: 1.5 does not fit; use 1 or more"),
         ([[1]], {"temperature": -1.0}, r"temperature: -1.0 does not fit; use 0 for greedy decoding"),
         ([[1]], {"temperature": float("nan")}, r"temperature: nan does not fit"),
-        ([[1]], {"top_k": 0}, r"top_k: 0 does not fit; use 1 or more"),
+        ([[1]], {"top_k": 0}, r"top_k: 0 does not fit; use 1 or more, or None for all tokens"),
+        ([[1]], {"top_p": 1.1}, r"top_p: 1.1 does not fit; use 0 to 1, or None for all tokens"),
+        ([[1]], {"min_p": -0.1}, r"min_p: -0.1 does not fit; use 0 to 1"),
+        ([[1]], {"prefill_chunk": 0}, r"prefill_chunk: 0 does not fit; use 1 or more, or None for whole prompts at"),
+        ([[1]], {"seed": -1}, r"seed: -1 does not fit; use 0 to 2\*\*32 - 1"),
+        ([[1]], {"seed": [1, 2]}, r"seed: \[1, 2\] does not fit; use an integer, or one for each of 1 prompts"),
+        ([[1]], {"seed": 0.5}, r"seed: 0.5 does not fit"),
+        ([[1]], {"stop_strings": "text"}, r"stop_strings: 'text' does not fit; give a list of strings"),
+        ([[1]], {"stop_strings": ["a", ""]}, r"stop_strings: one is empty"),
+        ([[1]], {"stop_strings": ["a"]}, r"tokenizer: missing; stop_strings need"),
     ],
 )
 def test_what_does_not_fit_is_named(model, prompt, options, message):
-    with pytest.raises(DataError, match=message):
-        generate(model, prompt, **({"max_new_tokens": 4} | options))
+    for function in (generate, stream):  # stream before its first token
+        with pytest.raises(DataError, match=message):
+            function(model, prompt, **({"max_new_tokens": 4} | options))
+
+
+def test_caches_that_do_not_fit(model, ids):
+    with pytest.raises(RecipeError, match="cache_dtype: 'int4' is no type for keys and values"):
+        generate(model, ids, max_new_tokens=4, cache_dtype="int4")
+    with pytest.raises(CalibrationError, match="kv_cache: its scales are missing"):
+        generate(model, ids, max_new_tokens=4, cache_dtype=GRANULARITIES["head"])
+
+
+def test_texts_beyond_the_context_are_warned_of(model, ids):
+    short = nnx.clone(model)
+    short.config = dataclasses.replace(model.config, context=15)
+    message = (
+        r"max_new_tokens: 4 after a prompt of 12 tokens are 16, but the model was trained to read 15 \(max_position"
+    )
+    with pytest.raises(UserWarning, match=message):  # an error here
+        generate(short, ids, max_new_tokens=4)
 
 
 def test_an_uncalibrated_model_is_refused(qwen, ids):

@@ -1,5 +1,7 @@
 """Stop strings against a plain search in the text."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -58,7 +60,7 @@ def test_random_texts():
         # A string that ends in the last token is found, whatever came before.
         expected = [
             any(string in after[max(0, len(before) - len(string) + 1) :] for string in strings)
-            for before, after in zip(texts, texts[1:])
+            for before, after in itertools.pairwise(texts)
         ]
         assert stopped.tolist() == expected
     assert 0 < np.sum(found) < np.size(found)

@@ -19,7 +19,7 @@ from metric import TOLERANCE, assert_close
 
 import fp8x
 from fp8x.errors import MeshError
-from fp8x.models import generate
+from fp8x.models import generate, stream
 from fp8x.nn import MoE
 from fp8x.sharding import shard, specs
 
@@ -148,16 +148,24 @@ def test_dynamic_scales_over_all_rows():
     ("axis_type", "options"),
     [
         pytest.param(AxisType.Auto, {}, marks=pytest.mark.slow),
-        (AxisType.Explicit, {"temperature": 0.8, "top_k": 20, "seed": 3, "eos_id": 7}),
+        (
+            AxisType.Explicit,
+            {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 3, "eos_id": 7}
+            | {"lengths": [5, 2, 4, 1], "prefill_chunk": 3, "stop_strings": ["ab", "b"]},
+        ),
     ],
     ids=str,
 )
-def test_generates_what_one_device_does(axis_type, options):
-    expected = generate(tiny("mxfp8_bf16"), IDS, max_new_tokens=4, **options)
+def test_generates_what_one_device_does(axis_type, options, byte_tokenizer):
+    options = {"max_new_tokens": 4, "tokenizer": byte_tokenizer} | options
+    expected = generate(tiny("mxfp8_bf16"), IDS, **options)
     model = shard(tiny("mxfp8_bf16"), mesh_of(axis_type, data=2, expert=2))
-    found = generate(model, IDS, max_new_tokens=4, **options)
+    found = generate(model, IDS, **options)
     np.testing.assert_array_equal(found, expected)
     assert found.is_fully_replicated
+    lengths, filler = options.get("lengths", [5] * 4), options.get("eos_id", 0)
+    for new, text, length in zip(np.stack([*stream(model, IDS, **options)], axis=1), np.asarray(found), lengths):
+        np.testing.assert_array_equal(np.pad(new, (0, 4 - new.size), constant_values=filler), text[length : length + 4])
 
 
 @pytest.mark.slow
