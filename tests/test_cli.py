@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, processors
 from typer.testing import CliRunner
 
+import fp8x
+from fp8x import models
 from fp8x.cli import app
 
 STATIC, DYNAMIC = "e4m3_e4m3_bf16", "e4m3_e4m3_bf16_dynamic"
@@ -153,9 +156,44 @@ def test_generate(quantized):
     arguments = ("generate", quantized, "The quick", "--max-new-tokens", 4)
     found = read_json(*arguments)
     assert len(found["ids"]) <= 4 and found["prompt"] == "The quick"
-    assert invoke(*arguments).stdout.startswith("The quick")
+    assert invoke(*arguments).stdout == f"The quick{found['text']}\n"
     drawn = [read_json(*arguments, "--temperature", 5, "--seed", seed)["ids"] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_generate_several(quantized, byte_tokenizer):
+    arguments = ("generate", quantized, "The quick", "The", "-n", 8, "--cache-dtype", "e4m3")
+    free = read_json(*arguments, "--stop", "no random text")
+    assert [each["prompt"] for each in free] == ["The quick", "The"]
+    # The texts are random bytes: one that is printable is a string to stop at.
+    new = free[0]["ids"]
+    place, string = next((i, c) for i, c in enumerate(map(byte_tokenizer.id_to_token, new)) if c.isascii())
+    assert read_json(*arguments, "--stop", string)[0]["ids"] == new[: place + 1]
+    expected = f"The quick{byte_tokenizer.decode(new[: place + 1])}\nThe"
+    assert invoke(*arguments, "--stop", string).stdout.startswith(expected)
+
+
+def test_chat(copy, byte_tokenizer):
+    template = "{{ bos_token }}{% for each in messages %}[{{ each.role }}]{{ each.content }}{% endfor %}[model]"
+    (copy / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, "bos_token": "<s>"}))
+    # A post-processor that would write <s> once more.
+    byte_tokenizer = Tokenizer.from_str(byte_tokenizer.to_str())
+    byte_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 256)])
+    byte_tokenizer.save(str(copy / "tokenizer.json"))
+    arguments = ("generate", copy, "Why?", "--chat", "--system", "Be brief.", "-n", 4)
+    found = read_json(*arguments)
+    assert invoke(*arguments).stdout == f"{found['text']}\n"
+    ids = byte_tokenizer.encode("<s>[system]Be brief.[user]Why?[model]", add_special_tokens=False).ids
+    texts = models.generate(fp8x.load(copy), [ids], max_new_tokens=4)
+    assert texts[0, len(ids) :].tolist()[: len(found["ids"])] == found["ids"]
+    assert "--system: is a message of a chat; add --chat" in error("generate", copy, "Why?", "--system", "x")
+
+
+def test_generate_ends_where_generation_config_says(copy):
+    arguments = ("generate", copy, "The quick", "--max-new-tokens", 4)
+    first = read_json(*arguments)["ids"][0]
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, first]}))
+    assert read_json(*arguments)["ids"] == []
 
 
 def test_inspect(tiny_checkpoint, quantized, tmp_path):
