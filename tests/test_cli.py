@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, decoders, processors
+from tokenizers import models as tokenizer_models
 from typer.testing import CliRunner
 
 import fp8x
 from fp8x import models
 from fp8x.cli import app
+from fp8x.cli.generate import Text
 
 STATIC, DYNAMIC = "e4m3_e4m3_bf16", "e4m3_e4m3_bf16_dynamic"
 TEXTS = [f"Document {i}: the quick brown fox jumps over the lazy dog." for i in range(12)]
@@ -171,6 +173,26 @@ def test_generate_several(quantized, byte_tokenizer):
     assert read_json(*arguments, "--stop", string)[0]["ids"] == new[: place + 1]
     expected = f"The quick{byte_tokenizer.decode(new[: place + 1])}\nThe"
     assert invoke(*arguments, "--stop", string).stdout.startswith(expected)
+
+
+def test_words_as_they_come():
+    """With SentencePiece's decoder, which drops a text's first space, and a character of two tokens."""
+    vocab = {token: number for number, token in enumerate(["▁the", "▁end", "<0xC3>", "<0xA9>", "</s>"])}
+    tokenizer = Tokenizer(tokenizer_models.BPE(vocab, [], byte_fallback=True))
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+
+    def words(tokens, stops=()):
+        text, shown = Text(tokenizer, [0], [4], [*stops]), []
+        for token in tokens:
+            text.add(token)
+            shown.append(text.new_words())
+        return [*shown, text.new_words(is_last=True)]
+
+    assert words([1, 2, 3, 0]) == [" end", "", "é", " the", ""]
+    assert words([1, 2]) == [" end", "", "\N{REPLACEMENT CHARACTER}"]
+    assert words([1, 4, 4]) == [" end", "", "", ""]
+    assert words([1, 2, 3, 0, 0], ["dé"]) == [" end", "", "é", "", "", ""]
 
 
 def test_chat(copy, byte_tokenizer):

@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def read_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.DOTALL)
 
 
 @pytest.mark.parametrize("page", ["flax-models"])
@@ -14,9 +19,17 @@ def test_every_block_runs_in_order(page, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(registry, "_CONVERTERS", dict(registry._CONVERTERS))
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.DOTALL)
+    blocks = read_blocks(page)
     assert len(blocks) > 5
     names: dict = {}
     for number, block in enumerate(blocks):
         exec(compile(block, f"{page}.md, block {number}", "exec"), names)
     assert "embed.embedding" in capsys.readouterr().out
+
+
+def test_generation_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (block,) = [block for block in read_blocks("models") if "generate(" in block]
+    exec(compile(block, "models.md", "exec"), {})
+    texts, *tokens = capsys.readouterr().out.splitlines()
+    assert "Return a list of" in texts and "The file" in texts and len(tokens) == 8

@@ -101,7 +101,7 @@ def generate(
         )
     for warning in caught:
         terminal.warn(warning.message)
-    texts = [_Text(tokenizer, each, ends, stop or []) for each in ids]
+    texts = [Text(tokenizer, each, ends, stop or []) for each in ids]
     is_live = len(prompts) == 1 and not as_json
     with terminal.progress("generating") as update:
         for done, column in enumerate(columns, 1):
@@ -128,7 +128,7 @@ def generate(
         typer.echo(opening + each["text"])
 
 
-class _Text:
+class Text:
     """A text that grows: its ids, without the end token, and its words."""
 
     def __init__(self, tokenizer: "Tokenizer", ids: list[int], ends: Sequence[int], stops: list[str]):
