@@ -51,8 +51,8 @@ def generate(
         ids: prompts: `[B, T]`, or B lists of different lengths.
         lengths: of `[B, T]`, how many ids of each row are its prompt, from the first; by default all.
         max_new_tokens: tokens to add.
-        temperature: 0 takes the most likely token; otherwise tokens are drawn from `softmax(logits / temperature)`, of
-            those that `top_k`, then `top_p`, then `min_p` leave, as in transformers.
+        temperature: 0 takes the most likely token, and nothing is drawn; otherwise tokens are drawn from
+            `softmax(logits / temperature)`, of those that `top_k`, then `top_p`, then `min_p` leave: transformers' way.
         top_k: draw among the k most likely tokens only.
         top_p: draw among the fewest tokens whose probabilities add up to `top_p` only.
         min_p: draw among tokens at least `min_p` times as likely as the likeliest only.

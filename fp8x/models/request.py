@@ -87,7 +87,7 @@ def make_request(
     check_calibrated(model)
     if cache_dtype is not None:
         cache_dtype = as_scheme(cache_dtype, model.kv_cache, "cache_dtype")
-        model.init_cache(0, 0, cache_dtype)  # raises what can't be seen in a compiled function
+    model.init_cache(0, 0, cache_dtype)  # raises where scales are missing, which a compiled function can't see
     limit = model.config.context
     if limit is not None and longest + max_new_tokens > limit:
         warnings.warn(

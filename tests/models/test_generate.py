@@ -74,8 +74,10 @@ def test_a_text_with_a_seed_is_drawn_as_alone(model, prompts):
     texts = generate(model, prompts, seed=[3, 4], **DRAWN)
     for prompt, new, seed in zip(prompts, new_of(texts, prompts), (3, 4)):
         np.testing.assert_array_equal(generate(model, prompt[None], seed=seed, **DRAWN)[0, len(prompt) :], new)
+    before = _run._cache_size()
     streamed = np.stack([*stream(model, prompts, seed=[3, 4], **DRAWN)], axis=1)
     np.testing.assert_array_equal(streamed, new_of(texts, prompts))
+    assert _run._cache_size() == before + 2  # the prefill and a step
 
 
 def test_rows_of_one_seed_are_drawn_apart(model, prompts):
@@ -209,6 +211,10 @@ def test_caches_that_do_not_fit(model, ids):
         generate(model, ids, max_new_tokens=4, cache_dtype="int4")
     with pytest.raises(CalibrationError, match="kv_cache: its scales are missing"):
         generate(model, ids, max_new_tokens=4, cache_dtype=GRANULARITIES["head"])
+    uncalibrated = nnx.clone(model)
+    uncalibrated.set_kv_cache(GRANULARITIES["head"])
+    with pytest.raises(CalibrationError, match="kv_cache: its scales are missing"):
+        generate(uncalibrated, ids, max_new_tokens=4)
 
 
 def test_texts_beyond_the_context_are_warned_of(model, ids):
