@@ -72,17 +72,10 @@ def make_request(
     if model.placement is not None:
         check_batch(model.placement, batch, "ids")
     _check_positive("max_new_tokens", max_new_tokens)
-    if not 0 <= temperature < float("inf"):
-        raise DataError(f"temperature: {temperature} does not fit; use 0 for greedy decoding, or a positive number")
-    if top_k is not None:
-        _check_positive("top_k", top_k, "all tokens")
-    for name, share in (("top_p", top_p), ("min_p", min_p)):
-        if share is not None and not 0 <= share <= 1:
-            raise DataError(f"{name}: {share} does not fit; use 0 to 1, or None for all tokens")
     if prefill_chunk is not None:
         _check_positive("prefill_chunk", prefill_chunk, "whole prompts at once")
+    sampling, top_k = _read_sampling(temperature, top_k, top_p, min_p, seed, batch, vocab_size)
     ends = _check_ids("eos_id", () if eos_id is None else eos_id, vocab_size).reshape(-1)
-    seeds, streams = _read_seeds(seed, batch)
     stops = _read_stops(stop_strings, tokenizer, vocab_size)
     check_calibrated(model)
     if cache_dtype is not None:
@@ -95,11 +88,6 @@ def make_request(
             f"the model was trained to read {limit} (max_position_embeddings)",
             stacklevel=3,
         )
-    if not temperature:
-        sampling, top_k = Sampling(None, None, None, seeds, streams), None
-    else:
-        numbers = (None if number is None else np.float32(number) for number in (temperature, top_p, min_p))
-        sampling, top_k = Sampling(*numbers, seeds, streams), None if top_k is None else min(top_k, vocab_size)
     chunk = longest if prefill_chunk is None else prefill_chunk
     prompt = np.pad(prompt, ((0, 0), (0, -longest % chunk)))
     if (lengths == longest).all():
@@ -152,6 +140,30 @@ def _read_rows(
             )
     lengths = np.array([*map(len, arrays)], np.int32)
     return np.stack([np.pad(row, (0, lengths.max() - len(row))) for row in arrays]), lengths
+
+
+def _read_sampling(
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    seed: int | Sequence[int],
+    batch: int,
+    vocab_size: int,
+) -> tuple[Sampling, int | None]:
+    """How tokens are drawn, and of how many; options of drawing are None where nothing is drawn."""
+    if not 0 <= temperature < float("inf"):
+        raise DataError(f"temperature: {temperature} does not fit; use 0 for greedy decoding, or a positive number")
+    if top_k is not None:
+        _check_positive("top_k", top_k, "all tokens")
+    for name, share in (("top_p", top_p), ("min_p", min_p)):
+        if share is not None and not 0 <= share <= 1:
+            raise DataError(f"{name}: {share} does not fit; use 0 to 1, or None for all tokens")
+    seeds, streams = _read_seeds(seed, batch)
+    if not temperature:
+        return Sampling(None, None, None, seeds, streams), None
+    numbers = (None if number is None else np.float32(number) for number in (temperature, top_p, min_p))
+    return Sampling(*numbers, seeds, streams), None if top_k is None else min(top_k, vocab_size)
 
 
 def _read_seeds(seed: int | Sequence[int], batch: int) -> tuple[UInt32[np.ndarray, " b"], UInt32[np.ndarray, " b"]]:
