@@ -161,6 +161,9 @@ def _read_sampling(
             raise DataError(f"{name}: {share} does not fit; use 0 to 1, or None for all tokens")
     seeds, streams = _read_seeds(seed, batch)
     if not temperature:
+        options = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+        if given := [name for name, value in options.items() if value is not None]:
+            warnings.warn(f"{', '.join(given)}: not used, since nothing is drawn at temperature 0", stacklevel=4)
         return Sampling(None, None, None, seeds, streams), None
     numbers = (None if number is None else np.float32(number) for number in (temperature, top_p, min_p))
     return Sampling(*numbers, seeds, streams), None if top_k is None else min(top_k, vocab_size)

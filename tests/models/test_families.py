@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -15,7 +16,7 @@ from metric import as_bits
 import fp8x
 from fp8x.checkpoint import Reader, Writer
 from fp8x.errors import CheckpointError, ShapeError
-from fp8x.models import Decoder, generate
+from fp8x.models import Decoder, DecoderConfig, generate
 from fp8x.models.families import FAMILIES
 from fp8x.nn.walk import get_module, named_layers
 
@@ -174,6 +175,27 @@ class TestDeepSeek:
         ids = read_golden("deepseek_v3").tensors["ids"]
         exact = np.asarray(run(plain, ids))
         assert np.linalg.norm(run(model, ids) - exact) < 0.4 * np.linalg.norm(exact)  # activations in 8 bits, too
+        for layer in kernels.values():
+            layer.recipe = dataclasses.replace(layer.recipe, activation=None, activation_scale=None)
+        assert np.linalg.norm(run(model, ids) - exact) < 1e-5 * np.linalg.norm(exact)
+
+    def test_576_rows_are_four_blocks_and_a_half(self, tmp_path):
+        """`kv_a_proj_with_mqa` of the published sizes: latents of 512 and 64 dims with positions."""
+        sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "num_hidden_layers": 1, "num_nextn_predict_layers": 0}
+        config = DecoderConfig.from_hf(read_golden("deepseek_v3").hf | sizes)
+        fp8x.save(Decoder(config, rngs=nnx.Rngs(0)), tmp_path / "source")
+        fp8x.convert(tmp_path / "source", tmp_path / "native", BLOCKS, "fp8")
+        name = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
+        with contextlib.closing(Reader(tmp_path / "native")) as reader:
+            assert [reader.stored(name + suffix).shape for suffix in ("", "_scale_inv")] == [(576, 32), (5, 1)]
+        layer = fp8x.load(tmp_path / "native").layers[0].self_attn.kv_a_proj_with_mqa
+        weight = np.asarray(fp8x.load(tmp_path / "source").layers[0].self_attn.kv_a_proj_with_mqa.kernel[...]).T
+        amax = np.array([np.abs(weight[row : row + 128]).max() for row in range(0, 576, 128)], np.float32)
+        scale = (amax * np.float32(1 / 448))[:, None]
+        np.testing.assert_array_equal(layer.weight_scale[...], scale)
+        rows = np.repeat(1 / scale, 128, axis=0)[:576]
+        codes = np.clip(weight * rows, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+        np.testing.assert_array_equal(np.asarray(layer.weight[...]), codes)
 
     def test_the_correction_bias_stays_in_float32(self):
         model = fp8x.load(read_golden("deepseek_v3").path)
