@@ -47,9 +47,7 @@ def test_a_step_reads_8_bits_and_writes_in_place(scheme, start):
     program = optimized(generate, heads(HEADS, 1), cache, array(start, jnp.int32))
     body = program[program.index(f"\n%{re.search(r' while\(.*body=%([^\s,]+)', program)[1]} ") :]
     written = re.findall(r"= (\w+)\[([\d,]+)\]\S* (fusion|copy)\(.*?calls=%(\w+)", body[: body.index("\n}")])
-    large = [
-        (dtype, called) for dtype, dims, _, called in written if size(dims) >= BATCH * CAPACITY * KV * DIM
-    ]
+    large = [(dtype, called) for dtype, dims, _, called in written if size(dims) >= BATCH * CAPACITY * KV * DIM]
     assert [dtype for dtype, _ in large] == ["f8e4m3fn"] * 2, large
     assert all("dynamic_update_slice" in called or "scatter" in called for _, called in large)
 
