@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Float32, Int
 
 from fp8x.array import ScaledArray
 from fp8x.models.config import DecoderConfig
-from fp8x.models.kv_cache import KeyValues, Stored, read, remember
+from fp8x.models.kv_cache import KeyValues, Stored, remember
 from fp8x.models.rope import Rotary
 from fp8x.nn.training import source_of
 
@@ -83,61 +83,6 @@ class Attention(nnx.Module):
         """Heads and dims of the two arrays of `KeyValues`; on a mesh, on one device."""
         shape = (_outputs(self.k_proj) // self.head_dim, self.head_dim)
         return shape, shape
-
-
-class LatentAttention(nnx.Module):
-    """Through latents: `q_proj`, or `q_a_proj`, `q_a_layernorm` and `q_b_proj`; `kv_a_proj_with_mqa`, `kv_a_layernorm`,
-    `kv_b_proj`; and `o_proj`. See `Latent`."""
-
-    def __init__(self, config: DecoderConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        def linear(inputs: int, outputs: int) -> nnx.Linear:
-            return nnx.Linear(inputs, outputs, use_bias=False, param_dtype=param_dtype, rngs=rngs)
-
-        # Their epsilon is no field of config.json: transformers' classes leave it at its default.
-        norm = lambda dim: RMSNorm(dim, eps=1e-6, param_dtype=param_dtype)  # noqa: E731
-        latent, count, hidden = config.latent, config.num_attention_heads, config.hidden_size
-        self.latent, self.head_dim = latent, config.head_dim
-        self.scale = config.rope.score_factor / math.sqrt(config.head_dim)
-        if latent.q_rank is None:
-            self.q_proj = linear(hidden, count * config.head_dim)
-        else:
-            self.q_a_proj = linear(hidden, latent.q_rank)
-            self.q_a_layernorm = norm(latent.q_rank)
-            self.q_b_proj = linear(latent.q_rank, count * config.head_dim)
-        self.kv_a_proj_with_mqa = linear(hidden, latent.kv_rank + latent.rope_dim)
-        self.kv_a_layernorm = norm(latent.kv_rank)
-        self.kv_b_proj = linear(latent.kv_rank, count * (latent.nope_dim + latent.v_dim))
-        self.o_proj = linear(count * latent.v_dim, hidden)
-        self.k_cache = self.v_cache = nnx.data(None)
-
-    def __call__(
-        self,
-        x: Float[Array, "b t hidden"],
-        rotary: Rotary,
-        mask: Bool[Array, "#b t s"],
-        cache: KeyValues | None = None,
-        start: Int[Array, "*b"] | int = 0,
-    ) -> tuple[Float[Array, "b t hidden"], KeyValues]:
-        """Arguments and results as `Attention`'s."""
-        latent = self.latent
-        if latent.q_rank is None:
-            query = heads(self.q_proj, x, self.head_dim)
-        else:
-            query = heads(self.q_b_proj, self.q_a_layernorm(self.q_a_proj(x).astype(x.dtype)), self.head_dim)
-        query = jnp.concatenate([query[..., : latent.nope_dim], rotary.rotate(query[..., latent.nope_dim :])], -1)
-        low = self.kv_a_proj_with_mqa(x).astype(x.dtype)
-        keys_values, position = self.kv_a_layernorm(low[..., : latent.kv_rank]), low[..., latent.kv_rank :]
-        new = KeyValues(keys_values[:, :, None], rotary.rotate(position[:, :, None]))
-        seen = remember(new, (self.k_cache, self.v_cache), cache, start)
-        full = heads(self.kv_b_proj, read(seen.keys, x.dtype)[:, :, 0], latent.nope_dim + latent.v_dim)
-        position = jnp.broadcast_to(read(seen.values, x.dtype), (*full.shape[:-1], latent.rope_dim))
-        key, value = jnp.concatenate([full[..., : latent.nope_dim], position], -1), full[..., latent.nope_dim :]
-        out = attend(query, key, value, mask, self.scale)
-        return self.o_proj(joined(out)).astype(x.dtype), seen
-
-    def cache_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """As `Attention`'s."""
-        return (1, self.latent.kv_rank), (1, self.latent.rope_dim)
 
 
 def attend(

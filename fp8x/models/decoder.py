@@ -15,9 +15,10 @@ from jaxtyping import Bool, Float, Float32, Int
 
 from fp8x.array import ScaledArray
 from fp8x.errors import RecipeError, ShapeError
-from fp8x.models.attention import Attention, LatentAttention, RMSNorm, causal_mask
+from fp8x.models.attention import Attention, RMSNorm, causal_mask
 from fp8x.models.config import DecoderConfig
 from fp8x.models.kv_cache import Cache, KeyValues, KVQuantizer, as_scheme, is_static
+from fp8x.models.latent import LatentAttention
 from fp8x.models.rope import Rotary
 from fp8x.nn import GatedMLP, MoE
 from fp8x.scheme import KV_TENSOR, Scheme

@@ -171,6 +171,16 @@ class QuantizedLayer(Calibrated):
             scale = numerics.compute_scale(amax, scheme)
         return {"activation": scheme, "activation_scale": scale}
 
+    def dequantized_input(self, x: Float[Array, "... k"]) -> Float[Array, "... k"]:
+        """`x` as a product of this layer reads it: through 8 bits and back, if the recipe quantizes activations."""
+        self.begin_call()
+        scheme, scale = self._activation(x).values()
+        if scheme is None:
+            return x
+        x2 = meshes.merge_rows(x)
+        x2 = numerics.quantize(x2, scheme) if scale is None else numerics.quantize_with_scale(x2, scale, scheme)
+        return x2.dequantize(x.dtype).reshape(x.shape)
+
 
 def _merged_names(variable: nnx.Variable, dims: Sequence[Sequence[int]] | None) -> tuple | None:
     """The mesh axes in the metadata of `variable`, for the dims that `dims` merges; None where there are none."""

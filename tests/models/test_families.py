@@ -18,6 +18,7 @@ from fp8x.checkpoint import Reader, Writer
 from fp8x.errors import CheckpointError, ShapeError
 from fp8x.models import Decoder, DecoderConfig, generate
 from fp8x.models.families import FAMILIES
+from fp8x.models.latent import LatentAttention
 from fp8x.nn.walk import get_module, named_layers
 
 # Mixtral and Qwen3-MoE are those of the other tests.
@@ -216,6 +217,28 @@ class TestDeepSeek:
             hidden.append(y)
         logits = model.logits(jnp.concatenate(hidden, axis=1))
         np.testing.assert_allclose(logits, golden.tensors["logits_f32"], atol=1e-4)
+
+    @pytest.mark.parametrize("code", [None, "e4m3_bf16", BLOCKS, "e4m3_e4m3_bf16"])
+    def test_folded_into_queries_and_output_it_is_the_same(self, code, monkeypatch):
+        """What `kv_b_proj` makes of the latents, also where it quantizes them."""
+        golden = read_golden("deepseek_v3")
+        model, ids = nnx.clone(golden.model_f32), golden.tensors["ids"]
+        if code is not None:
+            fp8x.quantize_model(model, dataclasses.replace(fp8x.recipe(code), out_dtype=jnp.float32))
+        if code == "e4m3_e4m3_bf16":
+            fp8x.calibrate(model, [ids])
+        assert model.layers[0].self_attn._is_folded(ids.shape[1])
+        folded = np.asarray(nnx.jit(Decoder.__call__)(model, ids))
+        monkeypatch.setattr(LatentAttention, "_is_folded", lambda *_: False)
+        expanded = np.asarray(nnx.jit(lambda model, ids: model(ids))(model, ids))
+        assert np.linalg.norm(folded - expanded) < 1e-5 * np.linalg.norm(expanded)
+
+    def test_it_is_folded_where_that_is_less_work(self):
+        """By the sizes of DeepSeek-V3: 512 · 256 products to make a head's key and value, or 768 more a token."""
+        sizes = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+        config = DecoderConfig.from_hf(read_golden("deepseek_v3").hf | sizes)
+        layer = nnx.eval_shape(lambda: LatentAttention(config, param_dtype=jnp.float32, rngs=nnx.Rngs(0)))
+        assert [layer._is_folded(tokens) for tokens in (1, 170, 171, 4096)] == [True, True, False, False]
 
     def test_a_width_that_no_block_fits_is_named(self, tmp_path):
         """A latent of 24 dims is no multiple of MX's 32."""
