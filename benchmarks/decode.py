@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py --json decode.json                        # both models, batches of 1 to 64
     python benchmarks/decode.py --json decode.json --batches 1 --who mxfp8
+    python benchmarks/decode.py --json decode.json --batches 64 --cache e4m3 --context 8192
     python benchmarks/decode.py --table decode.json                       # Markdown
 
 The first goes on where a run before it stopped. Layers are as wide as the model's, but few (`--layers`); weights are
@@ -32,8 +33,8 @@ from mixtures import RECIPES, Mixture, randomize
 import fp8x
 from fp8x.benchmark import H200, Results, copy_bandwidth, facts, time_queue
 from fp8x.models import Decoder, DecoderConfig
-from fp8x.models.attention import KeyValues, causal_mask
-from fp8x.models.decoder import Cache
+from fp8x.models.attention import causal_mask
+from fp8x.models.kv_cache import Cache, KeyValues
 from fp8x.models.rope import Rotary
 from fp8x.ops.dispatch import BACKENDS
 
@@ -65,11 +66,13 @@ QUICK = {"batches": [1, 16], "who": ["fp8_e4m3fn_bf16_block_scale", "mxfp8_mxfp8
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """How much is decoded: layers of the model, tokens before and tokens new, for each text of the batch."""
+    """How much is decoded: layers of the model, tokens before and tokens new, for each text of the batch; and what the
+    cache holds."""
 
     layers: int
     context: int
     steps: int
+    cache: str = BF16
 
 
 def decoder(config: dict[str, Any], layers: int, who: str) -> Decoder:
@@ -87,12 +90,14 @@ def decoder(config: dict[str, Any], layers: int, who: str) -> Decoder:
 
 def full_cache(model: Decoder, batch: int, setting: Setting) -> Cache:
     """A cache in which `context` random tokens are, with room for the new ones."""
-    empty = model.init_cache(batch, setting.context + setting.steps)
-    shape = empty.layers[0].keys.shape
-    layers = [
-        KeyValues(*(jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(i))))
-        for i in range(len(empty.layers))
-    ]
+    empty = model.init_cache(batch, setting.context + setting.steps, setting.cache)
+
+    @jax.jit
+    def filled(room: KeyValues, key: Array) -> KeyValues:
+        random = KeyValues(*(jax.random.normal(each, room.keys.shape, jnp.bfloat16) for each in jax.random.split(key)))
+        return room.write(random, jnp.int32(0))
+
+    layers = [filled(room, jax.random.key(i)) for i, room in enumerate(empty.layers)]
     return Cache(tuple(layers), jnp.int32(setting.context))
 
 
@@ -109,7 +114,7 @@ def decode(model: Decoder, ids: Int[Array, " b"], cache: Cache, steps: int) -> I
 
 def attend(model: Decoder, x, cache: Cache):
     """The attention of every layer, one after another."""
-    config, positions = model.config, cache.length + jnp.arange(1)
+    config, positions = model.config, cache.length + jnp.arange(1)[None]
     rotary = Rotary.at(positions, config.rope, x.dtype)
     mask = causal_mask(positions, jnp.arange(cache.layers[0].keys.shape[1]), config.sliding_window)
     for layer, cached in zip(model.layers, cache.layers):
@@ -141,7 +146,8 @@ def floor_seconds(model: Decoder, batch: int, setting: Setting, who: str) -> flo
     idle = config.num_experts - mixture.active_experts(batch)
     nbytes = size(nnx.state(model)) - size(nnx.state(model.embed_tokens))  # of which a row a text is read
     nbytes -= setting.layers * idle * mixture.expert_bytes(None if who == BF16 else who)
-    nbytes += setting.layers * batch * setting.context * 2 * config.num_key_value_heads * config.head_dim * 2
+    cache = jax.eval_shape(lambda: model.init_cache(batch, setting.context, setting.cache).layers)
+    nbytes += size(cache)
     return nbytes / H200.bandwidth
 
 
@@ -178,7 +184,8 @@ def run(
                     model = model or decoder(config, setting.layers, recipe)
                     return measure(model, batch, setting, recipe)
 
-                results.attempt({"model": name, "who": recipe, "batch": batch}, attempt)
+                who_and_cache = recipe if setting.cache == BF16 else f"{recipe}, cache {setting.cache}"
+                results.attempt({"model": name, "who": who_and_cache, "batch": batch}, attempt)
 
 
 COLUMNS = ("who", "batch", "tokens a second", "a step", "floor", "floor / step", "over bf16", *PARTS)
@@ -221,6 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--cache", default=BF16, help="keys and values in bf16 (the default), e4m3 or e5m2")
     parser.add_argument("--quick", action="store_true", help=f"only {QUICK}")
     parser.add_argument("--backend", choices=BACKENDS, help="by default what fp8x.ops chooses")
     parser.add_argument("--tiny", action="store_true", help="narrow layers under the same names, to try this script")
@@ -235,7 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
     known = TINY if options.tiny else CONFIGS
     configs = {name: config for name, config in known.items() if re.search(options.models, name)}
     who = [name for name in who if re.search(options.who, name)]
-    setting = Setting(options.layers, options.context, options.steps)
+    setting = Setting(options.layers, options.context, options.steps, options.cache)
     nbytes = 2**20 if options.tiny else 2**31
     header = lambda: facts() | {"backend": options.backend, "copy_bandwidth": copy_bandwidth(nbytes)}  # noqa: E731
     with fp8x.backend(options.backend) if options.backend else contextlib.nullcontext():

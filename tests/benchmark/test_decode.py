@@ -45,6 +45,14 @@ def test_from_end_to_end(decode, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_cache_in_8_bits(decode, tmp_path):
+    arguments = ["--json", str(tmp_path / "out.json"), "--tiny", "--layers", "1", "--context", "5", "--steps", "3"]
+    decode.main([*arguments, "--batches", "1", "--models", "Qwen3", "--who", "^bf16", "--cache", "e4m3"])
+    (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert result["who"] == "bf16, cache e4m3" and "failure" not in result
+
+
+@pytest.mark.slow
 def test_writes_what_generate_does(decode):
     model = decode.decoder(decode.TINY["Mixtral 8x7B"], 2, "fp8_e4m3fn_bf16_block_scale")
     prompt = jnp.asarray([[5], [9]])
@@ -59,3 +67,6 @@ def test_floor_of_a_step(decode):
     weights = 2 * 3 * 64 * 96 + 64 * 4 + 2 * 64 * 64 + 2 * 64 * 32 + 61 * 64 + 3 * 64
     keys_and_values = 7 * 2 * 2 * 16
     assert decode.floor_seconds(model, 1, setting, "bf16") == pytest.approx(2 * (weights + keys_and_values) / 4.8e12)
+    setting = decode.Setting(layers=1, context=7, steps=2, cache="e4m3")  # a byte, and a scale for 16
+    nbytes = 2 * weights + keys_and_values + 4 * keys_and_values // 16
+    assert decode.floor_seconds(model, 1, setting, "bf16") == pytest.approx(nbytes / 4.8e12)
