@@ -86,10 +86,9 @@ def read_kv_scales(reader: Reader, format: Format | None) -> KVScales | None:
             raise CheckpointError(f"{attention}.k_scale is missing in {reader.path}, which has {names['v']}")
         values = names.get("v") or names.get("kv") or keys
         scales[attention] = (_read(reader, keys), _read(reader, values))
-    sizes = {scale.size for pair in scales.values() for scale in pair}
-    if len(sizes) > 1:
-        raise CheckpointError(f"{reader.path}: KV cache scales are for {sorted(sizes)} heads; fp8x reads one kind")
-    block = KV_TENSOR if sizes == {1} and declared is None else KV_HEAD if sizes != {1} else declared.block
+    is_of_heads = any(scale.size > 1 for pair in scales.values() for scale in pair)
+    is_of_heads |= declared is not None and declared.block == KV_HEAD
+    block = KV_HEAD if is_of_heads else KV_TENSOR
     names = tuple(name for each in found.values() for name in each.values())
     return KVScales(Scheme("e4m3", block=block), scales, names)
 

@@ -39,7 +39,7 @@ class Plan:
         modules: the prefixes (tensor names without `.weight`) of every module that holds matrices, by path: as
             `fp8x.load` has it where it knows the model, else the prefix itself.
         stored, recipes: of every prefix in the source and in the destination; None for 16 or 32 bits.
-        kv_cache: the scales of a KV cache in 8 bits, if the destination has any.
+        stored_kv, kv_cache: the scales of a KV cache in 8 bits, in the source and in the destination; None without any.
         source_format, format: None where nothing is quantized.
         out_dtype: in which the model computes.
     """
@@ -47,6 +47,7 @@ class Plan:
     modules: Mapping[str, list[str]]
     stored: Mapping[str, Recipe | None]
     recipes: Mapping[str, Recipe | None]
+    stored_kv: KVScales | None
     kv_cache: KVScales | None
     source_format: Format | None
     format: Format | None
@@ -82,14 +83,15 @@ def plan(
         check_stored(by_module.values())
         recipes = {prefix: by_module[path] for path, names in modules.items() for prefix in names}
     used = [choice for choice in recipes.values() if choice is not None]
+    stored_kv = read_kv_scales(reader, source_format)
     is_calibrated = calibration is not None and calibration.kv_cache is not None
-    kv_cache = _calibrated_kv(calibration) if is_calibrated else read_kv_scales(reader, source_format)
+    kv_cache = _calibrated_kv(calibration) if is_calibrated else stored_kv
     if not used and format is None and not is_calibrated:
         kv_cache = None  # nowhere to declare it
     if format is not None and not used and kv_cache is None:
         raise CheckpointError(f"format: {format!r} does not fit: nothing is quantized; leave the format out")
     chosen = choose_format(used, format, kv_cache and kv_cache.scheme) if used or kv_cache else None
-    return Plan(modules, stored, recipes, kv_cache, source_format, chosen, out_dtype)
+    return Plan(modules, stored, recipes, stored_kv, kv_cache, source_format, chosen, out_dtype)
 
 
 def convert(
@@ -141,8 +143,7 @@ def convert(
         scales = {} if calibration is None else _scales(calibration, planned, reader)
         config = _config(reader.config, planned)
         further = {} if planned.format is None else planned.format.beside(config["quantization_config"])
-        stored_kv = read_kv_scales(reader, planned.source_format)
-        if stored_kv is not None and planned.kv_cache is None:
+        if planned.stored_kv is not None and planned.kv_cache is None:
             warnings.warn(
                 f"{reader.path}: the scales of its KV cache are left out: a checkpoint in {planned.out_dtype} declares "
                 "none; format='compressed-tensors' keeps them",
@@ -159,7 +160,7 @@ def convert(
             source_format=planned.source_format,
             format=planned.format,
             out_dtype=planned.out_dtype,
-            dropped=() if stored_kv is None else stored_kv.names,
+            dropped=() if planned.stored_kv is None else planned.stored_kv.names,
             added={} if planned.kv_cache is None else kv_tensors(planned.kv_cache, planned.format),
             allow_nonfinite=allow_nonfinite,
             max_shard_bytes=max_shard_bytes,

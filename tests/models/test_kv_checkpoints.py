@@ -168,7 +168,7 @@ def test_declarations_that_are_not_read(format, config, message):
         (of_layers(k_scale=np.ones((2, 3), np.float32)), r"scales of its KV cache do not fit: scale: shape is \[3\]"),
         (
             of_layers(k_scale=[np.ones(1, np.float32), np.ones(2, np.float32)]),
-            r"KV cache scales are for \[1, 2\] heads",
+            r"do not fit: scale: shape is \[1\], but",
         ),
         (of_layers(k_scale=np.ones((2, 1), np.int32)), r"k_scale in .*: dtype is I32, expected F32 or BF16 or F16"),
     ],
