@@ -2,7 +2,6 @@
 
 import json
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -83,24 +82,20 @@ def generate(
 
     ends = _ends(checkpoint, model)
     start = time.monotonic()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        columns = stream(
-            model,
-            ids,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=seed,
-            eos_id=ends,
-            stop_strings=stop,
-            tokenizer=tokenizer,
-            cache_dtype=cache_dtype,
-        )
-    for warning in caught:
-        terminal.warn(warning.message)
+    columns = stream(
+        model,
+        ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        eos_id=ends,
+        stop_strings=stop,
+        tokenizer=tokenizer,
+        cache_dtype=cache_dtype,
+    )
     texts = [Text(tokenizer, each, ends, stop or []) for each in ids]
     is_live = len(prompts) == 1 and not as_json
     with terminal.progress("generating") as update:

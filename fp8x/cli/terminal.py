@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -35,17 +36,35 @@ _PATH_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirec
 
 
 def command(function: Callable) -> Callable:
-    """A command in which a user's mistake ends in one red line and exit code 2."""
+    """A command in which a user's mistake ends in one red line and exit code 2, and a warning is one yellow line."""
 
     @functools.wraps(function)
     def guarded(*args, **kwargs):
         try:
-            return function(*args, **kwargs)
+            with _warnings_as_lines():
+                return function(*args, **kwargs)
         except (Fp8xError, *_PATH_ERRORS) as error:
             _say("error", error, "red")
             raise typer.Exit(2) from None
 
     return guarded
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    shown = set()
+
+    def show(message: Warning | str, category: type[Warning], *where, **options) -> None:
+        if not issubclass(category, UserWarning):
+            return default(message, category, *where, **options)
+        if str(message) not in shown:
+            shown.add(str(message))
+            warn(message)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        default, warnings.showwarning = warnings.showwarning, show
+        yield
 
 
 def warn(message: object) -> None:

@@ -12,7 +12,7 @@ import fp8x
 from fp8x.errors import CalibrationError, DataError, RecipeError
 from fp8x.models import generate, stream
 from fp8x.models.generate import _run
-from fp8x.models.kv_cache import GRANULARITIES
+from fp8x.scheme import KV_HEAD, Scheme
 
 CHUNK = 6  # both prompts are two of these
 DRAWN = {"max_new_tokens": 16, "temperature": 1.0, "top_p": 0.9, "min_p": 0.01, "prefill_chunk": CHUNK}
@@ -210,9 +210,9 @@ def test_caches_that_do_not_fit(model, ids):
     with pytest.raises(RecipeError, match="cache_dtype: 'int4' is no type for keys and values"):
         generate(model, ids, max_new_tokens=4, cache_dtype="int4")
     with pytest.raises(CalibrationError, match="kv_cache: its scales are missing"):
-        generate(model, ids, max_new_tokens=4, cache_dtype=GRANULARITIES["head"])
+        generate(model, ids, max_new_tokens=4, cache_dtype=Scheme("e4m3", block=KV_HEAD))
     uncalibrated = nnx.clone(model)
-    uncalibrated.set_kv_cache(GRANULARITIES["head"])
+    uncalibrated.set_kv_cache(Scheme("e4m3", block=KV_HEAD))
     with pytest.raises(CalibrationError, match="kv_cache: its scales are missing"):
         generate(uncalibrated, ids, max_new_tokens=4)
 
