@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import fp8x
 from fp8x import models
+from fp8x.checkpoint import Reader
 from fp8x.cli import app
 from fp8x.cli.generate import Text
 
@@ -183,7 +184,7 @@ def test_words_as_they_come():
     tokenizer.decoder = decoders.Sequence(parts)
 
     def words(tokens, stops=()):
-        text, shown = Text(tokenizer, [0], [4], [*stops]), []
+        text, shown = Text(tokenizer, [0], [4], [*stops], 5), []
         for token in tokens:
             text.add(token)
             shown.append(text.new_words())
@@ -312,12 +313,12 @@ def test_truncated_safetensors(copy, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_config_without_a_field(copy, tmp_path):
+def test_config_without_a_field(copy, texts, tmp_path):
     set_config(copy, num_attention_heads=None)
     """Matrices need none to be converted, but a model does."""
     done = invoke("quantize", copy, tmp_path / "out", "-r", DYNAMIC)
     assert done.stderr.count("warning: ") == 1 and "has no num_attention_heads" in done.stderr
-    assert "num_attention_heads" in error("eval", copy, "--data", tmp_path / "none.jsonl")
+    assert "num_attention_heads" in error("eval", copy, "--data", texts)
 
 
 def test_nan_weights(copy, tmp_path):
@@ -389,6 +390,31 @@ def test_scales_from_a_file(tiny_checkpoint, quantized, tmp_path):
     assert "was calibrated for" in error(
         "quantize", tiny_checkpoint, tmp_path / "b", "-r", other, "--calibration", scales
     )
+
+
+def test_keys_and_values_in_8_bits(tiny_checkpoint, texts, tmp_path):
+    """Their scales are found, come from a file, and get other names in another format."""
+    few = ("--num-samples", 2, "--max-length", 16)
+    with_data = ("quantize", tiny_checkpoint, tmp_path / "a", "-r", DYNAMIC, "--calibrate", texts)
+    invoke(*with_data, "--kv-cache", "tensor", *few)
+    invoke("quantize", tmp_path / "a", tmp_path / "b", "--format", "modelopt")
+    invoke("quantize", tiny_checkpoint, tmp_path / "c", "--calibration", tmp_path / "a/calibration.json")
+    names = [{name for name in Reader(tmp_path / path) if name.endswith("k_scale")} for path in "abc"]
+    first = "model.layers.0.self_attn"
+    assert names[0] == names[2] and f"{first}.k_scale" in names[0] and f"{first}.k_proj.k_scale" in names[1]
+    found = read_json("calibrate", tiny_checkpoint, texts, "-r", DYNAMIC, "--kv-cache", "head", *few)
+    assert set(found["layers"]) == {f"layers.{i}.self_attn.{name}_cache" for i in range(2) for name in "kv"}
+    to_another = (*with_data[:2], tmp_path / "d", *with_data[3:])
+    assert "--kv-cache block: is unknown; use tensor, head" in error(*to_another, "--kv-cache", "block")
+    heads = ("quantize", tiny_checkpoint, tmp_path / "d", "-r", DYNAMIC, "--format", "modelopt", "--kv-cache", "head")
+    assert "no KV cache in e4m3" in error(*heads, "--calibrate", texts)
+    assert "pass --calibrate" in error(*heads[:5], "--kv-cache", "tensor")
+
+
+def test_eval_with_keys_and_values_in_8_bits(tiny_checkpoint, texts):
+    found = read_json("eval", tiny_checkpoint, "-d", texts, "--kv-cache", "token", "--mesh", "data=2")["results"]
+    assert [result["kv_cache"] for result in found] == [None, "token"]
+    assert found[1]["cache_bytes_per_token"] < found[0]["cache_bytes_per_token"] and found[1]["delta_percent"] != 0
 
 
 def test_outputs_that_can_not_be_written(tiny_checkpoint, tmp_path, texts):

@@ -18,6 +18,7 @@ from fp8x.calibrate.statistics import observe, start, static_layers
 from fp8x.errors import CalibrationError, DataError, MeshError, some
 from fp8x.nn.calibrated import Calibrated
 from fp8x.nn.observer import total_counts
+from fp8x.nn.quantized import QuantizedLayer
 from fp8x.scheme import KV_HEAD, KV_TENSOR, Scheme
 from fp8x.sharding.model import plan_of, static_dims
 from fp8x.sharding.place import whole
@@ -25,7 +26,7 @@ from fp8x.sharding.plan import Placement
 
 KVGranularity = Literal["tensor", "head"]
 
-_KV_SCHEMES = {"tensor": Scheme("e4m3", block=KV_TENSOR), "head": Scheme("e4m3", block=KV_HEAD)}
+KV_SCHEMES = {"tensor": Scheme("e4m3", block=KV_TENSOR), "head": Scheme("e4m3", block=KV_HEAD)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,7 @@ def calibrate(
     method: Method = "max",
     percentile: float = DEFAULT_PERCENTILE,
     kv_cache: bool | KVGranularity | Scheme = False,
+    kv_cache_only: bool = False,
 ) -> CalibrationReport:
     """Sets the static activation scales of a model from what its layers see.
 
@@ -102,6 +104,7 @@ def calibrate(
         kv_cache: also store the keys and values of an `fp8x.models.Decoder` in e4m3 from now on, and find scales for
             them: `True` or "tensor", one of keys and one of values a layer; "head", one a head; or a `Scheme`, as
             `Decoder.set_kv_cache` takes it. A model whose cache has such scales already gets them anew in any case.
+        kv_cache_only: leave the layers' static activation scales as they are, and quantize activations by them.
 
     Raises:
         CalibrationError: the model has no static layer, an unknown method, or layers (named) that saw NaN or Inf, or
@@ -114,7 +117,14 @@ def calibrate(
     if placement is not None:
         mesh = _check_placement(placement, mesh, method)
     with _kv_cache(model, kv_cache):
-        return _calibrate(model, batches, mesh, method, percentile)
+        layers = static_layers(model)
+        if kv_cache_only:
+            layers = {path: layer for path, layer in layers.items() if not isinstance(layer, QuantizedLayer)}
+            if not layers:
+                raise CalibrationError(
+                    "kv_cache_only: the model's keys and values have no static scales; pass kv_cache"
+                )
+        return _calibrate(model, layers, batches, mesh, method, percentile)
 
 
 @contextlib.contextmanager
@@ -125,8 +135,8 @@ def _kv_cache(model: nnx.Module, kind: bool | KVGranularity | Scheme) -> Iterato
         return
     if not hasattr(model, "set_kv_cache"):
         raise CalibrationError(f"kv_cache: a {type(model).__name__} has none that fp8x knows; give an fp8x Decoder")
-    scheme = _KV_SCHEMES.get("tensor" if kind is True else kind, kind)
-    if not isinstance(scheme, Scheme) or scheme.block not in (KV_TENSOR, KV_HEAD):
+    scheme = kind if isinstance(kind, Scheme) else KV_SCHEMES.get("tensor" if kind is True else str(kind))
+    if scheme is None or scheme.block not in (KV_TENSOR, KV_HEAD) or scheme.scale_rule == "unit":
         raise CalibrationError(
             f"kv_cache: {kind!r} does not fit; use True, 'tensor', 'head', or a Scheme with block {KV_TENSOR} or "
             f"{KV_HEAD}"
@@ -142,10 +152,15 @@ def _kv_cache(model: nnx.Module, kind: bool | KVGranularity | Scheme) -> Iterato
 
 
 def _calibrate(
-    model: nnx.Module, batches: Iterable, mesh: Mesh | None, method: Method, percentile: float
+    model: nnx.Module,
+    layers: dict[str, Calibrated],
+    batches: Iterable,
+    mesh: Mesh | None,
+    method: Method,
+    percentile: float,
 ) -> CalibrationReport:
-    layers, placement = static_layers(model), getattr(model, "placement", None)
-    parts = start(model, histogram=method != "max")
+    placement = getattr(model, "placement", None)
+    parts = start(model, histogram=method != "max", layers=layers)
     try:
         observer = _Observer(*parts) if mesh is None else ShardedObserver(*parts, mesh, placement is not None)
         count = _observe_all(observer, batches)

@@ -1,6 +1,6 @@
 """Statistics as values: through a call of the model, in and out, and from many devices into one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +17,10 @@ from fp8x.nn.walk import named_static
 from fp8x.sharding.place import SPEC
 
 
-def start(model: nnx.Module, *, histogram: bool = False) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """Puts a model's static layers into calibration, with or without histograms.
+def start(
+    model: nnx.Module, *, histogram: bool = False, layers: Mapping[str, Calibrated] | None = None
+) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Puts a model's static layers, or some of them, into calibration, with or without histograms.
 
     They pass their inputs on in 16 bits, so that what a row gives depends on no other row, batch or device.
 
@@ -27,8 +29,7 @@ def start(model: nnx.Module, *, histogram: bool = False) -> tuple[nnx.GraphDef, 
     Raises:
         CalibrationError: the model has no static layer.
     """
-    layers = static_layers(model)
-    for layer in layers.values():
+    for layer in (static_layers(model) if layers is None else layers).values():
         layer.start_calibration(histogram=histogram, fake_quantize=False)
         # Statistics of a layer on a mesh lie as what they are of.
         layer.amax.set_metadata(SPEC, layer.input_scale.get_metadata(SPEC, P()))

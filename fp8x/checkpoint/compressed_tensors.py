@@ -86,7 +86,7 @@ class CompressedTensors(Format):
             own = group.one_of("format", None, FLOAT, NAIVE, MXFP8, default=None) or common
             recipe = apply_extras(_recipe(group, out_dtype, own == MXFP8), added.object(name, {}))
             targets |= dict.fromkeys(group.strings("targets"), recipe)
-        if not targets and self.kv_scheme(config) is None:
+        if not targets and fields.get("kv_cache_scheme", None) is None:
             raise fields.error("config_groups", "an object of groups with targets")
         ignored = first_target(fields.strings("ignore", []), LINEAR)
         target = first_target(targets, LINEAR)

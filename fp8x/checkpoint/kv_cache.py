@@ -25,7 +25,7 @@ from fp8x.scheme import FLOAT32, KV_HEAD, KV_TENSOR, Scheme
 
 # Of keys, of values, or of both.
 _NAME = re.compile(
-    r"(?P<attention>.*?)\.(?:(?P<k>(?:k_proj\.)?k|k_proj\.output)|(?P<v>(?:v_proj\.)?v|v_proj\.output)|kv)_scale"
+    r"(?P<attention>.*?)\.(?:attn\.)?(?:(?P<k>(?:k_proj\.)?k|k_proj\.output)|(?P<v>(?:v_proj\.)?v|v_proj\.output)|kv)_scale"
 )
 QUERIES = re.compile(r".*\.(self_attn\.(q|attn|prob)_scale|q_proj\.(q|output)_scale)")
 
@@ -35,13 +35,14 @@ class KVScales:
     """How a checkpoint has the keys and values of its attentions stored.
 
     Attributes:
-        scheme: over `[B, S, heads, dim]`: one scale, or one a head.
+        scheme: over `[B, S, heads, dim]`: one scale, or one a head; None for 16 bits, where the config declares
+            something that fp8x has not.
         scales: of keys and of values, float32 `[1]` or `[heads]`, by the attention's prefix. Empty where the config
             declares them and they are missing: they are 1 then.
         names: the tensors that hold them.
     """
 
-    scheme: Scheme
+    scheme: Scheme | None
     scales: Mapping[str, tuple[Float32[np.ndarray, " n"], Float32[np.ndarray, " n"]]]
     names: tuple[str, ...] = ()
 
@@ -58,38 +59,48 @@ class KVScales:
             raise CheckpointError(f"{some(missing)} missing, while other layers have scales of a KV cache")
         return [self.scales[name] for name in attentions]
 
-
-def read_kv_scales(reader: Reader, format: Format | None) -> KVScales | None:
-    """The scales that a checkpoint holds or declares; None without any. Warns of declared ones that are missing.
-
-    Raises:
-        CheckpointError: a declaration that fp8x does not read, or scales that are no scales; named.
-    """
-    declared = None if format is None else format.kv_scheme(reader.config["quantization_config"])
-    found: dict[str, dict[str, str]] = {}
-    for name in reader:
-        if match := _NAME.fullmatch(name):
-            kind = "k" if match["k"] else "v" if match["v"] else "kv"
-            found.setdefault(match["attention"], {})[kind] = name
-    if not found:
-        if declared is not None and declared.block in (KV_TENSOR, KV_HEAD):
+    def warn_of_missing(self, reader: Reader) -> None:
+        """Warns of declared scales that are missing."""
+        if not self.scales and self.scheme is not None and self.scheme.block in (KV_TENSOR, KV_HEAD):
             warnings.warn(
                 f"{reader.path}: config.json declares a KV cache in FP8, but there are no scales for it; they are "
                 "taken as 1, as vLLM does",
                 stacklevel=4,
             )
+
+
+def read_kv_scales(reader: Reader, format: Format | None) -> KVScales | None:
+    """The scales that a checkpoint holds or declares; None without any. Warns of a declaration that is not supported.
+
+    Raises:
+        CheckpointError: scales that are no scales; named.
+    """
+    declared, is_unknown = None, False
+    try:
+        declared = None if format is None else format.kv_scheme(reader.config["quantization_config"])
+    except CheckpointError as error:
+        is_unknown = True
+        warnings.warn(f"{error}; keys and values stay in the model's type", stacklevel=4)
+    found: dict[str, dict[str, str]] = {}
+    for name in reader:
+        if match := _NAME.fullmatch(name):
+            kind = "k" if match["k"] else "v" if match["v"] else "kv"
+            found.setdefault(match["attention"], {})[kind] = name
+    names = tuple(name for each in found.values() for name in each.values())
+    if is_unknown:
+        return KVScales(None, {}, names)
+    if not found:
         return None if declared is None else KVScales(declared, {})
     scales = {}
-    for attention, names in found.items():
-        keys = names.get("k") or names.get("kv")
+    for attention, kinds in found.items():
+        keys = kinds.get("k") or kinds.get("kv")
         if keys is None:
-            raise CheckpointError(f"{attention}.k_scale is missing in {reader.path}, which has {names['v']}")
-        values = names.get("v") or names.get("kv") or keys
+            raise CheckpointError(f"{attention}.k_scale is missing in {reader.path}, which has {kinds['v']}")
+        values = kinds.get("v") or kinds.get("kv") or keys
         scales[attention] = (_read(reader, keys), _read(reader, values))
     is_of_heads = any(scale.size > 1 for pair in scales.values() for scale in pair)
     is_of_heads |= declared is not None and declared.block == KV_HEAD
     block = KV_HEAD if is_of_heads else KV_TENSOR
-    names = tuple(name for each in found.values() for name in each.values())
     return KVScales(Scheme("e4m3", block=block), scales, names)
 
 

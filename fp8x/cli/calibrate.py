@@ -126,6 +126,7 @@ def run(model: "Decoder", rows: "np.ndarray", calibration: options.Calibration) 
             method=calibration.method,
             percentile=calibration.percentile,
             kv_cache=calibration.kv_cache or False,
+            kv_cache_only=calibration.kv_cache_only,
         )
 
 

@@ -88,15 +88,17 @@ def evaluate(
         if kind == TOKEN:
             model.set_kv_cache("e4m3")
         elif kind is not None:
-            calibrate.run(model, rows, dataclasses.replace(calibration, kv_cache=kind))
+            calibrate.run(model, rows, dataclasses.replace(calibration, kv_cache=kind, kv_cache_only=True))
         context = context or rule.default_context(model.config)  # of the first, for all
         with terminal.progress(f"evaluating {code or path.name}") as update:
             found = rule.evaluate(
                 model, tokenizers[path], texts, context=context, batch_size=batch_size, progress=update
             )
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
-        cache = jax.eval_shape(lambda: model.init_cache(1, context).layers)
-        per_token = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) / context
+        texts_at_once = 1 if devices is None else devices.shape.get("data", 1)
+        cache = jax.eval_shape(lambda: model.init_cache(texts_at_once, context).layers)
+        nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+        per_token = nbytes / context / texts_at_once
         row = {"checkpoint": str(path), "recipe": code, "kv_cache": kind, **dataclasses.asdict(found)}
         return row | {"model_bytes": size, "cache_bytes_per_token": per_token}
 

@@ -96,7 +96,7 @@ def generate(
         tokenizer=tokenizer,
         cache_dtype=cache_dtype,
     )
-    texts = [Text(tokenizer, each, ends, stop or []) for each in ids]
+    texts = [Text(tokenizer, each, ends, stop or [], model.config.vocab_size) for each in ids]
     is_live = len(prompts) == 1 and not as_json
     with terminal.progress("generating") as update:
         for done, column in enumerate(columns, 1):
@@ -126,8 +126,14 @@ def generate(
 class Text:
     """A text that grows: its ids, without the end token, and its words."""
 
-    def __init__(self, tokenizer: "Tokenizer", ids: list[int], ends: Sequence[int], stops: list[str]):
-        self.tokenizer, self.ids, self.ends, self.stops = tokenizer, [*ids], ends, stops
+    def __init__(
+        self, tokenizer: "Tokenizer", ids: list[int], ends: Sequence[int], stop_strings: list[str], vocab_size: int
+    ):
+        from fp8x.models.stop import Stops
+
+        self.tokenizer, self.ids, self.ends = tokenizer, [*ids], ends
+        self._strings, self._tail = [string.encode() for string in stop_strings], b""
+        self._stops = Stops.of(stop_strings, tokenizer, vocab_size) if stop_strings else None
         self.is_done, self._start, self._shown = False, len(ids), len(ids)
 
     @property
@@ -140,11 +146,10 @@ class Text:
         if self.is_done:
             return
         self.ids.append(token)
-        if self.stops:
-            # A string is in no more tokens than it has bytes.
-            longest = max(len(stop.encode()) for stop in self.stops)
-            tail = self.tokenizer.decode(self.new[-longest:], skip_special_tokens=False)
-            self.is_done = any(stop in tail for stop in self.stops)
+        if self._stops is not None:  # as in the compiled loop, which goes on for other texts
+            read = self._tail + self._stops.bytes_of(token)
+            self.is_done = any(string in read for string in self._strings)
+            self._tail = read[-max(map(len, self._strings)) :]
 
     def new_words(self, is_last: bool = False) -> str:
         """What has come since the last call. A character that lacks bytes waits for them, unless this is the last."""

@@ -143,3 +143,4 @@ class Calibration:
     percentile: float = PERCENTILE
     mesh: "Mesh | None" = None
     kv_cache: str | None = None
+    kv_cache_only: bool = False

@@ -1,5 +1,6 @@
 """`fp8x quantize`."""
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,8 +13,10 @@ from fp8x.cli.loading import load
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fp8x.calibrate import Sidecar
     from fp8x.checkpoint import Format, Reader
     from fp8x.checkpoint.inspect import TensorRow
+    from fp8x.checkpoint.kv_cache import KVScales
     from fp8x.models.convert import Plan
     from fp8x.recipe import Recipe
 
@@ -71,6 +74,7 @@ def quantize(
     From 8 bits to others the added error is measured. Scales from --calibrate are in DST/calibration.json too.
     """
     import fp8x
+    from fp8x.calibrate import sidecar
     from fp8x.checkpoint import Reader
     from fp8x.checkpoint.destination import check_free
     from fp8x.checkpoint.inspect import inspect
@@ -81,11 +85,14 @@ def quantize(
     rules = options.parse_rules(rule)
     check_free(destination)
     reader = Reader(source)
-    planned = plan(reader, chosen, format, rules)
-    _check(planned, recipe, data, calibration, kv_cache)
+    given = None if calibration is None else sidecar.read(calibration)
+    planned = plan(reader, chosen, format, rules, _kv_scales(kv_cache, data, given))
+    _check(planned, recipe, data, given)
     found = None
     if data is not None and (kv_cache or _needs_calibration(planned)):
         arguments = options.Calibration(data, num_samples, max_length, batch_size, seed, kv_cache=kv_cache)
+        # Scales that the source has are kept, unless a recipe asks for others.
+        arguments = dataclasses.replace(arguments, kv_cache_only=chosen is None)
         samples = calibrate.read_rows(source, arguments)
         model = load(source, chosen, rules, allow_nonfinite)
         report = calibrate.run(model, samples, arguments)
@@ -100,7 +107,7 @@ def quantize(
                 chosen,
                 format,
                 rules=rules,
-                calibration=found or calibration,
+                calibration=found or given,
                 allow_nonfinite=allow_nonfinite,
                 beside=None if found is None else {SIDECAR: found.to_json()},
                 progress=update,
@@ -130,20 +137,31 @@ def quantize(
     _show(summary, source, destination)
 
 
-def _check(plan: "Plan", code: str | None, data: Path | None, calibration: Path | None, kv_cache: str | None) -> None:
+def _kv_scales(kind: str | None, data: Path | None, given: "Sidecar | None") -> "KVScales | None":
+    """How the destination's keys and values are to be stored: as asked, or as a calibration file has it."""
+    from fp8x.calibrate.driver import KV_SCHEMES
+    from fp8x.checkpoint.kv_cache import KVScales
+    from fp8x.errors import CalibrationError
+
+    options.check_kv_cache(kind, *KV_SCHEMES)
+    if kind is not None and data is None:
+        raise CalibrationError(f"--kv-cache {kind}: its scales are calibrated: pass --calibrate DATA.jsonl")
+    scheme = KV_SCHEMES.get(kind, None if given is None else given.kv_cache)
+    return None if scheme is None else KVScales(scheme, {})
+
+
+def _check(plan: "Plan", code: str | None, data: Path | None, calibration: "Sidecar | None") -> None:
     """Raises for what would fail later, after work, or do nothing."""
     from fp8x.errors import CalibrationError, RecipeError, RuleError
 
-    options.check_kv_cache(kv_cache, "tensor", "head")
-    if kv_cache is not None and data is None:
-        raise CalibrationError(f"--kv-cache {kv_cache}: its scales are calibrated: pass --calibrate DATA.jsonl")
-    if code is None and plan.source_format is None and kv_cache is None:
+    finds_kv = plan.kv_cache is not plan.stored_kv
+    if code is None and plan.source_format is None and not finds_kv:
         raise RecipeError("--recipe: missing; the source is not quantized, so there is nothing to do without a recipe")
     if code not in (None, *UNQUANTIZED) and plan.format is None:
         raise RuleError("--rule: the rules skip every module; nothing would be quantized")
     if data is not None and calibration is not None:
         raise CalibrationError("--calibration: stands beside --calibrate; give the data or the scales, not both")
-    if (data or calibration) is not None and not kv_cache and not _needs_calibration(plan):
+    if (data or calibration) is not None and not finds_kv and not _needs_calibration(plan):
         terminal.warn(f"--{'calibrate' if data else 'calibration'} is not used: recipe {code} has no calibrated scale")
     # Where the source is quantized, its own scales may do; `convert` knows.
     elif plan.source_format is None and data is calibration is None and _needs_calibration(plan):
@@ -167,7 +185,7 @@ def _schemes(plan: "Plan", before: "Reader", after: "Reader", rows: "list[Tensor
         scheme = after.stored(name).dtype.lower() if recipe is None else str(recipe.weight)
         entry = found.setdefault(scheme, {"tensors": 0, "bytes_before": 0, "bytes_after": 0, "snr_db": []})
         entry["tensors"] += 1
-        entry["bytes_before"] += sizes[name]
+        entry["bytes_before"] += sizes.get(name, 0)  # scales of a KV cache may be new, or of another name
         entry["bytes_after"] += size
         if (snr := snrs.get(name)) is not None:
             entry["snr_db"].append(snr)

@@ -48,7 +48,8 @@ def apply_chat_template(
     plain = [{name: value for name, value in message.items() if value is not None} for message in plain]
     config = _read_config(path / "tokenizer_config.json")
     source, template = _find_template(path, config)
-    tokens = {name: _content(config[name]) for name in SPECIAL_TOKENS if config.get(name) is not None}
+    named = _read_config(path / "special_tokens_map.json") | config  # older checkpoints name them there alone
+    tokens = {name: _content(named[name]) for name in SPECIAL_TOKENS if named.get(name) is not None}
     try:
         return (
             _environment()

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from fp8x.calibrate import Sidecar, sidecar
 from fp8x.checkpoint import Format, Reader, choose_format, format_of
@@ -17,9 +18,10 @@ from fp8x.checkpoint.convert import Conversion, Target, convert_tensors
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES
 from fp8x.checkpoint.format import stored_recipes
 from fp8x.checkpoint.header import FLOAT8, UNQUANTIZED
-from fp8x.checkpoint.kv_cache import KVScales, kv_tensors, read_kv_scales
+from fp8x.checkpoint.kv_cache import QUERIES, KVScales, kv_tensors, read_kv_scales
 from fp8x.errors import CheckpointError, ConfigError, RuleError, some
 from fp8x.models.config import DecoderConfig
+from fp8x.models.decoder import Decoder
 from fp8x.models.families import FAMILIES
 from fp8x.models.hf_names import linear_names, param_names, skipped
 from fp8x.models.loading import flat
@@ -59,9 +61,13 @@ def plan(
     recipe: Recipe | str | None = None,
     format: str | None = None,
     rules: Mapping[str, Recipe | str | None] | None = None,
-    calibration: Sidecar | None = None,
+    kv_cache: KVScales | None = None,
 ) -> Plan:
-    """What `convert` would do; arguments and errors as there."""
+    """What `convert` would do; arguments and errors as there.
+
+    Arguments:
+        kv_cache: scales that take the place of the source's.
+    """
     source_format, out_dtype = format_of(reader.config), _dtype(reader.config)
     modules = _modules(reader)
     prefixes = [prefix for names in modules.values() for prefix in names]
@@ -84,8 +90,8 @@ def plan(
         recipes = {prefix: by_module[path] for path, names in modules.items() for prefix in names}
     used = [choice for choice in recipes.values() if choice is not None]
     stored_kv = read_kv_scales(reader, source_format)
-    is_calibrated = calibration is not None and calibration.kv_cache is not None
-    kv_cache = _calibrated_kv(calibration) if is_calibrated else stored_kv
+    is_calibrated = kv_cache is not None
+    kv_cache = kv_cache if is_calibrated else stored_kv if stored_kv is not None and stored_kv.scheme else None
     if not used and format is None and not is_calibrated:
         kv_cache = None  # nowhere to declare it
     if format is not None and not used and kv_cache is None:
@@ -139,16 +145,21 @@ def convert(
     with contextlib.closing(Reader(src)) as reader:
         if calibration is not None and not isinstance(calibration, Sidecar):
             calibration = sidecar.read(calibration)
-        planned = plan(reader, recipe, format, rules, calibration)
+        kv_cache = None if calibration is None or calibration.kv_cache is None else _calibrated_kv(calibration, reader)
+        planned = plan(reader, recipe, format, rules, kv_cache)
         scales = {} if calibration is None else _scales(calibration, planned, reader)
         config = _config(reader.config, planned)
         further = {} if planned.format is None else planned.format.beside(config["quantization_config"])
-        if planned.stored_kv is not None and planned.kv_cache is None:
+        dropped = () if planned.stored_kv is None else planned.stored_kv.names
+        if planned.format is None and planned.stored_kv is not None:
+            dropped += tuple(name for name in reader if QUERIES.fullmatch(name))
             warnings.warn(
                 f"{reader.path}: the scales of its KV cache are left out: a checkpoint in {planned.out_dtype} declares "
                 "none; format='compressed-tensors' keeps them",
                 stacklevel=2,
             )
+        elif planned.kv_cache is planned.stored_kv is not None:
+            planned.stored_kv.warn_of_missing(reader)
         return convert_tensors(
             reader,
             dst,
@@ -160,7 +171,7 @@ def convert(
             source_format=planned.source_format,
             format=planned.format,
             out_dtype=planned.out_dtype,
-            dropped=() if planned.stored_kv is None else planned.stored_kv.names,
+            dropped=dropped,
             added={} if planned.kv_cache is None else kv_tensors(planned.kv_cache, planned.format),
             allow_nonfinite=allow_nonfinite,
             max_shard_bytes=max_shard_bytes,
@@ -215,7 +226,14 @@ def _scales(found: Sidecar, plan: Plan, reader: Reader) -> dict[str, np.ndarray]
     return {prefix: scale for path, scale in found.scales.items() for prefix in plan.modules[path]}
 
 
-def _calibrated_kv(found: Sidecar) -> KVScales:
+def _calibrated_kv(found: Sidecar, reader: Reader) -> KVScales:
+    """The scales of keys and values in a sidecar.
+
+    Raises:
+        CalibrationError: they are another model's.
+    """
+    config = DecoderConfig.from_hf(reader.config)
+    found.set_kv_cache(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))  # looks whether they fit
     return KVScales(found.kv_cache, {f"model.{path}": pair for path, pair in found.kv_scales.items()})
 
 
@@ -234,10 +252,9 @@ def _config(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
 
 def _kv_fields(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """How the destination declares its KV cache: in the source's own words, where they are of the same format."""
-    fields = plan.format.kv_fields(plan.kv_cache.scheme)
-    if (
-        plan.source_format is not plan.format
-        or plan.format.kv_scheme(source["quantization_config"]) != plan.kv_cache.scheme
-    ):
+    scheme, stated = plan.kv_cache.scheme, source.get("quantization_config")
+    fields = plan.format.kv_fields(scheme)
+    if plan.source_format is not plan.format:
         return fields
-    return {name: source["quantization_config"].get(name, value) for name, value in fields.items()}
+    own = {name: stated.get(name, value) for name, value in fields.items()}
+    return own if plan.format.kv_scheme(own) == scheme else fields

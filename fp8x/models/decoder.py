@@ -21,7 +21,7 @@ from fp8x.models.kv_cache import Cache, KeyValues, KVQuantizer, as_scheme, is_st
 from fp8x.models.latent import LatentAttention
 from fp8x.models.rope import Rotary
 from fp8x.nn import GatedMLP, MoE
-from fp8x.scheme import KV_TENSOR, Scheme
+from fp8x.scheme import KV_HEAD, KV_TENSOR, Scheme
 from fp8x.sharding.model import place_static, plan_of
 from fp8x.sharding.plan import Placement
 from fp8x.sharding.run import batch_spec, call, check_batch
@@ -154,35 +154,45 @@ class Decoder(nnx.Module):
             RecipeError: a scheme that does not fit keys and values.
             ShapeError: scales of another number than layers, or heads, or not finite and positive.
         """
-        if dtype is None:
-            quantizers = [(None, None)] * len(self.layers)
-        else:
-            scheme = as_scheme(dtype, None)
-            if not isinstance(scheme, Scheme):
-                raise RecipeError(f"dtype: {dtype!r} is no 8-bit type; use 'e4m3', 'e5m2', a Scheme, or None")
-            if scales is not None and len(scales) != len(self.layers):
+        scheme = None if dtype is None else as_scheme(dtype, None)
+        if not isinstance(scheme, Scheme | None):
+            raise RecipeError(f"dtype: {dtype!r} is no 8-bit type; use 'e4m3', 'e5m2', a Scheme, or None")
+        pairs = [(None, None)] * len(self.layers)
+        if scales is not None:
+            if scheme is None or not is_static(scheme):
+                raise RecipeError(
+                    f"scales: {dtype!r} takes none; give them with Scheme('e4m3', block={KV_TENSOR}) or {KV_HEAD}"
+                )
+            if len(scales) != len(self.layers):
                 raise ShapeError(f"scales: are of {len(scales)} layers, but the model has {len(self.layers)}")
-            pairs = [(None, None)] * len(self.layers) if scales is None else scales
-            quantizers = [self._kv_quantizers(scheme, *pair) for pair in pairs]
+            pairs = scales
+        for index, pair in enumerate(pairs):
+            is_pair = isinstance(pair, tuple | list) and len(pair) == 2
+            if scales is not None and not (is_pair and all(scale is not None for scale in pair)):
+                raise ShapeError(f"scales: those of layer {index} are {pair!r}; give one of keys and one of values")
+        quantizers = [
+            (None, None) if scheme is None else self._kv_quantizers(f"layers.{index}.self_attn", scheme, *pair)
+            for index, pair in enumerate(pairs)
+        ]
         for layer, (keys, values) in zip(self.layers, quantizers):
             layer.self_attn.k_cache, layer.self_attn.v_cache = nnx.data(keys), nnx.data(values)
         if self.placement is not None:
             place_static(self, plan_of(self, self.placement.mesh))
 
     def _kv_quantizers(
-        self, scheme: Scheme, keys: ArrayLike | None, values: ArrayLike | None
+        self, path: str, scheme: Scheme, keys: ArrayLike | None, values: ArrayLike | None
     ) -> tuple[KVQuantizer, KVQuantizer]:
-        """Of one layer."""
-        config = self.config
+        """Of the attention at `path`."""
+        config, names = self.config, (f"{path}.k_scale", f"{path}.v_scale")
         if config.latent is None:
             shape = (config.num_key_value_heads, config.head_dim)
-            return KVQuantizer(scheme, shape, keys), KVQuantizer(scheme, shape, values)
+            return tuple(KVQuantizer(scheme, shape, each, name=name) for each, name in zip((keys, values), names))
         if is_static(scheme):
             # One number for both, as vLLM has it; a latent is one head.
             scheme = dataclasses.replace(scheme, block=KV_TENSOR)
             if keys is not None and not np.array_equal(keys, values):
-                raise ShapeError(f"scales: {keys} and {values} differ, but one is for the whole latent; give it twice")
-            both = KVQuantizer(scheme, (1, config.latent.kv_rank), keys)
+                raise ShapeError(f"{path}: {keys} and {values} differ, but one is for the whole latent; give it twice")
+            both = KVQuantizer(scheme, (1, config.latent.kv_rank), keys, name=names[0])
             return both, both
         return KVQuantizer(scheme, (1, config.latent.kv_rank)), KVQuantizer(scheme, (1, config.latent.rope_dim))
 
@@ -210,13 +220,10 @@ class Decoder(nnx.Module):
             quantizer = own if own is not None and own.scheme == stored else KVQuantizer(stored, shape)
             return quantizer.empty((batch, capacity, *shape), sharding)
 
-        layers = []
-        for layer in self.layers:
-            attention = layer.self_attn
-            quantizers = (attention.k_cache, attention.v_cache)
-            # Arrays are never written in place where another layer has the same.
-            is_alike = layers and not (isinstance(stored, Scheme) and is_static(stored))
-            layers.append(layers[0] if is_alike else KeyValues(*map(empty, attention.cache_shapes(), quantizers)))
+        layers = (
+            KeyValues(*map(empty, layer.self_attn.cache_shapes(), (layer.self_attn.k_cache, layer.self_attn.v_cache)))
+            for layer in self.layers
+        )
         return Cache(tuple(layers), jnp.int32(0))
 
     def cache_specs(self, length_rank: int) -> Cache:

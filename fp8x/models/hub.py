@@ -33,7 +33,7 @@ from fp8x.nn.quantized import QuantizedLayer
 from fp8x.nn.training import check_finished
 from fp8x.nn.walk import check_calibrated
 from fp8x.recipe import Recipe, Rules, as_recipe, check_stored
-from fp8x.scheme import Scheme
+from fp8x.scheme import Scheme, per_row
 from fp8x.sharding.layers import gathered
 from fp8x.sharding.model import plan_of, static_dims
 from fp8x.sharding.place import whole, whole_shape
@@ -94,12 +94,13 @@ def load(
     options = (reader, model, format, allow_nonfinite, progress)
     loader = Loader(*options) if mesh is None else MeshLoader(*options, mesh)
     loader.check()
-    loader.set_kv_cache()
     recipes = loader.stored
     if format is None:
         recipes = Rules(None if recipe is None else as_recipe(recipe), rules or {}).resolve(linear_names(config))
         check_stored(recipes.values())
     scales = None if calibration is None else sidecar.read(calibration)
+    if scales is None or scales.kv_cache is None:
+        loader.set_kv_cache()
     if scales is not None:
         static = {path: each.activation for path, each in recipes.items() if each is not None and each.is_static}
         scales.check({path: (scheme, loader.shapes[path][-1]) for path, scheme in static.items()})
@@ -161,7 +162,7 @@ def save(
         prefix: getattr(layer, "recipe", None) for path, layer in layers.items() for _, prefix in flat(names[path])
     }
     used = [recipe for recipe in recipes.values() if recipe is not None]
-    kv_scales = _kv_scales(model)
+    kv_scales = _kv_scales(model, is_quantized=bool(used))
     if format is not None and not used and kv_scales is None:
         raise CheckpointError(f"format: {format!r} does not fit: the model is not quantized; leave the format out")
     declared = None if kv_scales is None else kv_scales.scheme
@@ -198,11 +199,13 @@ def save(
             writer.add(name, array)
 
 
-def _kv_scales(model: Decoder) -> KVScales | None:
+def _kv_scales(model: Decoder, is_quantized: bool) -> KVScales | None:
     """What is to be stored of how a model keeps keys and values."""
     scheme = model.kv_cache
     if scheme is None:
         return None
+    if is_quantized and scheme == per_row():
+        return KVScales(scheme, {})  # declared, without scales
     if not is_static(scheme) or scheme.scale_rule == "unit":
         warnings.warn(
             f"model: keys and values in {scheme} need nothing that is stored; say model.set_kv_cache(...) again after "

@@ -37,8 +37,8 @@ _STATIC = (1, None, 1, None)  # how a cache holds scales of either kind: a text'
 
 
 class KeyValues(NamedTuple):
-    """What a layer keeps of the tokens that it has read: of grouped queries keys (rotated) and values, a head each; of
-    latents these, as one head, and the keys' part with positions (rotated)."""
+    """What a layer keeps of the tokens that it has read. By grouped queries: keys (rotated) and values. Through
+    latents: these, as one head, and in place of values the keys' part with positions (rotated)."""
 
     keys: Float[Stored, "b s heads dim"]
     values: Float[Stored, "b s heads dim"]
@@ -65,8 +65,12 @@ class KVQuantizer(Calibrated):
         input_scale: of a static scheme, `[1, 1]` or `[1, heads]`; else None.
     """
 
-    def __init__(self, scheme: Scheme, shape: tuple[int, int], scale: ArrayLike | None = None):
+    def __init__(self, scheme: Scheme, shape: tuple[int, int], scale: ArrayLike | None = None, *, name: str = "scale"):
         """
+        Arguments:
+            scale: of a static scheme; None leaves it to calibration.
+            name: stands in errors.
+
         Raises:
             RecipeError: a scheme that is not in the table.
             ShapeError: a scale of another number of heads, or one that is not finite and positive.
@@ -74,7 +78,9 @@ class KVQuantizer(Calibrated):
         check_scheme(scheme)
         scheme.check_shape((1, 1, *shape), "scheme")
         self.scheme, self.shape = scheme, shape
-        self.input_scale = nnx.data(InputScale(_initial_scale(scheme, shape[0], scale)) if is_static(scheme) else None)
+        self.input_scale = nnx.data(
+            InputScale(_initial_scale(scheme, shape[0], scale, name)) if is_static(scheme) else None
+        )
         self.abandon_calibration()
 
     @property
@@ -91,9 +97,11 @@ class KVQuantizer(Calibrated):
 
         Raises:
             CalibrationError: the scale is missing.
+            RecipeError: a gradient is taken.
         """
         if self.is_calibrating:
             return x
+        x = _without_gradient(x)
         if not is_static(self.scheme):
             return numerics.quantize(x, self.scheme)
         return numerics.quantize_with_scale(x, self.scale_of(x.shape), stored_scheme(self.scheme))
@@ -123,7 +131,7 @@ def is_static(scheme: Scheme) -> bool:
 
 
 def stored_scheme(scheme: Scheme) -> Scheme:
-    """In which a cache holds its arrays: scales have a dim for texts and one for heads, to lie on a mesh as these."""
+    """The scheme of a cache's arrays. Static scales get dims for texts and heads, to lie on a mesh as these."""
     return dataclasses.replace(scheme, block=_STATIC) if is_static(scheme) else scheme
 
 
@@ -181,8 +189,6 @@ def remember(
     start: Int[Array, "*b"] | int,
 ) -> KeyValues:
     """What attention reads: `cache` with `new` written from `start` on, or `new` alone without a cache."""
-    if cache is not None:
-        return cache.write(new, start)
     keys, values = quantizers
     if keys is not None and keys.is_calibrating:
         if keys is values:  # through latents one serves for both
@@ -190,12 +196,28 @@ def remember(
         else:
             keys.observe(_rows(new.keys))
             values.observe(_rows(new.values))
+    if cache is not None:
+        return cache.write(new, start)
     return KeyValues(*(x if quantizer is None else quantizer(x) for x, quantizer in zip(new, quantizers)))
 
 
 def read(stored: Float[Stored, "b s heads dim"], dtype: DTypeLike) -> Float[Array, "b s heads dim"]:
     """What is stored, in `dtype`."""
     return stored.dequantize(dtype) if isinstance(stored, ScaledArray) else stored.astype(dtype)
+
+
+@jax.custom_vjp
+def _without_gradient(x: Array) -> Array:
+    return x
+
+
+def _refuse_gradient(x: Array) -> None:
+    raise RecipeError(
+        "model: keys and values in 8 bits pass no gradient on; call model.set_kv_cache(None) before training"
+    )
+
+
+_without_gradient.defvjp(_refuse_gradient, _refuse_gradient)
 
 
 def _rows(x: Float[Array, "b t heads dim"]) -> Float[Array, "m k"]:
@@ -218,14 +240,14 @@ def _update(old: Array, new: Array, start: Int[Array, "*b"]) -> Array:
     return jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, 0))(old, new, start)
 
 
-def _initial_scale(scheme: Scheme, heads: int, given: ArrayLike | None) -> Float[Array, "1 heads"]:
+def _initial_scale(scheme: Scheme, heads: int, given: ArrayLike | None, name: str) -> Float[Array, "1 heads"]:
     count = 1 if scheme.block == KV_TENSOR else heads
     if given is None:
         # A unit scale needs no calibration.
         return jnp.full((1, count), 1.0 if scheme.scale_rule == "unit" else jnp.nan, jnp.float32)
     scale = np.asarray(given, np.float32)
     if scale.size != count:
-        raise ShapeError(f"scale: shape is {list(scale.shape)}, but {scheme} takes {count} for {heads} heads")
+        raise ShapeError(f"{name}: shape is {list(scale.shape)}, but {scheme} takes {count} for {heads} heads")
     if not (np.isfinite(scale) & (scale > 0)).all():
-        raise ShapeError(f"scale: {scale.reshape(-1).tolist()} are not all finite and positive")
+        raise ShapeError(f"{name}: {scale.reshape(-1).tolist()} are not all finite and positive")
     return jnp.asarray(scale.reshape(1, count))

@@ -60,15 +60,15 @@ class LatentAttention(nnx.Module):
         new = KeyValues(keys_values[:, :, None], rotary.rotate(position[:, :, None]))
         seen = remember(new, (self.k_cache, self.v_cache), cache, start)
         latents, positions = read(seen.keys, x.dtype), read(seen.values, x.dtype)
-        through_latents = self._folded if self._is_folded(x.shape[1]) else self._expanded
+        through_latents = self._folded if self._is_folded(x.shape[1], latents.shape[1]) else self._expanded
         return self.o_proj(joined(through_latents(query, latents, positions, mask))).astype(x.dtype), seen
 
-    def _is_folded(self, tokens: int) -> bool:
+    def _is_folded(self, tokens: int, seen: int) -> bool:
         """Whether `kv_b_proj` goes with the queries and the output of `tokens`, where that is less work than to make
-        keys and values of every latent: for a few tokens that read many, as in decoding."""
-        latent = self.latent
-        made = latent.nope_dim + latent.v_dim
-        is_less = tokens * (2 * latent.kv_rank - made) <= latent.kv_rank * made
+        keys and values of all the latents that are seen: for a few tokens that read many, as in decoding."""
+        rank, made = self.latent.kv_rank, self.latent.nope_dim + self.latent.v_dim
+        # A head's products: of each token in place of each latent, and 2 * rank in place of `made` for each pair.
+        is_less = tokens * (rank * made + seen * (2 * rank - made)) <= seen * rank * made
         # What is in calibration or training is to see what it multiplies; others are not known here.
         is_plain = type(self.kv_b_proj) in (nnx.Linear, Linear) and not getattr(self.kv_b_proj, "is_calibrating", False)
         return is_less and is_plain

@@ -114,8 +114,9 @@ class Loader:
         Raises:
             CheckpointError: scales that are missing, or of another number of heads.
         """
-        if self.kv_scales is None:
+        if self.kv_scales is None or self.kv_scales.scheme is None:
             return
+        self.kv_scales.warn_of_missing(self.reader)
         config, scheme = self.model.config, self.kv_scales.scheme
         if not is_static(scheme):
             return self.model.set_kv_cache(scheme)

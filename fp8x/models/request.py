@@ -152,7 +152,7 @@ def _read_sampling(
     vocab_size: int,
 ) -> tuple[Sampling, int | None]:
     """How tokens are drawn, and of how many; options of drawing are None where nothing is drawn."""
-    if not 0 <= temperature < float("inf"):
+    if not isinstance(temperature, int | float | np.number) or not 0 <= temperature < float("inf"):
         raise DataError(f"temperature: {temperature} does not fit; use 0 for greedy decoding, or a positive number")
     if top_k is not None:
         _check_positive("top_k", top_k, "all tokens")
@@ -160,7 +160,7 @@ def _read_sampling(
         if share is not None and not 0 <= share <= 1:
             raise DataError(f"{name}: {share} does not fit; use 0 to 1, or None for all tokens")
     seeds, streams = _read_seeds(seed, batch)
-    if not temperature:
+    if temperature < np.finfo(np.float32).tiny:
         options = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
         if given := [name for name, value in options.items() if value is not None]:
             warnings.warn(f"{', '.join(given)}: not used, since nothing is drawn at temperature 0", stacklevel=4)
@@ -185,12 +185,15 @@ def _read_stops(stop_strings: Sequence[str] | None, tokenizer: "Tokenizer | None
         return None
     if isinstance(stop_strings, str) or not all(isinstance(string, str) for string in stop_strings):
         raise DataError(f"stop_strings: {stop_strings!r} does not fit; give a list of strings")
+    if any(string != string.encode(errors="replace").decode() for string in stop_strings):
+        raise DataError("stop_strings: one is not UTF-8")
     if "" in stop_strings:
         raise DataError("stop_strings: one is empty, which would end every text; leave it out")
     if not stop_strings:
         return None
-    if tokenizer is None:
-        raise DataError("tokenizer: missing; stop_strings need the tokenizers.Tokenizer that gives tokens their bytes")
+    if not hasattr(tokenizer, "get_vocab"):
+        given = "missing" if tokenizer is None else f"is a {type(tokenizer).__name__}"
+        raise DataError(f"tokenizer: {given}; stop_strings need the tokenizers.Tokenizer that gives tokens their bytes")
     return Stops.of(stop_strings, tokenizer, vocab_size)
 
 

@@ -54,7 +54,8 @@ def warp(
         top_p: keeps the smallest set of likeliest tokens whose probabilities add up to it; one token at least.
         min_p: keeps tokens that are at least this many times as likely as the likeliest.
     """
-    logits = logits / temperature
+    # From the likeliest down: a low temperature takes none to infinity.
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature
     if top_k is not None:
         least = jax.lax.top_k(logits, top_k)[0][:, -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)

@@ -48,6 +48,10 @@ class Stops(NamedTuple):
         tokens, token_lengths = _token_table(tokenizer, tokenizer.get_vocab_size(), vocab_size)
         return cls(tokens, token_lengths, from_the_right, np.array([*map(len, encoded)], np.int32))
 
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes of a token."""
+        return self.tokens[token, : self.token_lengths[token]].tobytes()
+
     def empty_tail(self, batch: int) -> Int16[Array, "b length"]:
         """The last bytes of texts that have none yet."""
         return jnp.full((batch, self.strings.shape[1]), -1, jnp.int16)

@@ -53,6 +53,8 @@ class Calibrated(nnx.Module):
         Raises:
             CalibrationError: the scale is not static.
         """
+        if self.static_scheme is None:
+            raise CalibrationError(f"{type(self).__name__}: its scale is not static; only a static one is calibrated")
         self.fake_quantize = fake_quantize
         self.amax = nnx.data(Amax(jnp.zeros(self.input_scale.shape, jnp.float32)))
         self.tokens = nnx.data(TokenCount(jnp.zeros((*self.stack, *self.experts), jnp.int32)))

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from fp8x.errors import CalibrationError, RecipeError, some
 from fp8x.nn.calibrated import Calibrated
@@ -58,11 +59,16 @@ def check_calibrated(model: nnx.Module) -> None:
     if calibrating := [path for path, layer in static.items() if layer.is_calibrating]:
         raise CalibrationError(f"model: {some(calibrating)} in calibration; end it with fp8x.calibrate(model, batches)")
     scales = {path: layer.input_scale[...] for path, layer in static.items()}
-    if missing := [path for path, scale in scales.items() if not np.isfinite(np.asarray(scale)).all()]:
+    if missing := [path for path, scale in scales.items() if not _is_finite(scale)]:
         raise CalibrationError(
             f"model: {some(missing)} not calibrated; run fp8x.calibrate(model, batches), or use a recipe with dynamic "
             "activation scales"
         )
+
+
+def _is_finite(array: Array) -> bool:
+    """Whether the part that this process has holds neither NaN nor Inf."""
+    return all(np.isfinite(np.asarray(shard.data)).all() for shard in array.addressable_shards)
 
 
 def check_settable(model: nnx.Module, path: str) -> None:

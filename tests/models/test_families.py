@@ -227,18 +227,20 @@ class TestDeepSeek:
             fp8x.quantize_model(model, dataclasses.replace(fp8x.recipe(code), out_dtype=jnp.float32))
         if code == "e4m3_e4m3_bf16":
             fp8x.calibrate(model, [ids])
-        assert model.layers[0].self_attn._is_folded(ids.shape[1])
-        folded = np.asarray(nnx.jit(Decoder.__call__)(model, ids))
-        monkeypatch.setattr(LatentAttention, "_is_folded", lambda *_: False)
-        expanded = np.asarray(nnx.jit(lambda model, ids: model(ids))(model, ids))
+        logits = []
+        for is_folded in (True, False):
+            monkeypatch.setattr(LatentAttention, "_is_folded", lambda *_, is_folded=is_folded: is_folded)
+            logits.append(np.asarray(nnx.jit(lambda model, ids: model(ids))(model, ids)))
+        folded, expanded = logits
         assert np.linalg.norm(folded - expanded) < 1e-5 * np.linalg.norm(expanded)
 
     def test_it_is_folded_where_that_is_less_work(self):
-        """By the sizes of DeepSeek-V3: 512 · 256 products to make a head's key and value, or 768 more a token."""
+        """By the sizes of DeepSeek-V3: 512 · 256 products make a head's key and value; each read costs 768 more."""
         sizes = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
         config = DecoderConfig.from_hf(read_golden("deepseek_v3").hf | sizes)
         layer = nnx.eval_shape(lambda: LatentAttention(config, param_dtype=jnp.float32, rngs=nnx.Rngs(0)))
-        assert [layer._is_folded(tokens) for tokens in (1, 170, 171, 4096)] == [True, True, False, False]
+        assert [layer._is_folded(tokens, 4096) for tokens in (1, 163, 164, 4096)] == [True, True, False, False]
+        assert [layer._is_folded(tokens, tokens) for tokens in (1, 2, 64)] == [False] * 3
 
     def test_a_width_that_no_block_fits_is_named(self, tmp_path):
         """A latent of 24 dims is no multiple of MX's 32."""

@@ -120,8 +120,16 @@ def test_what_a_cache_holds_is_asked_for_or_declared():
         (Scheme("e4m3", block=(128, 128)), None, RecipeError, r"scheme: e4m3 128×128 f32 does not fit keys and values"),
         (Scheme("e4m3", block=(1, 5), scale_dtype=E8M0), None, ShapeError, r"scheme: dim 3 .* is 16, which 5 does not"),
         (TENSOR, [(1.0, 1.0)] * 2, ShapeError, r"scales: are of 2 layers, but the model has 1"),
-        (TENSOR, [(1.0, [1.0, 2.0])], ShapeError, r"scale: shape is \[2\], but e4m3 ·×·×·×· f32 takes 1 for 2 heads"),
-        (HEAD, [([1.0, 0.0], [1.0, 2.0])], ShapeError, r"scale: \[1\.0, 0\.0\] are not all finite and positive"),
+        ("e4m3", [(1.0, 1.0)], RecipeError, r"scales: 'e4m3' takes none; give them with Scheme\('e4m3', block=\(None,"),
+        (TENSOR, [1.0], ShapeError, r"scales: those of layer 0 are 1\.0; give one of keys and one of values"),
+        (TENSOR, [(1.0, None)], ShapeError, r"scales: those of layer 0 are \(1\.0, None\); give one of keys"),
+        (
+            TENSOR,
+            [(1.0, [1.0, 2.0])],
+            ShapeError,
+            r"layers\.0\.self_attn\.v_scale: shape is \[2\], but e4m3 ·×·×·×· f32 takes 1 for 2 heads",
+        ),
+        (HEAD, [([1.0, 0.0], [1.0, 2.0])], ShapeError, r"k_scale: \[1\.0, 0\.0\] are not all finite and positive"),
     ],
 )
 def test_what_does_not_fit_is_named(dtype, scales, error, message):
@@ -133,7 +141,7 @@ def test_what_does_not_fit_is_named(dtype, scales, error, message):
 
 def test_latents_have_one_scale():
     model = nnx.clone(read_golden("deepseek_v3").model)
-    with pytest.raises(ShapeError, match=r"scales: 0\.1 and 0\.2 differ, but one is for the whole latent"):
+    with pytest.raises(ShapeError, match=r"layers\.0\.self_attn: 0\.1 and 0\.2 differ, but one is for the"):
         model.set_kv_cache(TENSOR, [(0.1, 0.2)] * len(model.layers))
 
 
@@ -159,6 +167,35 @@ def test_scales_follow_from_the_largest_keys_and_values(name, kind, block, run):
     exact = golden.tensors["logits_f32"]
     error = np.sqrt(np.mean((np.asarray(run(model, ids)) - exact) ** 2)) / exact.std()
     assert 0 < error < 0.2  # random weights: a code moves much
+
+
+def test_no_gradient_is_lost():
+    """Codes have none: keys and values would never learn."""
+    model = tiny(None)
+    model.set_kv_cache("e4m3")
+    gradient = nnx.grad(lambda model: model(IDS).sum())
+    with pytest.raises(
+        RecipeError, match=r"keys and values in 8 bits pass no gradient on; call model\.set_kv_cache\(None\)"
+    ):
+        gradient(model)
+    model.set_kv_cache(None)
+    assert jnp.any(gradient(model)["layers"][0]["self_attn"]["k_proj"]["kernel"][...] != 0)
+
+
+def test_layers_keep_their_scales_if_asked():
+    model = tiny("e4m3_e4m3_bf16")
+    before = np.asarray(model.layers[0].mlp.w13.input_scale[...])
+    report = fp8x.calibrate(model, [IDS], kv_cache=True, kv_cache_only=True)
+    assert set(report.layers) == {f"layers.0.self_attn.{name}_cache" for name in "kv"}
+    np.testing.assert_array_equal(model.layers[0].mlp.w13.input_scale[...], before)
+    with pytest.raises(CalibrationError, match="kv_cache_only: the model's keys and values have no static scales"):
+        fp8x.calibrate(tiny("e4m3_e4m3_bf16"), [IDS], kv_cache_only=True)
+
+
+def test_a_cache_may_be_donated():
+    model = tiny(None, num_hidden_layers=2)
+    step = jax.jit(lambda cache: model.extend(IDS, cache)[1], donate_argnums=0)
+    assert step(model.init_cache(4, 5, "e4m3")).length == 5
 
 
 @pytest.mark.sample

@@ -165,10 +165,13 @@ def test_declarations_that_are_not_read(format, config, message):
             of_layers(k_scale=np.ones((2, 2, 3), np.float32)),
             r"k_scale in .*: shape is \[2, 3\], expected one scale, or one",
         ),
-        (of_layers(k_scale=np.ones((2, 3), np.float32)), r"scales of its KV cache do not fit: scale: shape is \[3\]"),
+        (
+            of_layers(k_scale=np.ones((2, 3), np.float32)),
+            r"scales of its KV cache do not fit: .*k_scale: shape is \[3\]",
+        ),
         (
             of_layers(k_scale=[np.ones(1, np.float32), np.ones(2, np.float32)]),
-            r"do not fit: scale: shape is \[1\], but",
+            r"do not fit: .*k_scale: shape is \[1\], but",
         ),
         (of_layers(k_scale=np.ones((2, 1), np.int32)), r"k_scale in .*: dtype is I32, expected F32 or BF16 or F16"),
     ],
@@ -195,6 +198,24 @@ def test_declared_dynamic(tmp_path):
     assert model.kv_cache == per_row()
     fp8x.convert(source, tmp_path / "c", "e4m3_bf16")
     assert quantization_config(tmp_path / "c")["kv_cache_scheme"] == args
+
+
+def test_another_kind_leaves_16_bits(tmp_path):
+    tensors = of_layers(k_scale=KEYS[:, None])
+    source = with_tensors(
+        tmp_path / "m", tensors, **quantization(config_groups={}, kv_cache_scheme=ARGS | {"num_bits": 4})
+    )
+    for read in (fp8x.load, lambda path: fp8x.convert(path, tmp_path / "c", "e4m3_bf16")):
+        with pytest.warns(UserWarning, match=r"num_bits is 4; fp8x reads 8; keys and values stay in the"):
+            read(source)
+    assert fp8x.load(tmp_path / "c").kv_cache is None and not stored_scales(tmp_path / "c")
+
+
+def test_a_dynamic_one_is_saved(tmp_path):
+    model = fp8x.load(GOLDENS / "llama", "e4m3_bf16")
+    model.set_kv_cache("e4m3")
+    fp8x.save(model, tmp_path / "m")
+    assert fp8x.load(tmp_path / "m").kv_cache == per_row()
 
 
 def test_scales_of_queries_are_named(tmp_path):
@@ -276,7 +297,7 @@ def test_what_no_format_declares_is_named(tmp_path):
         UserWarning, match="the scales of its KV cache are left out: a checkpoint in bfloat16 declares none"
     ):
         fp8x.convert(source, tmp_path / "bf16", "bf16")
-    assert not stored_scales(tmp_path / "bf16")
+    assert not any("scale" in name for name in Reader(tmp_path / "bf16"))
     fp8x.convert(source, tmp_path / "kept", "bf16", "compressed-tensors")
     assert (
         quantization_config(tmp_path / "kept")["kv_cache_scheme"] == ARGS and len(stored_scales(tmp_path / "kept")) == 4
@@ -316,5 +337,6 @@ def test_a_calibration_file_holds_them(tmp_path, name, code, kind):
     Sidecar(code or "none", report).apply(applied)
     np.testing.assert_array_equal(scales_of(applied), scales_of(model))
     other = read_golden("qwen3" if name == "llama" else "llama").path
-    with pytest.raises(CalibrationError, match=r"calibration: .* is it another model's|use the recipe"):
-        fp8x.load(other, code, calibration=tmp_path / "scales.json")
+    for read in (fp8x.load, lambda path, code, **options: fp8x.convert(path, tmp_path / "no", code, **options)):
+        with pytest.raises(CalibrationError, match=r"calibration: .* is it another model's|use the recipe"):
+            read(other, code, calibration=tmp_path / "scales.json")
