@@ -162,6 +162,11 @@ def save(
         prefix: getattr(layer, "recipe", None) for path, layer in layers.items() for _, prefix in flat(names[path])
     }
     used = [recipe for recipe in recipes.values() if recipe is not None]
+    if not model.norm.scale[...].is_fully_addressable:
+        raise CheckpointError(
+            f"model: it lies on devices of {jax.process_count()} processes; load it in one process and save it there "
+            "(a calibration over several leaves a sidecar, which fp8x.load takes)"
+        )
     kv_scales = _kv_scales(model, is_quantized=bool(used))
     if format is not None and not used and kv_scales is None:
         raise CheckpointError(f"format: {format!r} does not fit: the model is not quantized; leave the format out")
@@ -169,11 +174,6 @@ def save(
     writer_format = choose_format(used, format, declared) if used or kv_scales else None
     kv = {} if kv_scales is None else kv_tensors(kv_scales, writer_format)
     params, placed = param_names(config), None if model.placement is None else plan_of(model, model.placement.mesh)
-    if not model.norm.scale[...].is_fully_addressable:
-        raise CheckpointError(
-            f"model: it lies on devices of {jax.process_count()} processes; load it in one process and save it there "
-            "(a calibration over several leaves a sidecar, which fp8x.load takes)"
-        )
     total = sum(get(model, path).dtype.itemsize * math.prod(_shape(model, path, placed)) for path in params)
     total += sum(
         _stored_bytes(layer, names[path], writer_format, placed and placed.layers[path])

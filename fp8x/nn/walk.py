@@ -66,9 +66,10 @@ def check_calibrated(model: nnx.Module) -> None:
         )
 
 
-def _is_finite(array: Array) -> bool:
+def _is_finite(array: Array | np.ndarray) -> bool:
     """Whether the part that this process has holds neither NaN nor Inf."""
-    return all(np.isfinite(np.asarray(shard.data)).all() for shard in array.addressable_shards)
+    parts = [shard.data for shard in array.addressable_shards] if isinstance(array, Array) else [array]
+    return all(np.isfinite(np.asarray(part)).all() for part in parts)
 
 
 def check_settable(model: nnx.Module, path: str) -> None:
