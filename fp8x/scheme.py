@@ -178,3 +178,12 @@ def per_row(element: ElementName = "e4m3") -> Scheme:
 def mx(element: ElementName = "e4m3") -> Scheme:
     """MXFP8: one e8m0 scale for every 32 elements of K (OCP Microscaling Formats v1.0, section 5)."""
     return Scheme(element, block=(1, 32), scale_dtype=E8M0)
+
+
+# Keys and values in e4m3 whose scales hold for all tokens: one in all, or one a head.
+KV_SCHEMES = {"tensor": Scheme("e4m3", block=KV_TENSOR), "head": Scheme("e4m3", block=KV_HEAD)}
+
+
+def is_kv_static(scheme: Scheme) -> bool:
+    """Whether a scale of keys and values holds for all tokens."""
+    return scheme.block in (KV_TENSOR, KV_HEAD)

@@ -19,14 +19,12 @@ from fp8x.errors import CalibrationError, DataError, MeshError, some
 from fp8x.nn.calibrated import Calibrated
 from fp8x.nn.observer import total_counts
 from fp8x.nn.quantized import QuantizedLayer
-from fp8x.scheme import KV_HEAD, KV_TENSOR, Scheme
+from fp8x.scheme import KV_HEAD, KV_SCHEMES, KV_TENSOR, Scheme, is_kv_static
 from fp8x.sharding.model import plan_of, static_dims
 from fp8x.sharding.place import whole
 from fp8x.sharding.plan import Placement
 
 KVGranularity = Literal["tensor", "head"]
-
-KV_SCHEMES = {"tensor": Scheme("e4m3", block=KV_TENSOR), "head": Scheme("e4m3", block=KV_HEAD)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,18 +134,17 @@ def _kv_cache(model: nnx.Module, kind: bool | KVGranularity | Scheme) -> Iterato
     if not hasattr(model, "set_kv_cache"):
         raise CalibrationError(f"kv_cache: a {type(model).__name__} has none that fp8x knows; give an fp8x Decoder")
     scheme = kind if isinstance(kind, Scheme) else KV_SCHEMES.get("tensor" if kind is True else str(kind))
-    if scheme is None or scheme.block not in (KV_TENSOR, KV_HEAD) or scheme.scale_rule == "unit":
+    if scheme is None or not is_kv_static(scheme) or scheme.scale_rule == "unit":
         raise CalibrationError(
             f"kv_cache: {kind!r} does not fit; use True, 'tensor', 'head', or a Scheme with block {KV_TENSOR} or "
             f"{KV_HEAD}"
         )
-    before = [(layer.self_attn, layer.self_attn.k_cache, layer.self_attn.v_cache) for layer in model.layers]
+    before = model.kv_quantizers
     model.set_kv_cache(scheme)
     try:
         yield
     except BaseException:
-        for attention, keys, values in before:
-            attention.k_cache, attention.v_cache = nnx.data(keys), nnx.data(values)
+        model.hold_kv_quantizers(before)
         raise
 
 

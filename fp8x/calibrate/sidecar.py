@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from jaxtyping import Float32, Int
 from fp8x.calibrate.driver import CalibrationReport, LayerStatistics
 from fp8x.calibrate.statistics import static_layers
 from fp8x.errors import CalibrationError, ShapeError, some
-from fp8x.nn.walk import named_layers
+from fp8x.nn.quantized import QuantizedLayer
+from fp8x.nn.training import check_finished
+from fp8x.nn.walk import named_static
 from fp8x.scheme import ELEMENTS, KV_HEAD, KV_TENSOR, Scheme
 
 VERSION = 1
@@ -120,16 +122,23 @@ class Sidecar:
         Raises:
             CalibrationError: a model that is no decoder, or whose layers and heads are others.
         """
-        if self.kv_cache is None:
-            return
-        pairs = self.kv_scales
-        paths = [f"layers.{index}.self_attn" for index in range(len(getattr(model, "layers", ())))]
-        if set(paths) != set(pairs) or not hasattr(model, "set_kv_cache"):
+        if self.kv_cache is not None:
+            count = len(model.layers) if hasattr(model, "set_kv_cache") else 0
+            self.give_kv_cache(count, lambda *found: model.set_kv_cache(*found))
+
+    def give_kv_cache(self, count: int, take: Callable[[Scheme, list], Any]) -> None:
+        """Calls `take` with the scheme of keys and values, and with the scales of each of a decoder's `count` layers.
+
+        Raises:
+            CalibrationError: there are other layers, or `take` raises a ShapeError.
+        """
+        pairs, paths = self.kv_scales, [f"layers.{index}.self_attn" for index in range(count)]
+        if set(paths) != set(pairs):
             raise CalibrationError(
                 f"calibration: {some(list(pairs))} in it, with scales of a KV cache; is it another model's?"
             )
         try:
-            model.set_kv_cache(self.kv_cache, [pairs[path] for path in paths])
+            take(self.kv_cache, [pairs[path] for path in paths])
         except ShapeError as error:
             raise CalibrationError(f"calibration: {error}; is it another model's?") from None
 
@@ -142,13 +151,14 @@ class Sidecar:
         Raises:
             CalibrationError: layers without a scale, scales without a layer, or of another scheme or size; named.
         """
-        if missing := [path for path in layers if path not in self._layers]:
+        known = self._layers
+        if missing := [path for path in layers if path not in known]:
             raise CalibrationError(f"calibration: {some(missing)} without a scale in it; is it another model's?")
         made_with = f"use the recipe ({self.recipe}) and rules that it was made with"
-        if extra := [path for path in self._layers if path not in layers]:
+        if extra := [path for path in known if path not in layers]:
             raise CalibrationError(f"calibration: {some(extra)} in it, but not calibrated in this model; {made_with}")
         for path, (scheme, k) in layers.items():
-            found = self._layers[path]
+            found = known[path]
             if found.activation != str(scheme):
                 raise CalibrationError(
                     f"calibration: {path} was calibrated for {found.activation}, but its activations are in {scheme}; "
@@ -168,9 +178,9 @@ class Sidecar:
         """
         if getattr(model, "placement", None) is not None:
             raise CalibrationError("calibration: the model is on a mesh; give the file to fp8x.load, with the mesh")
-        layers = {path: layer for path, layer in named_layers(model).items() if layer.recipe.is_static}
-        if not layers and self.kv_cache is None:
-            static_layers(model)  # raises
+        check_finished(model)
+        static = static_layers(model) if self.kv_cache is None else named_static(model)
+        layers = {path: layer for path, layer in static.items() if isinstance(layer, QuantizedLayer)}
         self.check({path: (layer.recipe.activation, layer.weight.shape[-1]) for path, layer in layers.items()})
         self.set_kv_cache(model)
         for path, scale in self.scales.items():

@@ -55,7 +55,8 @@ def choose_format(recipes: Iterable[Recipe], name: str | None = None, kv_cache: 
         raise CheckpointError(f"format: {name!r} is unknown; use one of {', '.join(map(repr, FORMATS))}")
     objections = {}
     for format in FORMATS.values() if name is None else [FORMATS[name]]:
-        reason = format.objection(recipes) if recipes else _kv_alone(format)
+        is_held = recipes or format.holds_kv_alone
+        reason = format.objection(recipes) if is_held else "no KV cache in 8 bits without matrices in 8 bits"
         if reason is None and kv_cache is not None and format.kv_fields(kv_cache) is None:
             reason = f"no KV cache in {kv_cache}"
         if reason is None:
@@ -63,7 +64,3 @@ def choose_format(recipes: Iterable[Recipe], name: str | None = None, kv_cache: 
         objections[format.name] = reason
     reasons = "; ".join(f"{name!r}: {reason}" for name, reason in objections.items())
     raise CheckpointError(f"format: can't hold this model: {reasons}")
-
-
-def _kv_alone(format: Format) -> str | None:
-    return None if isinstance(format, CompressedTensors) else "no KV cache in 8 bits without matrices in 8 bits"

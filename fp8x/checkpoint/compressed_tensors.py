@@ -15,14 +15,13 @@ import numpy as np
 
 from fp8x.checkpoint.extras import KEY, apply_extras, extras
 from fp8x.checkpoint.fields import Fields
-from fp8x.checkpoint.format import Format, Layout, Recipes, TensorSpec, weight_spec
+from fp8x.checkpoint.format import SCALE_DTYPES, Format, Layout, Recipes, TensorSpec, weight_spec
 from fp8x.checkpoint.names import first_target, patterns
 from fp8x.recipe import Recipe
-from fp8x.scheme import KV_HEAD, KV_TENSOR, Scheme, mx, per_row, per_tensor
+from fp8x.scheme import KV_HEAD, KV_SCHEMES, KV_TENSOR, Scheme, mx, per_row, per_tensor
 
 FLOAT, MXFP8, MIXED = "float-quantized", "mxfp8-quantized", "mixed-precision"
 NAIVE = "naive-quantized"  # what the library infers for weight-only FP8; stored alike
-SCALES = ("F32", "BF16", "F16")  # the library gives scales the model's type
 UINT8 = ("torch.uint8", "uint8")
 LINEAR = "Linear"  # the class name that stands for every matrix
 
@@ -31,6 +30,7 @@ class CompressedTensors(Format):
     """Per tensor, per channel, block and MXFP8 weights, e4m3 only."""
 
     name = quant_method = "compressed-tensors"
+    holds_kv_alone = True
 
     def objection(self, recipes: Iterable[Recipe]) -> str | None:
         for recipe in recipes:
@@ -112,17 +112,17 @@ class CompressedTensors(Format):
         if args.one_of("dynamic", False, True, default=False):
             return per_row()
         strategy = args.one_of("strategy", "tensor", "attn_head", None, default=None)
-        return Scheme("e4m3", block=KV_HEAD if strategy == "attn_head" else KV_TENSOR)
+        return KV_SCHEMES["head" if strategy == "attn_head" else "tensor"]
 
     def layout(self, recipe: Recipe, shape: tuple[int, int]) -> Layout:
         scheme, n = recipe.weight, shape[0]
         scale_shape = scheme.scale_shape(shape)
         shapes = {(None, None): ((1,), ()), (1, None): ((n, 1), (n,))}.get(scheme.block, (scale_shape,))
-        dtypes = ("U8", "F8_E8M0") if scheme.is_mx else SCALES
+        dtypes = ("U8", "F8_E8M0") if scheme.is_mx else SCALE_DTYPES
         return Layout(
             weight_spec(recipe, shape),
             TensorSpec((".weight_scale",), shapes, dtypes),
-            TensorSpec((".input_scale",), ((1,), ()), SCALES) if recipe.is_static else None,
+            TensorSpec((".input_scale",), ((1,), ()), SCALE_DTYPES) if recipe.is_static else None,
         )
 
 

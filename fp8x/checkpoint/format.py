@@ -20,7 +20,7 @@ from fp8x.scheme import E8M0, FLOAT32, Scheme
 
 Recipes = Mapping[str, Recipe | None]
 
-SCALE_DTYPES = ("F32", "BF16", "F16")
+SCALE_DTYPES = ("F32", "BF16", "F16")  # some libraries give scales the model's type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +62,14 @@ class Format(abc.ABC):
         quant_method: what `quantization_config` calls it.
         kv_names: the tensors of an attention that hold the scales of a KV cache in 8 bits: of keys, and of values.
         kv_shape: of these, where there is one scale.
+        holds_kv_alone: whether it declares a KV cache in 8 bits where no matrix is.
     """
 
     name: str
     quant_method: str
     kv_names: tuple[str, str] = ("k_scale", "v_scale")
     kv_shape: tuple[int, ...] = (1,)
+    holds_kv_alone: bool = False
 
     @abc.abstractmethod
     def objection(self, recipes: Iterable[Recipe]) -> str | None:

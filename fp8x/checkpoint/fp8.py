@@ -31,7 +31,7 @@ from fp8x.checkpoint.fields import Fields
 from fp8x.checkpoint.format import Format, Layout, Recipes, TensorSpec, weight_spec
 from fp8x.checkpoint.names import listed
 from fp8x.recipe import Recipe
-from fp8x.scheme import ELEMENTS, KV_TENSOR, Scheme
+from fp8x.scheme import ELEMENTS, KV_SCHEMES, Scheme
 
 SCALES = ("F32", "BF16", "F8_E8M0")
 ONE = ((), (1,), (1, 1))  # how tools shape a single scale; the first is written
@@ -81,12 +81,12 @@ class Fp8(Format):
         return {prefix: None if is_kept(prefix) else recipe for prefix in prefixes}
 
     def kv_fields(self, scheme: Scheme) -> dict[str, Any] | None:
-        return {"kv_cache_scheme": "static"} if scheme == Scheme("e4m3", block=KV_TENSOR) else None
+        return {"kv_cache_scheme": "static"} if scheme == KV_SCHEMES["tensor"] else None
 
     def kv_scheme(self, config: Mapping[str, Any]) -> Scheme | None:
         fields = Fields(config, "quantization_config")
         stated = fields.one_of("kv_cache_scheme", None, "static", default=None)
-        return None if stated is None else Scheme("e4m3", block=KV_TENSOR)
+        return None if stated is None else KV_SCHEMES["tensor"]
 
     def layout(self, recipe: Recipe, shape: tuple[int, int]) -> Layout:
         weight = recipe.weight

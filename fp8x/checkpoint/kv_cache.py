@@ -21,7 +21,7 @@ from jaxtyping import Float32
 from fp8x.checkpoint.format import SCALE_DTYPES, Format, as_scale
 from fp8x.checkpoint.reader import Reader
 from fp8x.errors import CheckpointError, some
-from fp8x.scheme import FLOAT32, KV_HEAD, KV_TENSOR, Scheme
+from fp8x.scheme import FLOAT32, KV_HEAD, KV_SCHEMES, Scheme, is_kv_static
 
 # Of keys, of values, or of both.
 _NAME = re.compile(
@@ -61,7 +61,7 @@ class KVScales:
 
     def warn_of_missing(self, reader: Reader) -> None:
         """Warns of declared scales that are missing."""
-        if not self.scales and self.scheme is not None and self.scheme.block in (KV_TENSOR, KV_HEAD):
+        if not self.scales and self.scheme is not None and is_kv_static(self.scheme):
             warnings.warn(
                 f"{reader.path}: config.json declares a KV cache in FP8, but there are no scales for it; they are "
                 "taken as 1, as vLLM does",
@@ -100,8 +100,7 @@ def read_kv_scales(reader: Reader, format: Format | None) -> KVScales | None:
         scales[attention] = (_read(reader, keys), _read(reader, values))
     is_of_heads = any(scale.size > 1 for pair in scales.values() for scale in pair)
     is_of_heads |= declared is not None and declared.block == KV_HEAD
-    block = KV_HEAD if is_of_heads else KV_TENSOR
-    return KVScales(Scheme("e4m3", block=block), scales, names)
+    return KVScales(KV_SCHEMES["head" if is_of_heads else "tensor"], scales, names)
 
 
 def kv_tensors(scales: KVScales, format: Format) -> dict[str, Float32[np.ndarray, "..."]]:

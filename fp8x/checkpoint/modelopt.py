@@ -25,13 +25,12 @@ import numpy as np
 
 from fp8x.checkpoint.extras import KEY, apply_extras, extras
 from fp8x.checkpoint.fields import Fields
-from fp8x.checkpoint.format import Format, Layout, Recipes, TensorSpec, weight_spec
+from fp8x.checkpoint.format import SCALE_DTYPES, Format, Layout, Recipes, TensorSpec, weight_spec
 from fp8x.checkpoint.names import wildcards
 from fp8x.checkpoint.reader import LEGACY
 from fp8x.recipe import Recipe
-from fp8x.scheme import KV_TENSOR, Scheme, mx, per_row, per_tensor
+from fp8x.scheme import KV_SCHEMES, Scheme, mx, per_row, per_tensor
 
-SCALES = ("F32", "BF16", "F16")
 MIXED = "MIXED_PRECISION"
 READ_ONLY = "FP8_PB_WO"
 ALGORITHMS = {
@@ -87,7 +86,7 @@ class ModelOpt(Format):
         return {prefix: None if is_excluded(prefix) else recipe_of(prefix) for prefix in prefixes}
 
     def kv_fields(self, scheme: Scheme) -> dict[str, Any] | None:
-        is_held = scheme == Scheme("e4m3", block=KV_TENSOR)
+        is_held = scheme == KV_SCHEMES["tensor"]
         return {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}} if is_held else None
 
     def kv_scheme(self, config: Mapping[str, Any]) -> Scheme | None:
@@ -103,7 +102,7 @@ class ModelOpt(Format):
             algorithm = "FP8"
         elif algorithm is None:
             algorithm = fields.one_of("kv_cache_scheme", None, "FP8", default=None)
-        return None if algorithm is None else Scheme("e4m3", block=KV_TENSOR)
+        return None if algorithm is None else KV_SCHEMES["tensor"]
 
     def layout(self, recipe: Recipe, shape: tuple[int, int]) -> Layout:
         n, scale_shape = shape[0], recipe.weight.scale_shape(shape)
@@ -117,11 +116,11 @@ class ModelOpt(Format):
             case _:
                 # A single block comes out as a scalar.
                 shapes = ((scale_shape[0], 1, scale_shape[1], 1), scale_shape, *([()] if scale_shape == (1, 1) else []))
-        dtypes = ("U8", "F8_E8M0") if recipe.weight.is_mx else SCALES
+        dtypes = ("U8", "F8_E8M0") if recipe.weight.is_mx else SCALE_DTYPES
         return Layout(
             weight_spec(recipe, shape),
             TensorSpec((".weight_scale",), shapes, dtypes),
-            TensorSpec((".input_scale",), ((), (1,)), SCALES) if recipe.is_static else None,
+            TensorSpec((".input_scale",), ((), (1,)), SCALE_DTYPES) if recipe.is_static else None,
         )
 
 

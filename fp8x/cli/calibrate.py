@@ -45,7 +45,7 @@ def calibrate(
     from fp8x.errors import CalibrationError
 
     chosen, rules = options.parse_recipe(recipe), options.parse_rules(rule)
-    options.check_kv_cache(kv_cache, "tensor", "head")
+    options.check_kv_cache(kv_cache)
     if kv_cache is None and not any(map(options.needs_calibration, (chosen, *rules.values()))):
         raise CalibrationError(
             f"--recipe {recipe}: has no calibrated scale; take a static one, like e4m3_e4m3_bf16, or pass --kv-cache"

@@ -146,7 +146,7 @@ def _kv_caches(kinds: list[str], calibration_data: Path | None) -> list[str]:
     from fp8x.errors import CalibrationError
 
     for kind in kinds:
-        options.check_kv_cache(kind, TOKEN, "tensor", "head")
+        options.check_kv_cache(kind, TOKEN)
     if set(kinds) - {TOKEN} and calibration_data is None:
         raise CalibrationError(f"--kv-cache {', '.join(kinds)}: calibrated; pass --calibrate DATA.jsonl too")
     return kinds

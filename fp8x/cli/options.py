@@ -116,11 +116,14 @@ def parse_mesh(text: str | None) -> "Mesh | None":
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), auto, devices=devices[:needed])
 
 
-def check_kv_cache(kind: str | None, *fits: str) -> None:
+def check_kv_cache(kind: str | None, *others: str) -> None:
     """
     Raises:
         RecipeError: an unknown kind of scales.
     """
+    from fp8x.scheme import KV_SCHEMES
+
+    fits = (*others, *KV_SCHEMES)
     if kind is not None and kind not in fits:
         raise RecipeError(f"--kv-cache {kind}: is unknown; use {', '.join(fits)}")
 

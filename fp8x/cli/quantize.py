@@ -1,6 +1,5 @@
 """`fp8x quantize`."""
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -86,13 +85,16 @@ def quantize(
     check_free(destination)
     reader = Reader(source)
     given = None if calibration is None else sidecar.read(calibration)
-    planned = plan(reader, chosen, format, rules, _kv_scales(kv_cache, data, given))
-    _check(planned, recipe, data, given)
+    kv_scales = _kv_scales(kv_cache, data, given)
+    planned = plan(reader, chosen, format, rules, kv_scales)
+    _check(planned, recipe, data, given, kv_scales is not None)
     found = None
     if data is not None and (kv_cache or _needs_calibration(planned)):
-        arguments = options.Calibration(data, num_samples, max_length, batch_size, seed, kv_cache=kv_cache)
         # Scales that the source has are kept, unless a recipe asks for others.
-        arguments = dataclasses.replace(arguments, kv_cache_only=chosen is None)
+        only = chosen is None
+        arguments = options.Calibration(
+            data, num_samples, max_length, batch_size, seed, kv_cache=kv_cache, kv_cache_only=only
+        )
         samples = calibrate.read_rows(source, arguments)
         model = load(source, chosen, rules, allow_nonfinite)
         report = calibrate.run(model, samples, arguments)
@@ -139,22 +141,21 @@ def quantize(
 
 def _kv_scales(kind: str | None, data: Path | None, given: "Sidecar | None") -> "KVScales | None":
     """How the destination's keys and values are to be stored: as asked, or as a calibration file has it."""
-    from fp8x.calibrate.driver import KV_SCHEMES
     from fp8x.checkpoint.kv_cache import KVScales
     from fp8x.errors import CalibrationError
+    from fp8x.scheme import KV_SCHEMES
 
-    options.check_kv_cache(kind, *KV_SCHEMES)
+    options.check_kv_cache(kind)
     if kind is not None and data is None:
         raise CalibrationError(f"--kv-cache {kind}: its scales are calibrated: pass --calibrate DATA.jsonl")
     scheme = KV_SCHEMES.get(kind, None if given is None else given.kv_cache)
     return None if scheme is None else KVScales(scheme, {})
 
 
-def _check(plan: "Plan", code: str | None, data: Path | None, calibration: "Sidecar | None") -> None:
+def _check(plan: "Plan", code: str | None, data: Path | None, calibration: "Sidecar | None", finds_kv: bool) -> None:
     """Raises for what would fail later, after work, or do nothing."""
     from fp8x.errors import CalibrationError, RecipeError, RuleError
 
-    finds_kv = plan.kv_cache is not plan.stored_kv
     if code is None and plan.source_format is None and not finds_kv:
         raise RecipeError("--recipe: missing; the source is not quantized, so there is nothing to do without a recipe")
     if code not in (None, *UNQUANTIZED) and plan.format is None:

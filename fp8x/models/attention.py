@@ -1,4 +1,4 @@
-"""Causal attention with rotary positions, as in transformers: by grouped queries, and through latents."""
+"""Causal attention with rotary positions by grouped queries, as in transformers; latent.py has that through latents."""
 
 import math
 
@@ -9,9 +9,11 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Float32, Int
 
+from fp8x import meshes
 from fp8x.array import ScaledArray
 from fp8x.models.config import DecoderConfig
-from fp8x.models.kv_cache import KeyValues, Stored, remember
+from fp8x.models.kv_cache import KeyValues, remember
+from fp8x.models.kv_quantizer import Stored
 from fp8x.models.rope import Rotary
 from fp8x.nn.training import source_of
 
@@ -77,10 +79,10 @@ class Attention(nnx.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         seen = remember(KeyValues(rotary.rotate(key), value), (self.k_cache, self.v_cache), cache, start)
         out = attend(rotary.rotate(query), *seen, mask, 1 / math.sqrt(self.head_dim))
-        return self.o_proj(joined(out)).astype(x.dtype), seen
+        return self.o_proj(meshes.merge_dims(out, (1, 1, 2))).astype(x.dtype), seen
 
     def cache_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Heads and dims of the two arrays of `KeyValues`; on a mesh, on one device."""
+        """Heads and dims of the two arrays of `KeyValues`; on a mesh with what fills up devices."""
         shape = (_outputs(self.k_proj) // self.head_dim, self.head_dim)
         return shape, shape
 
@@ -130,11 +132,6 @@ def heads(linear: nnx.Module, x: Float[Array, "b t n"], dim: int) -> Float[Array
     is in the residual's."""
     y = linear(x).astype(x.dtype)
     return y.reshape(*y.shape[:-1], y.shape[-1] // dim, dim)
-
-
-def joined(y: Float[Array, "b t heads dim"]) -> Float[Array, "b t n"]:
-    """The heads side by side."""
-    return y.reshape(*y.shape[:-2], y.shape[-2] * y.shape[-1])
 
 
 def _outputs(linear: nnx.Module) -> int:

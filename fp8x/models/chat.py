@@ -1,21 +1,9 @@
-"""The chat template of a checkpoint: messages as the text that the model was trained to read.
-
-Templates are programs by strangers. They run in Jinja's sandbox, on plain data, with the functions that transformers
-gives them (its `utils/chat_template_utils.py`) and no others.
-"""
+"""The chat template of a checkpoint: messages as the text that the model was trained to read."""
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
-
-from jinja2 import TemplateError, nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from typing import Any
 
 from fp8x.errors import CheckpointError, DataError
 
@@ -50,9 +38,12 @@ def apply_chat_template(
     source, template = _find_template(path, config)
     named = _read_config(path / "special_tokens_map.json") | config  # older checkpoints name them there alone
     tokens = {name: _content(named[name]) for name in SPECIAL_TOKENS if named.get(name) is not None}
+    # Late: importing Jinja takes a fifth of a second, which only chats need.
+    from fp8x.models.chat_sandbox import environment
+
     try:
         return (
-            _environment()
+            environment()
             .from_string(template)
             .render(messages=plain, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **tokens)
         )
@@ -101,60 +92,3 @@ def _find_template(path: Path, config: dict[str, Any]) -> tuple[Path, str]:
 def _content(token: str | dict[str, Any]) -> str:
     """A special token's text; older files describe it by an object."""
     return str(token["content"] if isinstance(token, dict) and "content" in token else token)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {
-        "raise_exception": _raise_exception,
-        "strftime_now": _strftime_now,
-        # Functions where Jinja has classes, whose attributes lead into Python.
-        "dict": lambda *args, **kwargs: dict(*args, **kwargs),
-        "namespace": _Namespace,
-    }
-    return environment
-
-
-class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}` marks what is to be learned in training; here it is text as any other."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Namespace(Namespace):
-    """Jinja's, without the names that mean something to Python."""
-
-    def __init__(*args, **kwargs):
-        self, *args = args  # `self` may be among the names
-        for name in dict(*args, **kwargs):
-            _check_name(name)
-        Namespace.__init__(self, *args, **kwargs)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        Namespace.__setitem__(self, name, value)
-
-
-def _check_name(name: str) -> None:
-    if name.startswith("_"):
-        raise SecurityError(f"a namespace holds no {name!r}; use a name without an underscore before it")
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent=None, separators=None, sort_keys: bool = False) -> str:
-    """Jinja's own filter writes `<`, `>`, `&` and `'` as HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

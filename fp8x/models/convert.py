@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -10,7 +11,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from fp8x.calibrate import Sidecar, sidecar
 from fp8x.checkpoint import Format, Reader, choose_format, format_of
@@ -21,9 +21,9 @@ from fp8x.checkpoint.header import FLOAT8, UNQUANTIZED
 from fp8x.checkpoint.kv_cache import QUERIES, KVScales, kv_tensors, read_kv_scales
 from fp8x.errors import CheckpointError, ConfigError, RuleError, some
 from fp8x.models.config import DecoderConfig
-from fp8x.models.decoder import Decoder
 from fp8x.models.families import FAMILIES
 from fp8x.models.hf_names import linear_names, param_names, skipped
+from fp8x.models.kv_quantizer import make_quantizers
 from fp8x.models.loading import flat
 from fp8x.recipe import OUT_DTYPES, Recipe, Rules, as_recipe, check_stored
 
@@ -90,10 +90,9 @@ def plan(
         recipes = {prefix: by_module[path] for path, names in modules.items() for prefix in names}
     used = [choice for choice in recipes.values() if choice is not None]
     stored_kv = read_kv_scales(reader, source_format)
-    is_calibrated = kv_cache is not None
-    kv_cache = kv_cache if is_calibrated else stored_kv if stored_kv is not None and stored_kv.scheme else None
-    if not used and format is None and not is_calibrated:
-        kv_cache = None  # nowhere to declare it
+    # Where nothing else is quantized, no format declares the source's unasked.
+    if kv_cache is None and stored_kv is not None and stored_kv.scheme is not None and (used or format is not None):
+        kv_cache = stored_kv
     if format is not None and not used and kv_cache is None:
         raise CheckpointError(f"format: {format!r} does not fit: nothing is quantized; leave the format out")
     chosen = choose_format(used, format, kv_cache and kv_cache.scheme) if used or kv_cache else None
@@ -158,7 +157,7 @@ def convert(
                 "none; format='compressed-tensors' keeps them",
                 stacklevel=2,
             )
-        elif planned.kv_cache is planned.stored_kv is not None:
+        elif kv_cache is None and planned.stored_kv is not None:
             planned.stored_kv.warn_of_missing(reader)
         return convert_tensors(
             reader,
@@ -233,7 +232,7 @@ def _calibrated_kv(found: Sidecar, reader: Reader) -> KVScales:
         CalibrationError: they are another model's.
     """
     config = DecoderConfig.from_hf(reader.config)
-    found.set_kv_cache(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))  # looks whether they fit
+    found.give_kv_cache(config.num_hidden_layers, functools.partial(make_quantizers, config))  # looks whether they fit
     return KVScales(found.kv_cache, {f"model.{path}": pair for path, pair in found.kv_scales.items()})
 
 

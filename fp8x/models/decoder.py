@@ -1,6 +1,5 @@
 """The one decoder of all families: its module tree and numbers follow transformers."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -14,15 +13,17 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Float32, Int
 
 from fp8x.array import ScaledArray
-from fp8x.errors import RecipeError, ShapeError
+from fp8x.errors import RecipeError
 from fp8x.models.attention import Attention, RMSNorm, causal_mask
 from fp8x.models.config import DecoderConfig
-from fp8x.models.kv_cache import Cache, KeyValues, KVQuantizer, as_scheme, is_static
+from fp8x.models.kv_cache import Cache, KeyValues
+from fp8x.models.kv_quantizer import KVQuantizer, KVQuantizers, as_scheme, make_quantizers
 from fp8x.models.latent import LatentAttention
 from fp8x.models.rope import Rotary
 from fp8x.nn import GatedMLP, MoE
-from fp8x.scheme import KV_HEAD, KV_TENSOR, Scheme
-from fp8x.sharding.model import place_static, plan_of
+from fp8x.scheme import KV_HEAD, KV_TENSOR, Scheme, is_kv_static
+from fp8x.sharding.model import place_static, plan_of, static_dims
+from fp8x.sharding.place import whole
 from fp8x.sharding.plan import Placement
 from fp8x.sharding.run import batch_spec, call, check_batch
 
@@ -134,7 +135,7 @@ class Decoder(nnx.Module):
     @property
     def kv_cache(self) -> Scheme | None:
         """How keys and values are stored, over `[B, S, heads, dim]`; None for the type of the parameters."""
-        quantizer = self.layers[0].self_attn.k_cache
+        quantizer, _ = self.kv_quantizers[0]
         return None if quantizer is None else quantizer.scheme
 
     def set_kv_cache(
@@ -157,44 +158,39 @@ class Decoder(nnx.Module):
         scheme = None if dtype is None else as_scheme(dtype, None)
         if not isinstance(scheme, Scheme | None):
             raise RecipeError(f"dtype: {dtype!r} is no 8-bit type; use 'e4m3', 'e5m2', a Scheme, or None")
-        pairs = [(None, None)] * len(self.layers)
-        if scales is not None:
-            if scheme is None or not is_static(scheme):
-                raise RecipeError(
-                    f"scales: {dtype!r} takes none; give them with Scheme('e4m3', block={KV_TENSOR}) or {KV_HEAD}"
-                )
-            if len(scales) != len(self.layers):
-                raise ShapeError(f"scales: are of {len(scales)} layers, but the model has {len(self.layers)}")
-            pairs = scales
-        for index, pair in enumerate(pairs):
-            is_pair = isinstance(pair, tuple | list) and len(pair) == 2
-            if scales is not None and not (is_pair and all(scale is not None for scale in pair)):
-                raise ShapeError(f"scales: those of layer {index} are {pair!r}; give one of keys and one of values")
-        quantizers = [
-            (None, None) if scheme is None else self._kv_quantizers(f"layers.{index}.self_attn", scheme, *pair)
-            for index, pair in enumerate(pairs)
-        ]
-        for layer, (keys, values) in zip(self.layers, quantizers):
-            layer.self_attn.k_cache, layer.self_attn.v_cache = nnx.data(keys), nnx.data(values)
+        if scales is not None and (scheme is None or not is_kv_static(scheme)):
+            raise RecipeError(
+                f"scales: {dtype!r} takes none; give them with Scheme('e4m3', block={KV_TENSOR}) or {KV_HEAD}"
+            )
+        if scheme is None:
+            self.hold_kv_quantizers([(None, None)] * len(self.layers))
+            return
+        self.hold_kv_quantizers(make_quantizers(self.config, scheme, scales))
         if self.placement is not None:
             place_static(self, plan_of(self, self.placement.mesh))
 
-    def _kv_quantizers(
-        self, path: str, scheme: Scheme, keys: ArrayLike | None, values: ArrayLike | None
-    ) -> tuple[KVQuantizer, KVQuantizer]:
-        """Of the attention at `path`."""
-        config, names = self.config, (f"{path}.k_scale", f"{path}.v_scale")
-        if config.latent is None:
-            shape = (config.num_key_value_heads, config.head_dim)
-            return tuple(KVQuantizer(scheme, shape, each, name=name) for each, name in zip((keys, values), names))
-        if is_static(scheme):
-            # One number for both, as vLLM has it; a latent is one head.
-            scheme = dataclasses.replace(scheme, block=KV_TENSOR)
-            if keys is not None and not np.array_equal(keys, values):
-                raise ShapeError(f"{path}: {keys} and {values} differ, but one is for the whole latent; give it twice")
-            both = KVQuantizer(scheme, (1, config.latent.kv_rank), keys, name=names[0])
-            return both, both
-        return KVQuantizer(scheme, (1, config.latent.kv_rank)), KVQuantizer(scheme, (1, config.latent.rope_dim))
+    @property
+    def kv_quantizers(self) -> list[KVQuantizers]:
+        """What stores the keys and the values of each layer in 8 bits; None where nothing does."""
+        return [(layer.self_attn.k_cache, layer.self_attn.v_cache) for layer in self.layers]
+
+    def hold_kv_quantizers(self, quantizers: Sequence[KVQuantizers]) -> None:
+        """Takes what `kv_quantizers` has given."""
+        for layer, (keys, values) in zip(self.layers, quantizers, strict=True):
+            layer.self_attn.k_cache, layer.self_attn.v_cache = nnx.data(keys), nnx.data(values)
+
+    def kv_scales(self) -> list[tuple[Float32[np.ndarray, " n"], Float32[np.ndarray, " n"]]]:
+        """The scales of keys and values that hold for all tokens, as `set_kv_cache` takes them: as on one device."""
+        plan = None if self.placement is None else plan_of(self, self.placement.mesh)
+
+        def of(path: str, quantizer: KVQuantizer) -> Float32[np.ndarray, " n"]:
+            scale = quantizer.input_scale[...]
+            return np.asarray(scale if plan is None else whole(scale, static_dims(path, quantizer, plan))).reshape(-1)
+
+        return [
+            (of(f"layers.{index}.self_attn.k_cache", keys), of(f"layers.{index}.self_attn.v_cache", values))
+            for index, (keys, values) in enumerate(self.kv_quantizers)
+        ]
 
     def init_cache(self, batch: int, capacity: int, dtype: Scheme | str | DTypeLike | None = None) -> Cache:
         """An empty cache for `batch` texts of up to `capacity` tokens.
@@ -221,8 +217,8 @@ class Decoder(nnx.Module):
             return quantizer.empty((batch, capacity, *shape), sharding)
 
         layers = (
-            KeyValues(*map(empty, layer.self_attn.cache_shapes(), (layer.self_attn.k_cache, layer.self_attn.v_cache)))
-            for layer in self.layers
+            KeyValues(*map(empty, layer.self_attn.cache_shapes(), quantizers))
+            for layer, quantizers in zip(self.layers, self.kv_quantizers)
         )
         return Cache(tuple(layers), jnp.int32(0))
 
@@ -247,9 +243,10 @@ class Decoder(nnx.Module):
             rows = batch_spec(self.placement)
             before = self.cache_specs(jnp.ndim(cache.length))
             after = before if lengths is None else self.cache_specs(1)
-            args, specs = (ids, cache, lengths), (rows, before, rows)
-            count = 2 if lengths is None else 3
-            return call(Decoder.extend, self, *args[:count], in_specs=specs[:count], out_specs=(rows, after))
+            args, specs = (ids, cache), (rows, before)
+            if lengths is not None:
+                args, specs = (*args, lengths), (*specs, rows)
+            return call(Decoder.extend, self, *args, in_specs=specs, out_specs=(rows, after))
         hidden, layers = self._run(ids, cache.layers, cache.length)
         return hidden, Cache(layers, cache.length + (ids.shape[1] if lengths is None else lengths))
 

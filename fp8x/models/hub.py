@@ -25,7 +25,6 @@ from fp8x.errors import CheckpointError
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import Names, linear_names, param_names
-from fp8x.models.kv_cache import is_static
 from fp8x.models.loading import Loader, check_counts, flat, get
 from fp8x.models.mesh_loading import MeshLoader
 from fp8x.models.modules import save_module
@@ -33,9 +32,9 @@ from fp8x.nn.quantized import QuantizedLayer
 from fp8x.nn.training import check_finished
 from fp8x.nn.walk import check_calibrated
 from fp8x.recipe import Recipe, Rules, as_recipe, check_stored
-from fp8x.scheme import Scheme, per_row
+from fp8x.scheme import Scheme, is_kv_static, per_row
 from fp8x.sharding.layers import gathered
-from fp8x.sharding.model import plan_of, static_dims
+from fp8x.sharding.model import plan_of
 from fp8x.sharding.place import whole, whole_shape
 from fp8x.sharding.plan import LayerSplit, Plan, check_mesh
 
@@ -206,24 +205,14 @@ def _kv_scales(model: Decoder, is_quantized: bool) -> KVScales | None:
         return None
     if is_quantized and scheme == per_row():
         return KVScales(scheme, {})  # declared, without scales
-    if not is_static(scheme) or scheme.scale_rule == "unit":
+    if not is_kv_static(scheme) or scheme.scale_rule == "unit":
         warnings.warn(
             f"model: keys and values in {scheme} need nothing that is stored; say model.set_kv_cache(...) again after "
             "fp8x.load, or fp8x.calibrate(model, batches, kv_cache=True) for scales that a checkpoint holds",
             stacklevel=3,
         )
         return None
-    plan, scales = None if model.placement is None else plan_of(model, model.placement.mesh), {}
-    for index, layer in enumerate(model.layers):
-        path, attention = f"layers.{index}.self_attn", layer.self_attn
-        pair = []
-        for name, quantizer in (("k_cache", attention.k_cache), ("v_cache", attention.v_cache)):
-            scale = quantizer.input_scale[...]
-            if plan is not None:
-                scale = whole(scale, static_dims(f"{path}.{name}", quantizer, plan))
-            pair.append(np.asarray(scale).reshape(-1))
-        scales[f"model.{path}"] = tuple(pair)
-    return KVScales(scheme, scales)
+    return KVScales(scheme, {f"model.layers.{index}.self_attn": pair for index, pair in enumerate(model.kv_scales())})
 
 
 def _hf_config(

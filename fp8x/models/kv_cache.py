@@ -1,39 +1,16 @@
-"""What a decoder remembers of the tokens that it has read: keys and values, in 8 bits or more, and how they get there.
+"""What a decoder remembers of the tokens that it has read: keys and values, in 8 bits or more."""
 
-Arrays are `[B, S, heads, dim]`; latents count as one head. In 8 bits they are in a `Scheme` over these dims:
-
-    block                     scales                               come from
-    (None, None, None, None)  one                                  calibration, or a checkpoint ("static")
-    (None, None, 1, None)     one a head                           the same
-    (1, None)                 one a token and head                 the token itself ("dynamic")
-    (1, 32) and the like      one a block of a token's head        the same
-
-Each token is quantized by itself, so that the same numbers are read however a text was cut into calls.
-"""
-
-import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 from jax import Array
-from jax.sharding import NamedSharding
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from fp8x import numerics
+from fp8x import meshes, numerics
 from fp8x.array import ScaledArray
-from fp8x.errors import CalibrationError, RecipeError, ShapeError
-from fp8x.nn.calibrated import Calibrated, InputScale
-from fp8x.ops.groups import concrete
-from fp8x.recipe import OUT_DTYPES
-from fp8x.scheme import ELEMENTS, KV_HEAD, KV_TENSOR, Scheme, per_row
-
-Stored = Array | ScaledArray
-
-_STATIC = (1, None, 1, None)  # how a cache holds scales of either kind: a text's heads have one each
+from fp8x.models.kv_quantizer import STORED_STATIC, KVQuantizers, Stored
 
 
 class KeyValues(NamedTuple):
@@ -56,135 +33,9 @@ class Cache(NamedTuple):
     length: Int[Array, "*b"]
 
 
-class KVQuantizer(Calibrated):
-    """How the keys, or the values, of a layer are stored in 8 bits.
-
-    Attributes:
-        scheme: over `[B, S, heads, dim]`, from the table above.
-        shape: heads and dims.
-        input_scale: of a static scheme, `[1, 1]` or `[1, heads]`; else None.
-    """
-
-    def __init__(self, scheme: Scheme, shape: tuple[int, int], scale: ArrayLike | None = None, *, name: str = "scale"):
-        """
-        Arguments:
-            scale: of a static scheme; None leaves it to calibration.
-            name: stands in errors.
-
-        Raises:
-            RecipeError: a scheme that is not in the table.
-            ShapeError: a scale of another number of heads, or one that is not finite and positive.
-        """
-        check_scheme(scheme)
-        scheme.check_shape((1, 1, *shape), "scheme")
-        self.scheme, self.shape = scheme, shape
-        self.input_scale = nnx.data(
-            InputScale(_initial_scale(scheme, shape[0], scale, name)) if is_static(scheme) else None
-        )
-        self.abandon_calibration()
-
-    @property
-    def static_scheme(self) -> Scheme | None:
-        if not is_static(self.scheme):
-            return None
-        return dataclasses.replace(self.scheme, block=(None, None if self.scheme.block == KV_TENSOR else self.shape[1]))
-
-    def describe(self) -> str:
-        return str(self.scheme)
-
-    def __call__(self, x: Float[Array, "b t heads dim"]) -> Float[Stored, "b t heads dim"]:
-        """`x` as a cache would hold it; in calibration as it is.
-
-        Raises:
-            CalibrationError: the scale is missing.
-            RecipeError: a gradient is taken.
-        """
-        if self.is_calibrating:
-            return x
-        x = _without_gradient(x)
-        if not is_static(self.scheme):
-            return numerics.quantize(x, self.scheme)
-        return numerics.quantize_with_scale(x, self.scale_of(x.shape), stored_scheme(self.scheme))
-
-    def scale_of(self, shape: tuple[int, ...]) -> Float[Array, "b 1 heads 1"]:
-        """The static scale, as an array of `shape` `[B, S, heads, dim]` has it."""
-        values = concrete(self.input_scale[...])
-        if values is not None and np.isnan(values).any():
-            raise CalibrationError(
-                "kv_cache: its scales are missing; run fp8x.calibrate(model, batches, kv_cache=True), or store one a "
-                "token: model.set_kv_cache('e4m3')"
-            )
-        return jnp.broadcast_to(self.input_scale[...][:, None, :, None], (shape[0], 1, shape[2], 1))
-
-    def empty(self, shape: tuple[int, int, int, int], sharding: NamedSharding | None = None) -> ScaledArray:
-        """Room for `[B, S, heads, dim]`."""
-        scheme = stored_scheme(self.scheme)
-        data = jnp.zeros(shape, scheme.dtype, device=sharding)
-        if is_static(self.scheme):
-            return ScaledArray(data, jax.device_put(self.scale_of(shape), sharding), scheme)
-        return ScaledArray(data, jnp.ones(scheme.scale_shape(shape), scheme.scale_dtype, device=sharding), scheme)
-
-
-def is_static(scheme: Scheme) -> bool:
-    """Whether a scale holds for all tokens."""
-    return scheme.block in (KV_TENSOR, KV_HEAD)
-
-
-def stored_scheme(scheme: Scheme) -> Scheme:
-    """The scheme of a cache's arrays. Static scales get dims for texts and heads, to lie on a mesh as these."""
-    return dataclasses.replace(scheme, block=_STATIC) if is_static(scheme) else scheme
-
-
-def check_scheme(scheme: Scheme) -> None:
-    """
-    Raises:
-        RecipeError: one that is not in this module's table.
-    """
-    lead = (1,) * (4 - len(scheme.block)) + scheme.block[:-1]
-    if is_static(scheme) and not scheme.is_mx:
-        return
-    if len(scheme.block) > 4 or lead != (1, 1, 1):
-        raise RecipeError(
-            f"scheme: {scheme} does not fit keys and values [B, S, heads, dim]; use float32 scales with block "
-            f"{KV_TENSOR} or {KV_HEAD}, which are calibrated, or blocks of one token and head, like (1, None)"
-        )
-
-
-def as_scheme(kind: Scheme | str | DTypeLike, declared: Scheme | None, name: str = "dtype") -> Scheme | np.dtype:
-    """What a cache is to hold: a scheme, or a type of 16 or 32 bits.
-
-    Arguments:
-        kind: "e4m3" or "e5m2" (or their float8 types), with the scales that the model has for them, else one a token
-            and head; "bf16", "f16", "f32" or such a type; or a scheme.
-        declared: the model's scheme.
-        name: of the parameter that `kind` was given as.
-
-    Raises:
-        RecipeError: anything else.
-    """
-    if isinstance(kind, Scheme):
-        check_scheme(kind)
-        return kind
-    if isinstance(kind, str) and kind in OUT_DTYPES:
-        return OUT_DTYPES[kind]
-    by_dtype = {element.dtype: name for name, element in ELEMENTS.items()}
-    if not (isinstance(kind, str) and kind in ELEMENTS):
-        try:
-            dtype = np.dtype(kind)
-        except TypeError:
-            dtype = None
-        if dtype in OUT_DTYPES.values():
-            return dtype
-        if dtype not in by_dtype:
-            names = ", ".join(map(repr, (*ELEMENTS, *OUT_DTYPES)))
-            raise RecipeError(f"{name}: {kind!r} is no type for keys and values; use {names} or a Scheme")
-        kind = by_dtype[dtype]
-    return declared if declared is not None and declared.element == kind else per_row(kind)
-
-
 def remember(
     new: KeyValues,
-    quantizers: tuple[KVQuantizer | None, KVQuantizer | None],
+    quantizers: KVQuantizers,
     cache: KeyValues | None,
     start: Int[Array, "*b"] | int,
 ) -> KeyValues:
@@ -192,10 +43,10 @@ def remember(
     keys, values = quantizers
     if keys is not None and keys.is_calibrating:
         if keys is values:  # through latents one serves for both
-            keys.observe(_rows(jnp.concatenate(new, axis=-1)))
+            keys.observe(meshes.merge_dims(jnp.concatenate(new, axis=-1), (2, 2)))
         else:
-            keys.observe(_rows(new.keys))
-            values.observe(_rows(new.values))
+            keys.observe(meshes.merge_dims(new.keys, (2, 2)))
+            values.observe(meshes.merge_dims(new.values, (2, 2)))
     if cache is not None:
         return cache.write(new, start)
     return KeyValues(*(x if quantizer is None else quantizer(x) for x, quantizer in zip(new, quantizers)))
@@ -206,28 +57,10 @@ def read(stored: Float[Stored, "b s heads dim"], dtype: DTypeLike) -> Float[Arra
     return stored.dequantize(dtype) if isinstance(stored, ScaledArray) else stored.astype(dtype)
 
 
-@jax.custom_vjp
-def _without_gradient(x: Array) -> Array:
-    return x
-
-
-def _refuse_gradient(x: Array) -> None:
-    raise RecipeError(
-        "model: keys and values in 8 bits pass no gradient on; call model.set_kv_cache(None) before training"
-    )
-
-
-_without_gradient.defvjp(_refuse_gradient, _refuse_gradient)
-
-
-def _rows(x: Float[Array, "b t heads dim"]) -> Float[Array, "m k"]:
-    return jax.lax.stop_gradient(x).reshape(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3])
-
-
 def _write(old: Stored, new: Array, start: Int[Array, "*b"]) -> Stored:
     if not isinstance(old, ScaledArray):
         return _update(old, new.astype(old.dtype), start)
-    if old.scheme.block == _STATIC:
+    if old.scheme.block == STORED_STATIC:
         stored = numerics.quantize_with_scale(new, old.scale, old.scheme)
         return ScaledArray(_update(old.data, stored.data, start), old.scale, old.scheme)
     stored = numerics.quantize(new, old.scheme)
@@ -238,16 +71,3 @@ def _update(old: Array, new: Array, start: Int[Array, "*b"]) -> Array:
     if jnp.ndim(start) == 0:
         return jax.lax.dynamic_update_slice_in_dim(old, new, start, 1)
     return jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, 0))(old, new, start)
-
-
-def _initial_scale(scheme: Scheme, heads: int, given: ArrayLike | None, name: str) -> Float[Array, "1 heads"]:
-    count = 1 if scheme.block == KV_TENSOR else heads
-    if given is None:
-        # A unit scale needs no calibration.
-        return jnp.full((1, count), 1.0 if scheme.scale_rule == "unit" else jnp.nan, jnp.float32)
-    scale = np.asarray(given, np.float32)
-    if scale.size != count:
-        raise ShapeError(f"{name}: shape is {list(scale.shape)}, but {scheme} takes {count} for {heads} heads")
-    if not (np.isfinite(scale) & (scale > 0)).all():
-        raise ShapeError(f"{name}: {scale.reshape(-1).tolist()} are not all finite and positive")
-    return jnp.asarray(scale.reshape(1, count))

@@ -8,7 +8,8 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from fp8x.models.attention import RMSNorm, attend, heads, joined
+from fp8x import meshes
+from fp8x.models.attention import RMSNorm, attend, heads
 from fp8x.models.config import DecoderConfig
 from fp8x.models.kv_cache import KeyValues, read, remember
 from fp8x.models.rope import Rotary
@@ -61,7 +62,8 @@ class LatentAttention(nnx.Module):
         seen = remember(new, (self.k_cache, self.v_cache), cache, start)
         latents, positions = read(seen.keys, x.dtype), read(seen.values, x.dtype)
         through_latents = self._folded if self._is_folded(x.shape[1], latents.shape[1]) else self._expanded
-        return self.o_proj(joined(through_latents(query, latents, positions, mask))).astype(x.dtype), seen
+        out = through_latents(query, latents, positions, mask)
+        return self.o_proj(meshes.merge_dims(out, (1, 1, 2))).astype(x.dtype), seen
 
     def _is_folded(self, tokens: int, seen: int) -> bool:
         """Whether `kv_b_proj` goes with the queries and the output of `tokens`, where that is less work than to make
@@ -105,7 +107,7 @@ class LatentAttention(nnx.Module):
         return jnp.einsum("bthr,hvr->bthv", out, weight[:, nope:])
 
     def cache_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """As there."""
+        """As `fp8x.models.attention.Attention`'s."""
         return (1, self.latent.kv_rank), (1, self.latent.rope_dim)
 
 

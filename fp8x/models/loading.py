@@ -21,12 +21,12 @@ from fp8x.errors import CheckpointError, ShapeError, some
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import Names, linear_names, param_names, skipped
-from fp8x.models.kv_cache import is_static
 from fp8x.nn.grouped import GroupedLinear, weight_scheme
 from fp8x.nn.linear import Linear
 from fp8x.nn.quantized import QuantizedLayer
 from fp8x.nn.walk import set_module
 from fp8x.recipe import Recipe
+from fp8x.scheme import is_kv_static
 
 # Old rotary tables, which say nothing that a config does not.
 HARMLESS = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -118,7 +118,7 @@ class Loader:
             return
         self.kv_scales.warn_of_missing(self.reader)
         config, scheme = self.model.config, self.kv_scales.scheme
-        if not is_static(scheme):
+        if not is_kv_static(scheme):
             return self.model.set_kv_cache(scheme)
         pairs = self.kv_scales.of(f"model.layers.{index}.self_attn" for index in range(config.num_hidden_layers))
         if config.latent is not None:

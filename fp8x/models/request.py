@@ -14,7 +14,7 @@ from jaxtyping import Int, Int32, UInt32
 from fp8x.errors import DataError
 from fp8x.models.decoder import Decoder
 from fp8x.models.decoding import Controls, Prefill, Step
-from fp8x.models.kv_cache import as_scheme
+from fp8x.models.kv_quantizer import as_scheme
 from fp8x.models.sampling import Sampling
 from fp8x.models.stop import Stops
 from fp8x.nn.walk import check_calibrated

@@ -82,7 +82,8 @@ class Calibrated(nnx.Module):
         self.amax = self.tokens = self.nonfinite = self.histogram = nnx.data(None)
 
     def observe(self, x: Float[Array, "m k"], group_sizes: Int[Array, " e"] | None = None) -> None:
-        """Joins `x` to the statistics."""
+        """Joins `x` to the statistics; no gradient passes."""
+        x = jax.lax.stop_gradient(x)
         scheme, has_histogram = self.static_scheme, self.histogram is not None
 
         def statistics(x, group_sizes):

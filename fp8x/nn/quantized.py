@@ -151,7 +151,7 @@ class QuantizedLayer(Calibrated):
         """How a product is to quantize its input `x`; in calibration, after `x` has joined the statistics."""
         scheme, scale = self.recipe.activation, None
         if self.is_calibrating:
-            self.observe(meshes.merge_rows(jax.lax.stop_gradient(x)), group_sizes)
+            self.observe(meshes.merge_rows(x), group_sizes)
             if not self.fake_quantize:
                 return {"activation": None, "activation_scale": None}
             scale = numerics.compute_scale(self.amax[...], scheme)

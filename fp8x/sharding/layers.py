@@ -14,8 +14,10 @@ from fp8x.errors import MeshError
 from fp8x.nn.moe import MoE
 from fp8x.nn.quantized import QuantizedLayer, weight_scheme
 from fp8x.nn.unquantized import UnquantizedGroupedLinear
-from fp8x.sharding.place import Read, place, put, scale_dims, values_of, whole, whole_shape
+from fp8x.scheme import Scheme
+from fp8x.sharding.place import Dims, Read, place, put, scale_dims, values_of, whole, whole_shape
 from fp8x.sharding.plan import LayerSplit
+from fp8x.sharding.split import Split
 
 Layer = QuantizedLayer | UnquantizedGroupedLinear | nnx.Linear
 
@@ -54,13 +56,19 @@ def place_quantized(
     if layer.bias is not None:
         put(layer.bias, place(bias, layer.bias.shape, layer.bias.dtype, split.dims(ndim)[:-1], mesh))
     if layer.input_scale is not None:
-        _, dims = scale_dims(recipe.activation, (1, k), (None, split.k))
+        dims = input_scale_dims(recipe.activation, k, split.k)
         put(layer.input_scale, place(input_scale, layer.input_scale.shape, np.dtype(np.float32), dims, mesh, fill=1))
     put(layer.weight, weight.data)
     put(layer.weight_scale, weight.scale)
     layer.weight_scheme, layer.k_axes = weight.scheme, k_axes
     if recipe.activation_scale == "dynamic":
         layer.amax_axes = _amax_axes(recipe.activation.block, k_axes, mesh, split)
+
+
+def input_scale_dims(scheme: Scheme, width: int, split: Split | None) -> Dims:
+    """How a static scale lies, `[1, groups]`, of `width` features that are split so; unless they are, the width is
+    whole."""
+    return scale_dims(scheme, (1, width if split is None else split.size), (None, split))[1]
 
 
 def _amax_axes(block: tuple, k_axes: tuple[str, ...], mesh: Mesh, split: LayerSplit) -> tuple[str, ...]:
@@ -136,9 +144,7 @@ def gathered(layer: Layer, split: LayerSplit) -> Layer:
         _, of_scales = scale_dims(scheme, whole_shape(weight.shape, dims), dims)
         layer.weight_scale.set_value(whole(layer.weight_scale[...], of_scales))
         if layer.input_scale is not None:
-            _, of_inputs = scale_dims(
-                layer.recipe.activation, whole_shape((1, weight.shape[-1]), (None, split.k)), (None, split.k)
-            )
+            of_inputs = input_scale_dims(layer.recipe.activation, weight.shape[-1], split.k)
             layer.input_scale.set_value(whole(layer.input_scale[...], of_inputs))
     weight.set_value(whole(weight[...], dims[::-1] if isinstance(layer, nnx.Linear) else dims))
     if layer.bias is not None:

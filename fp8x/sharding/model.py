@@ -12,8 +12,8 @@ from fp8x.nn.moe import MoE
 from fp8x.nn.quantized import QuantizedLayer
 from fp8x.nn.training import check_finished
 from fp8x.nn.walk import get_module, named_modules, named_static
-from fp8x.sharding.layers import mark_moe, place_layer
-from fp8x.sharding.place import SPEC, Dims, place, put, scale_dims, values_of
+from fp8x.sharding.layers import input_scale_dims, mark_moe, place_layer
+from fp8x.sharding.place import SPEC, Dims, place, put, values_of
 from fp8x.sharding.plan import Plan, check_mesh, mixture, plan
 
 if TYPE_CHECKING:
@@ -82,12 +82,9 @@ def place_static(model: "Decoder", layers: Plan) -> None:
 def static_dims(path: str, module: Calibrated, layers: Plan) -> Dims:
     """How a static scale lies, of a layer in 8 bits or of the keys and values of an attention."""
     if isinstance(module, QuantizedLayer):
-        split, width = layers.layers[path].k, module.weight.shape[-1]
-    else:
-        k_proj = layers.layers.get(f"{path.rpartition('.')[0]}.k_proj")
-        split, width = None if k_proj is None else k_proj.n, math.prod(module.shape)
-    width = width if split is None else split.size
-    return scale_dims(module.static_scheme, (1, width), (None, split))[1]
+        return input_scale_dims(module.static_scheme, module.weight.shape[-1], layers.layers[path].k)
+    k_proj = layers.layers.get(f"{path.rpartition('.')[0]}.k_proj")  # through latents there is none
+    return input_scale_dims(module.static_scheme, math.prod(module.shape), None if k_proj is None else k_proj.n)
 
 
 def finish(model: "Decoder", layers: Plan) -> None:

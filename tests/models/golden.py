@@ -36,6 +36,16 @@ class Golden:
         nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.state(model)))
         return model
 
+    def logits_in_pieces(self) -> np.ndarray:
+        """Of the prompts in float32: five tokens, and then one after another, by a cache."""
+        model, ids = self.model_f32, jnp.asarray(self.tensors["ids"])
+        cache, extend, hidden = model.init_cache(*ids.shape), nnx.jit(Decoder.extend), []
+        for piece in jnp.split(ids, list(range(5, ids.shape[1])), axis=1):
+            of_piece, cache = extend(model, piece, cache)
+            hidden.append(of_piece)
+        assert cache.length == ids.shape[1]
+        return model.logits(jnp.concatenate(hidden, axis=1))
+
     def gradient(self) -> nnx.State:
         """Of the mean negative log-likelihood of the prompts, by every parameter in float32."""
         graphdef, state = nnx.split(self.model_f32)

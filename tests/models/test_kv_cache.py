@@ -15,7 +15,8 @@ from fp8x import Scheme
 from fp8x.errors import CalibrationError, RecipeError, ShapeError
 from fp8x.models import Decoder
 from fp8x.models.attention import attend
-from fp8x.models.kv_cache import KeyValues, KVQuantizer
+from fp8x.models.kv_cache import KeyValues
+from fp8x.models.kv_quantizer import KVQuantizer
 from fp8x.scheme import E8M0, KV_HEAD, KV_TENSOR, per_row
 from fp8x.sharding import shard
 

@@ -12,7 +12,8 @@ from fp8x import Scheme
 from fp8x.array import ScaledArray
 from fp8x.benchmark.program import optimized
 from fp8x.models.attention import attend
-from fp8x.models.kv_cache import KeyValues, KVQuantizer, remember, stored_scheme
+from fp8x.models.kv_cache import KeyValues, remember
+from fp8x.models.kv_quantizer import KVQuantizer, stored_scheme
 from fp8x.pallas import aot
 from fp8x.scheme import KV_TENSOR, per_row
 
