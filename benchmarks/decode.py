@@ -35,7 +35,7 @@ from fp8x.benchmark import H200, Results, copy_bandwidth, facts, time_queue
 from fp8x.models import Decoder, DecoderConfig
 from fp8x.models.attention import causal_mask
 from fp8x.models.kv_cache import Cache, KeyValues
-from fp8x.models.rope import Rotary
+from fp8x.models.rotary import Rotary
 from fp8x.ops.dispatch import BACKENDS
 
 BF16 = "bf16"

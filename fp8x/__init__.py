@@ -1,17 +1,22 @@
 """FP8 for JAX and Flax: quantized layers, calibration, checkpoints."""
 
-from fp8x import linen, nn, ops
-from fp8x.array import ScaledArray
-from fp8x.calibrate import calibrate
-from fp8x.models.convert import convert
-from fp8x.models.hub import load, save
-from fp8x.models.modules import load_into
-from fp8x.nn import quantize_model, report
-from fp8x.numerics import quantize
-from fp8x.ops import backend
-from fp8x.recipe import RECIPES, Recipe, recipe
-from fp8x.scheme import Scheme
+from typing import TYPE_CHECKING
+
+from fp8x.lazy import lazily
 from fp8x.version import __version__
+
+if TYPE_CHECKING:
+    from fp8x import linen, nn, ops
+    from fp8x.array import ScaledArray
+    from fp8x.calibrate import calibrate
+    from fp8x.models.convert import convert
+    from fp8x.models.hub import load, save
+    from fp8x.models.modules import load_into
+    from fp8x.nn import quantize_model, report
+    from fp8x.numerics import quantize
+    from fp8x.ops import backend
+    from fp8x.recipe import RECIPES, Recipe, recipe
+    from fp8x.scheme import Scheme
 
 __all__ = [
     "RECIPES",
@@ -33,3 +38,28 @@ __all__ = [
     "report",
     "save",
 ]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "RECIPES": "fp8x.recipe",
+        "Recipe": "fp8x.recipe",
+        "ScaledArray": "fp8x.array",
+        "Scheme": "fp8x.scheme",
+        "backend": "fp8x.ops",
+        "calibrate": "fp8x.calibrate",
+        "convert": "fp8x.models.convert",
+        "load": "fp8x.models.hub",
+        "load_into": "fp8x.models.modules",
+        "quantize": "fp8x.numerics",
+        "quantize_model": "fp8x.nn",
+        "recipe": "fp8x.recipe",
+        "report": "fp8x.nn",
+        "save": "fp8x.models.hub",
+    },
+    submodules=("linen", "nn", "ops"),
+)
+
+
+def __dir__() -> list[str]:
+    return __all__

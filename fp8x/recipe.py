@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from fp8x.errors import RecipeError, RuleError
 from fp8x.scheme import Scheme, as_dtype, mx, per_row, per_tensor
 
-OUT_DTYPES = {"bf16": np.dtype(jnp.bfloat16), "f16": np.dtype(jnp.float16), "f32": np.dtype(jnp.float32)}
+OUT_DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
 
 
 @dataclasses.dataclass(frozen=True)

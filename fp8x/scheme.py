@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from fp8x.errors import RecipeError, ShapeError
@@ -37,12 +37,12 @@ class Element:
 
 
 ELEMENTS: dict[str, Element] = {
-    "e4m3": Element("e4m3", np.dtype(jnp.float8_e4m3fn), max=448.0, emax=8, mantissa_bits=3),
-    "e5m2": Element("e5m2", np.dtype(jnp.float8_e5m2), max=57344.0, emax=15, mantissa_bits=2),
+    "e4m3": Element("e4m3", np.dtype(ml_dtypes.float8_e4m3fn), max=448.0, emax=8, mantissa_bits=3),
+    "e5m2": Element("e5m2", np.dtype(ml_dtypes.float8_e5m2), max=57344.0, emax=15, mantissa_bits=2),
 }
 
-FLOAT32 = np.dtype(jnp.float32)
-E8M0 = np.dtype(jnp.float8_e8m0fnu)
+FLOAT32 = np.dtype(np.float32)
+E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 
 # The scale rules that each scale type admits; the first is the default.
 SCALE_RULES: dict[np.dtype, tuple[ScaleRule, ...]] = {

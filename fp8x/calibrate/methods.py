@@ -2,7 +2,6 @@
 
 import math
 from fractions import Fraction
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +9,11 @@ import numpy as np
 from jaxtyping import Float, Float32, Int64
 
 from fp8x import numerics
+from fp8x.calibrate.report import Method
 from fp8x.errors import CalibrationError
 from fp8x.nn.observer import bin_magnitudes
 from fp8x.scheme import Scheme
 
-Method = Literal["max", "percentile", "mse"]
 METHODS: tuple[Method, ...] = ("max", "percentile", "mse")
 DEFAULT_PERCENTILE = 99.99
 

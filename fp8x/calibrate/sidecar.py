@@ -7,20 +7,17 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Float32, Int
 
-from fp8x.calibrate.driver import CalibrationReport, LayerStatistics
-from fp8x.calibrate.statistics import static_layers
+from fp8x.calibrate.report import CalibrationReport, LayerStatistics
 from fp8x.errors import CalibrationError, ShapeError, some
-from fp8x.nn.quantized import QuantizedLayer
-from fp8x.nn.training import check_finished
-from fp8x.nn.walk import named_static
 from fp8x.scheme import ELEMENTS, KV_HEAD, KV_TENSOR, Scheme
+
+if TYPE_CHECKING:
+    from flax import nnx
 
 VERSION = 1
 
@@ -116,7 +113,7 @@ class Sidecar:
         pairs = {path: (layers[path + keys], layers.get(f"{path}.v_cache", layers[path + keys])) for path in paths}
         return {path: tuple(layer.scale.reshape(-1) for layer in pair) for path, pair in pairs.items()}
 
-    def set_kv_cache(self, model: nnx.Module) -> None:
+    def set_kv_cache(self, model: "nnx.Module") -> None:
         """Has a decoder store keys and values by the scales here, if there are any.
 
         Raises:
@@ -170,12 +167,18 @@ class Sidecar:
                     f"takes {list(fits)}; is it another model's?"
                 )
 
-    def apply(self, model: nnx.Module) -> None:
+    def apply(self, model: "nnx.Module") -> None:
         """Sets the static activation scales of a model.
 
         Raises:
             CalibrationError: as `check`, or the model has no layer for any, or is on a mesh.
         """
+        # Imported late: `fp8x.convert` reads a sidecar and needs no Flax.
+        from fp8x.calibrate.statistics import static_layers
+        from fp8x.nn.quantized import QuantizedLayer
+        from fp8x.nn.training import check_finished
+        from fp8x.nn.walk import named_static
+
         if getattr(model, "placement", None) is not None:
             raise CalibrationError("calibration: the model is on a mesh; give the file to fp8x.load, with the mesh")
         check_finished(model)
@@ -185,7 +188,7 @@ class Sidecar:
         self.set_kv_cache(model)
         for path, scale in self.scales.items():
             layers[path].abandon_calibration()
-            layers[path].input_scale[...] = jnp.asarray(scale)
+            layers[path].input_scale[...] = scale
 
     def to_json(self) -> dict[str, Any]:
         """What `write` writes."""

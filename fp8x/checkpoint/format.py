@@ -6,17 +6,20 @@ Everything is by Hugging Face prefix: `model.layers.0.self_attn.q_proj` has the 
 import abc
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
-from fp8x.array import ScaledArray
 from fp8x.checkpoint.header import UNQUANTIZED
 from fp8x.checkpoint.reader import DTYPE_NAMES, DTYPES, Reader
 from fp8x.errors import CheckpointError
 from fp8x.recipe import Recipe
 from fp8x.scheme import E8M0, FLOAT32, Scheme
+
+if TYPE_CHECKING:
+    import jax
+
+    from fp8x.array import ScaledArray
 
 Recipes = Mapping[str, Recipe | None]
 
@@ -39,7 +42,7 @@ class TensorSpec:
     def read(self, prefix: str, reader: Reader) -> np.ndarray:
         return reader.read(self.name(prefix, reader), shapes=self.shapes, dtypes=self.dtypes)
 
-    def write(self, prefix: str, array: jax.Array | np.ndarray) -> dict[str, np.ndarray]:
+    def write(self, prefix: str, array: "jax.Array | np.ndarray") -> dict[str, np.ndarray]:
         """The array's bytes, unchanged, in this tensor's type and shape."""
         dtype = DTYPES[self.dtypes[0]]
         return {prefix + self.suffixes[0]: np.asarray(array, order="C").view(dtype).reshape(self.shapes[0])}
@@ -113,7 +116,7 @@ class Format(abc.ABC):
         """The tensors of a matrix of `shape` `[N, K]`."""
 
     def encode(
-        self, prefix: str, recipe: Recipe, weight: ScaledArray, input_scale: jax.Array | np.ndarray | None
+        self, prefix: str, recipe: Recipe, weight: "ScaledArray", input_scale: "jax.Array | np.ndarray | None"
     ) -> dict[str, np.ndarray]:
         """The tensors of one matrix, name -> array: the bytes of `weight` `[N, K]` and `input_scale` `[1, groups]`."""
         layout = self.layout(recipe, weight.shape)
@@ -130,13 +133,15 @@ class Format(abc.ABC):
 
     def decode(
         self, prefix: str, recipe: Recipe, shape: tuple[int, int], reader: Reader
-    ) -> tuple[ScaledArray, np.ndarray | None]:
+    ) -> "tuple[ScaledArray, np.ndarray | None]":
         """One matrix and its static activation scale (float32 `[1, groups]`, or None), as stored: nothing is rounded.
 
         Raises:
             CheckpointError: a tensor is missing, of another shape or type, or a scale that is no scale.
             ShapeError: a matrix that the scheme does not fit.
         """
+        from fp8x.array import ScaledArray  # imported late: it is made of JAX, which a plan does not need
+
         layout, scheme = self.layout(recipe, shape), recipe.weight
         scheme.check_shape(shape, f"{prefix}.weight")
         scale = as_scale(layout.weight_scale.read(prefix, reader), scheme.scale_dtype)
@@ -200,7 +205,7 @@ def _check_scale(scale: np.ndarray, name: str, reader: Reader) -> None:
         raise CheckpointError(f"{name} in {file}: {count} of {scale.size} scales are NaN, infinite or negative")
 
 
-def _lost_blocks(weight: ScaledArray) -> int:
+def _lost_blocks(weight: "ScaledArray") -> int:
     """How many blocks `[n, k]` of a matrix have scale 0 over values other than 0. Other blocks are not looked at."""
     if weight.scheme.is_mx or (weight.scale != 0).all():
         return 0

@@ -7,9 +7,8 @@ import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from fp8x.checkpoint.destination import (
@@ -24,6 +23,9 @@ from fp8x.checkpoint.destination import (
 from fp8x.checkpoint.header import DTYPE_NAMES, make_header
 from fp8x.checkpoint.reader import INDEX, SINGLE
 from fp8x.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import jax
 
 
 class Writer:
@@ -80,7 +82,7 @@ class Writer:
             if self._lock is not None:
                 os.close(self._lock)
 
-    def add(self, name: str, array: jax.Array | np.ndarray) -> None:
+    def add(self, name: str, array: "jax.Array | np.ndarray") -> None:
         """Adds a tensor; written once a shard is full."""
         if name in self._pending or any(name in shard for shard in self._shards):
             raise CheckpointError(f"{name}: added twice to {self.path}")

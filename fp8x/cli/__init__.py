@@ -22,8 +22,8 @@ app = typer.Typer(
     $ fp8x generate MODEL-fp8 "Once upon a time"
     """,
     no_args_is_help=True,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # its modules take longer than all else that help needs
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     pretty_exceptions_show_locals=False,
 )
 

@@ -1,4 +1,7 @@
-"""What every command shares: errors in one line, progress, tables, JSON. Results go to stdout, the rest to stderr."""
+"""What every command shares: errors in one line, progress, tables, JSON. Results go to stdout, the rest to stderr.
+
+rich is imported when something is shown: it takes as long as the rest of a command that only says what it can do.
+"""
 
 import contextlib
 import functools
@@ -8,25 +11,14 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import typer
-from rich import box
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
 
 from fp8x.errors import DataError, Fp8xError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 PATIENCE = 2.0  # seconds before a progress bar shows
 PIPE_WIDTH = 240  # columns where no terminal says how many there are; tables take what they need
@@ -73,6 +65,8 @@ def warn(message: object) -> None:
 
 
 def _say(kind: str, message: object, style: str) -> None:
+    from rich.console import Console
+
     line = " ".join(str(message).splitlines())
     Console(stderr=True).print(f"{kind}: {line}", style=style, markup=False, highlight=False, soft_wrap=True)
 
@@ -83,10 +77,14 @@ def progress(what: str, unit: Literal["steps", "bytes"] = "steps") -> Iterator[C
 
     Gives a function that takes what is done and the total (None: unknown), both in `unit`.
     """
+    from rich import progress as bars
+    from rich.console import Console
+
     console = Console(stderr=True)
-    counts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    counts = (bars.DownloadColumn(), bars.TransferSpeedColumn()) if unit == "bytes" else (bars.MofNCompleteColumn(),)
+    what_and_bar = (bars.SpinnerColumn(), bars.TextColumn("{task.description}"), bars.BarColumn())
+    columns = (*what_and_bar, *counts, bars.TimeRemainingColumn())
+    bar = bars.Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     task = bar.add_task(what, total=None)
     timer = threading.Timer(PATIENCE, bar.start)
     timer.daemon = True
@@ -99,8 +97,11 @@ def progress(what: str, unit: Literal["steps", "bytes"] = "steps") -> Iterator[C
         bar.stop()
 
 
-def table(*columns: str, left: tuple[str, ...] = ()) -> Table:
+def table(*columns: str, left: tuple[str, ...] = ()) -> "Table":
     """An empty table; the first column and those in `left` hold words, the others numbers."""
+    from rich import box
+    from rich.table import Table
+
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
         is_words = index == 0 or name in left
@@ -110,6 +111,8 @@ def table(*columns: str, left: tuple[str, ...] = ()) -> Table:
 
 def show(*what: object) -> None:
     """Prints tables and lines on stdout."""
+    from rich.console import Console
+
     options = {"markup": False, "highlight": False}
     console = Console(**options)
     console = console if console.is_terminal else Console(**options, width=PIPE_WIDTH)
@@ -134,13 +137,12 @@ def plain(value: Any) -> Any:
             return {key: plain(item) for key, item in value.items()}
         case list() | tuple():
             return [plain(item) for item in value]
-        case np.ndarray() | np.generic():
-            return plain(value.tolist())
         case float():
             return value if math.isfinite(value) else None
         case Path():
             return str(value)
-    return value
+    # An array, or a number of numpy's: not imported for help's sake.
+    return plain(value.tolist()) if hasattr(value, "tolist") else value
 
 
 def check_file(option: str, path: Path) -> None:

@@ -14,7 +14,7 @@ from fp8x.array import ScaledArray
 from fp8x.models.config import DecoderConfig
 from fp8x.models.kv_cache import KeyValues, remember
 from fp8x.models.kv_quantizer import Stored
-from fp8x.models.rope import Rotary
+from fp8x.models.rotary import Rotary
 from fp8x.nn.training import source_of
 
 

@@ -6,9 +6,8 @@ from typing import Any
 
 from fp8x.errors import ConfigError
 from fp8x.models.families import read
-from fp8x.models.parts import Latent, Mixture
+from fp8x.models.parts import ACTIVATIONS, Latent, Mixture
 from fp8x.models.rope import Rope
-from fp8x.ops.gate import ACTIVATIONS
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _SIZES = (

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
-from fp8x.calibrate import Sidecar, sidecar
+from fp8x.calibrate import sidecar
+from fp8x.calibrate.sidecar import Sidecar
 from fp8x.checkpoint import Format, Reader, choose_format, format_of
 from fp8x.checkpoint.convert import Conversion, Target, convert_tensors
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES
@@ -22,9 +23,7 @@ from fp8x.checkpoint.kv_cache import QUERIES, KVScales, kv_tensors, read_kv_scal
 from fp8x.errors import CheckpointError, ConfigError, RuleError, some
 from fp8x.models.config import DecoderConfig
 from fp8x.models.families import FAMILIES
-from fp8x.models.hf_names import linear_names, param_names, skipped
-from fp8x.models.kv_quantizer import make_quantizers
-from fp8x.models.loading import flat
+from fp8x.models.hf_names import flat, linear_names, param_names, skipped
 from fp8x.recipe import OUT_DTYPES, Recipe, Rules, as_recipe, check_stored
 
 SCALES = ("weight_scale", "weight_scale_inv", "input_scale", "activation_scale")
@@ -211,7 +210,7 @@ def _matrices(reader: Reader) -> list[str]:
 def _dtype(config: Mapping[str, Any]) -> np.dtype:
     """The type in which a model computes, as its config says; bfloat16 without a word."""
     named = config.get("dtype") or config.get("torch_dtype")
-    return {str(dtype): dtype for dtype in OUT_DTYPES.values()}.get(str(named), np.dtype(jnp.bfloat16))
+    return {str(dtype): dtype for dtype in OUT_DTYPES.values()}.get(str(named), np.dtype(ml_dtypes.bfloat16))
 
 
 def _scales(found: Sidecar, plan: Plan, reader: Reader) -> dict[str, np.ndarray]:
@@ -231,6 +230,8 @@ def _calibrated_kv(found: Sidecar, reader: Reader) -> KVScales:
     Raises:
         CalibrationError: they are another model's.
     """
+    from fp8x.models.kv_quantizer import make_quantizers  # imported late: nothing else here needs Flax
+
     config = DecoderConfig.from_hf(reader.config)
     found.give_kv_cache(config.num_hidden_layers, functools.partial(make_quantizers, config))  # looks whether they fit
     return KVScales(found.kv_cache, {f"model.{path}": pair for path, pair in found.kv_scales.items()})

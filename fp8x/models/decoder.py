@@ -19,7 +19,7 @@ from fp8x.models.config import DecoderConfig
 from fp8x.models.kv_cache import Cache, KeyValues
 from fp8x.models.kv_quantizer import KVQuantizer, KVQuantizers, as_scheme, make_quantizers
 from fp8x.models.latent import LatentAttention
-from fp8x.models.rope import Rotary
+from fp8x.models.rotary import Rotary
 from fp8x.nn import GatedMLP, MoE
 from fp8x.scheme import KV_HEAD, KV_TENSOR, Scheme, is_kv_static
 from fp8x.sharding.model import place_static, plan_of, static_dims

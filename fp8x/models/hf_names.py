@@ -30,6 +30,15 @@ def linear_names(config: DecoderConfig) -> dict[str, Names]:
     return names
 
 
+def flat(names: Names, index: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Every tensor prefix with its index in the layer's leading dims."""
+    if isinstance(names, str):
+        yield index, names
+        return
+    for i, inner in enumerate(names):
+        yield from flat(inner, (*index, i))
+
+
 def _projections(config: DecoderConfig) -> tuple[str, ...]:
     if config.latent is None:
         return ("q_proj", "k_proj", "v_proj", "o_proj")

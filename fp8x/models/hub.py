@@ -24,8 +24,8 @@ from fp8x.checkpoint.kv_cache import KVScales, kv_tensors
 from fp8x.errors import CheckpointError
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
-from fp8x.models.hf_names import Names, linear_names, param_names
-from fp8x.models.loading import Loader, check_counts, flat, get
+from fp8x.models.hf_names import Names, flat, linear_names, param_names
+from fp8x.models.loading import Loader, check_counts, get
 from fp8x.models.mesh_loading import MeshLoader
 from fp8x.models.modules import save_module
 from fp8x.nn.quantized import QuantizedLayer

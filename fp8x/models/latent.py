@@ -12,7 +12,7 @@ from fp8x import meshes
 from fp8x.models.attention import RMSNorm, attend, heads
 from fp8x.models.config import DecoderConfig
 from fp8x.models.kv_cache import KeyValues, read, remember
-from fp8x.models.rope import Rotary
+from fp8x.models.rotary import Rotary
 from fp8x.nn import Linear
 
 

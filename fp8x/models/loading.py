@@ -3,7 +3,7 @@
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from fp8x.checkpoint.kv_cache import QUERIES, read_kv_scales
 from fp8x.errors import CheckpointError, ShapeError, some
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
-from fp8x.models.hf_names import Names, linear_names, param_names, skipped
+from fp8x.models.hf_names import Names, flat, linear_names, param_names, skipped
 from fp8x.nn.grouped import GroupedLinear, weight_scheme
 from fp8x.nn.linear import Linear
 from fp8x.nn.quantized import QuantizedLayer
@@ -251,15 +251,6 @@ def get(model: nnx.Module, path: str):
     for key in path.split("."):
         model = model[int(key)] if isinstance(model, nnx.List) else getattr(model, key)
     return model
-
-
-def flat(names: Names, index: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Every tensor prefix with its index in the layer's leading dims."""
-    if isinstance(names, str):
-        yield index, names
-        return
-    for i, inner in enumerate(names):
-        yield from flat(inner, (*index, i))
 
 
 def _weight_shape(module: nnx.Module) -> tuple[int, ...]:

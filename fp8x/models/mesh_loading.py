@@ -13,8 +13,8 @@ from fp8x.array import ScaledArray
 from fp8x.checkpoint import Format, Reader
 from fp8x.checkpoint.header import UNQUANTIZED
 from fp8x.models.decoder import Decoder
-from fp8x.models.hf_names import Names, param_names
-from fp8x.models.loading import Loader, flat, get
+from fp8x.models.hf_names import Names, flat, param_names
+from fp8x.models.loading import Loader, get
 from fp8x.nn.grouped import GroupedLinear
 from fp8x.nn.linear import Linear
 from fp8x.nn.quantized import QuantizedLayer

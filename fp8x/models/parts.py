@@ -1,9 +1,15 @@
 """`Latent` and `Mixture`: what a `DecoderConfig` says of attention and of experts."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from fp8x.errors import ConfigError
-from fp8x.nn.routing import Scores
+
+if TYPE_CHECKING:
+    from fp8x.nn.routing import Scores
+
+# Those of `fp8x.ops.gate`, which is made of JAX.
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Mixture:
     num_experts: int
     top_k: int
     intermediate: int
-    scores: Scores = "softmax"
+    scores: "Scores" = "softmax"
     normalize: bool = True
     scale: float = 1.0
     use_correction_bias: bool = False

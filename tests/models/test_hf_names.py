@@ -5,8 +5,8 @@ from flax import nnx
 from safetensors import safe_open
 
 from fp8x.models import Decoder, DecoderConfig
-from fp8x.models.hf_names import linear_names, param_names
-from fp8x.models.loading import flat, get
+from fp8x.models.hf_names import flat, linear_names, param_names
+from fp8x.models.loading import get
 
 
 def stored_shapes(folder):
