@@ -21,7 +21,7 @@ import numpy as np
 
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import rows
-from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES
+from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_companions
 from fp8x.checkpoint.finite import count_nonfinite, is_finite, nonfinite_error
 from fp8x.checkpoint.format import Format, Layout
 from fp8x.checkpoint.header import UNQUANTIZED, nbytes
@@ -128,6 +128,7 @@ def convert_tensors(
         ShapeError: a matrix that its scheme does not fit.
     """
     start = time.monotonic()
+    check_companions(reader.path)
     if lacking := [prefix for prefix, target in targets.items() if target.needs_calibration]:
         raise CalibrationError(
             f"{some(lacking)} have static activation scales, which are found by calibration: give those that "
