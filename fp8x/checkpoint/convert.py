@@ -21,7 +21,8 @@ import numpy as np
 
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import rows
-from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES
+from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_companions
+from fp8x.checkpoint.finite import count_nonfinite, is_finite, nonfinite_error
 from fp8x.checkpoint.format import Format, Layout
 from fp8x.checkpoint.header import UNQUANTIZED, nbytes
 from fp8x.checkpoint.reader import CONFIG, DTYPE_NAMES, DTYPES, Reader
@@ -117,16 +118,17 @@ def convert_tensors(
         out_dtype: of matrices that are dequantized.
         dropped: tensors that are left out.
         added: further tensors, small ones, by name.
-        allow_nonfinite: accept matrices that hold NaN or Inf.
+        allow_nonfinite: accept tensors, and scales of matrices, that hold NaN or Inf.
         max_shard_bytes, beside: as `fp8x.save` has them.
         progress: is called with the bytes read and the bytes in all.
 
     Raises:
-        CheckpointError: a damaged source, NaN or Inf in a matrix, or a destination that can't be written.
+        CheckpointError: a damaged source, NaN or Inf in a tensor, or a destination that can't be written.
         CalibrationError: static activation scales that nobody knows.
         ShapeError: a matrix that its scheme does not fit.
     """
     start = time.monotonic()
+    check_companions(reader.path)
     if lacking := [prefix for prefix, target in targets.items() if target.needs_calibration]:
         raise CalibrationError(
             f"{some(lacking)} have static activation scales, which are found by calibration: give those that "
@@ -187,7 +189,7 @@ def _jobs(
             layout = None if recipe is None else format.layout(recipe, reader.stored(name).shape)
             yield _Matrix(reader, matrices[name], target, source_format, layout, out_dtype, allow_nonfinite)
         elif name not in dropped:
-            yield _Copy(reader, name)
+            yield _Copy(reader, name, allow_nonfinite)
 
 
 def _ordered(jobs: Iterable["_Copy | _Matrix"]) -> list["_Copy | _Matrix"]:
@@ -236,6 +238,7 @@ class _Copy:
 
     reader: Reader
     name: str
+    allow_nonfinite: bool
 
     @property
     def specs(self) -> dict[str, Spec]:
@@ -247,9 +250,12 @@ class _Copy:
         return self.reader.stored(self.name).nbytes
 
     def run(self, work: "_Work") -> None:
+        dtype = self.reader.stored(self.name).dtype
         for start in range(0, self.bytes, rows.CHUNK_BYTES):
             buffer = work.buffer(min(rows.CHUNK_BYTES, self.bytes - start))
             self.reader.read_into(self.name, start, buffer)
+            if not self.allow_nonfinite and not is_finite(buffer, dtype):
+                _refuse(self.reader, self.name, work)
             work.writer.write(self.name, start, buffer)
             work.advance(buffer.size)
 
@@ -298,10 +304,12 @@ class _Matrix:
         if scheme is None:
             for part, values in self._parts(work, stored):
                 scratch = work.scratch(values.shape, f"uint{8 * self.out_dtype.itemsize}")
+                self._check_codes(work, values)
                 self._write_result(work, part, rows.dequantized(values, scratch, dtype=self.out_dtype))
         elif self.target.is_kept:
             self._write_scale(work, 0, stored.scale)
             for part, values in self._parts(work, stored):
+                self._check_codes(work, values)
                 self._write(work, part, values.data)
         elif scheme.block[0] is None:
             self._convert_whole(work, stored, scheme)
@@ -327,7 +335,9 @@ class _Matrix:
         if recipe is None:
             self.reader.read(self.name, shapes=[tensor.shape], dtypes=UNQUANTIZED)
             return _Stored()
-        weight, input_scale = self.source_format.decode(self.prefix, recipe, tensor.shape, self.reader)
+        weight, input_scale = self.source_format.decode(
+            self.prefix, recipe, tensor.shape, self.reader, allow_nonfinite=self.allow_nonfinite
+        )
         return _Stored(np.array(weight.scale), weight.scheme, input_scale)
 
     def _parts(
@@ -363,10 +373,12 @@ class _Matrix:
             return
         tensor = self.reader.stored(self.name)
         count = sum(int(rows.count_nonfinite(values)) for _, values in self._parts(work, stored))
-        raise CheckpointError(
-            f"{self.name} in {tensor.file}: holds {count} NaN or Inf of {math.prod(tensor.shape)} values; "
-            "mend the checkpoint, or pass allow_nonfinite=True"
-        )
+        raise nonfinite_error(self.name, tensor.file, count, math.prod(tensor.shape))
+
+    def _check_codes(self, work: "_Work", values: ScaledArray) -> None:
+        """Refuses NaN and Inf among codes from which no amax is computed, in which they would show."""
+        if not self.allow_nonfinite and not is_finite(values.data, self.reader.stored(self.name).dtype):
+            _refuse(self.reader, self.name, work)
 
     def _input_scale(self, stored: "_Stored") -> np.ndarray:
         activation = self.target.recipe.activation
@@ -396,6 +408,16 @@ class _Matrix:
         scale = np.asarray(scale)[: count - first]
         name = self.prefix + self.layout.weight_scale.suffixes[0]
         work.writer.write(name, first * columns * scale.itemsize, scale)
+
+
+def _refuse(reader: Reader, name: str, work: "_Work") -> None:
+    """Raises for a tensor that holds NaN or Inf, with their number in all of it."""
+    tensor, count = reader.stored(name), 0
+    for start in range(0, tensor.nbytes, rows.CHUNK_BYTES):
+        buffer = work.buffer(min(rows.CHUNK_BYTES, tensor.nbytes - start))
+        reader.read_into(name, start, buffer)
+        count += count_nonfinite(buffer, tensor.dtype)
+    raise nonfinite_error(name, tensor.file, count, math.prod(tensor.shape))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from fp8x.checkpoint.downloads import check_file
 from fp8x.errors import CheckpointError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -68,10 +69,21 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def check_companions(source: Path) -> None:
+    """Refuses what `copy_companions` would copy, but is something else in a file's place (`downloads.py`)."""
+    for file in _companions(source):
+        if not file.name.startswith("LICENSE"):  # may be a web page
+            check_file(file)
+
+
 def copy_companions(source: Path, directory: Path) -> None:
     """Copies tokenizer, generation settings and licence from another checkpoint's directory."""
-    for file in {file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()}:
+    for file in _companions(source):
         shutil.copyfile(file, directory / file.name)
+
+
+def _companions(source: Path) -> list[Path]:
+    return sorted({file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()})
 
 
 def fsync(path: Path) -> None:

@@ -132,9 +132,20 @@ class Format(abc.ABC):
         return [spec.name(prefix, reader) for spec in specs if spec is not None]
 
     def decode(
-        self, prefix: str, recipe: Recipe, shape: tuple[int, int], reader: Reader
+        self,
+        prefix: str,
+        recipe: Recipe,
+        shape: tuple[int, int],
+        reader: Reader,
+        *,
+        allow_nonfinite: bool = False,
     ) -> "tuple[ScaledArray, np.ndarray | None]":
         """One matrix and its static activation scale (float32 `[1, groups]`, or None), as stored: nothing is rounded.
+
+        Codes are not looked at: `finite.py` does that where they are read.
+
+        Arguments:
+            allow_nonfinite: accept a matrix whose scales are NaN or Inf.
 
         Raises:
             CheckpointError: a tensor is missing, of another shape or type, or a scale that is no scale.
@@ -146,7 +157,7 @@ class Format(abc.ABC):
         scheme.check_shape(shape, f"{prefix}.weight")
         scale = as_scale(layout.weight_scale.read(prefix, reader), scheme.scale_dtype)
         name = layout.weight_scale.name(prefix, reader)
-        _check_scale(scale, name, reader)
+        _check_scale(scale, name, reader, allow_nonfinite)
         weight = ScaledArray(layout.weight.read(prefix, reader), scale.reshape(scheme.scale_shape(shape)), scheme)
         if count := _lost_blocks(weight):
             raise CheckpointError(
@@ -198,11 +209,12 @@ def as_scale(stored: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return stored.astype(FLOAT32, copy=False)
 
 
-def _check_scale(scale: np.ndarray, name: str, reader: Reader) -> None:
-    bad = scale.view(np.uint8) == 255 if scale.dtype == E8M0 else ~(np.isfinite(scale) & (scale >= 0))
-    if count := int(bad.sum()):
-        file = reader.stored(name).file
-        raise CheckpointError(f"{name} in {file}: {count} of {scale.size} scales are NaN, infinite or negative")
+def _check_scale(scale: np.ndarray, name: str, reader: Reader, allow_nonfinite: bool = False) -> None:
+    is_finite = scale.view(np.uint8) != 255 if scale.dtype == E8M0 else np.isfinite(scale)
+    bad = ~is_finite if scale.dtype == E8M0 else ~(is_finite & (scale >= 0))
+    if count := int((bad & is_finite if allow_nonfinite else bad).sum()):
+        what = "negative" if allow_nonfinite else "NaN, infinite or negative"
+        raise CheckpointError(f"{name} in {reader.stored(name).file}: {count} of {scale.size} scales are {what}")
 
 
 def _lost_blocks(weight: "ScaledArray") -> int:

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from fp8x.checkpoint.downloads import HEAD, check_download
 from fp8x.errors import CheckpointError
 
 MAX_HEADER = 100 * 10**6  # bytes; the limit of the safetensors library
@@ -90,9 +91,12 @@ def read_header(f: BinaryIO, file: Path) -> dict[str, Stored]:
     damaged file is refused before any of its tensors is used.
 
     Raises:
-        CheckpointError: the file is truncated, or its header is none; the message names file and tensor.
+        CheckpointError: the file is truncated, something else in its place, or its header is none; the message names
+            file and tensor.
     """
     size = f.seek(0, 2)
+    f.seek(0)
+    check_download(f.read(HEAD), file)
     f.seek(0)
     length = int.from_bytes(f.read(8), "little")
     if size < 8 or length > size - 8:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fp8x.checkpoint.downloads import HEAD, check_download, unfinished
 from fp8x.checkpoint.fused import unfused
 from fp8x.checkpoint.header import DTYPE_NAMES as DTYPE_NAMES
 from fp8x.checkpoint.header import DTYPES as DTYPES
@@ -193,7 +194,9 @@ def read_json(file: Path) -> dict[str, Any]:
     with _explained(file):
         if not file.is_file():
             raise CheckpointError(f"{file}: {_absence(file)}; {_hint(file)}")
-        return parse_object(file.read_bytes(), str(file))
+        content = file.read_bytes()
+    check_download(content[:HEAD], file)
+    return parse_object(content, str(file))
 
 
 def _hint(file: Path) -> str:
@@ -228,6 +231,8 @@ def _listed_files(path: Path) -> dict[str, Path]:
                 raise CheckpointError(f"{file}: {_absence(file)}")
         there = sorted(f.name for f in path.iterdir() if f.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
         found = f"found {', '.join(there[:4])}" if there else "found no weights"
+        if part := unfinished(path / SINGLE) or unfinished(path / INDEX):
+            found += f"; {part}"
         raise CheckpointError(f"{path}: has neither {SINGLE} nor {INDEX}; {found}")
     weight_map = read_json(path / INDEX).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
@@ -235,6 +240,8 @@ def _listed_files(path: Path) -> dict[str, Path]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise CheckpointError(f"{path / INDEX}: {name!a} lies in {file!a:.200}, which is not a file name")
+        if file.endswith(".incomplete"):
+            raise CheckpointError(f"{path / INDEX}: {name!a} lies in {file!a:.200}, whose download has not ended")
     for file in dict.fromkeys(weight_map.values()):
         if not (path / file).is_file():
             name = next(name for name, other in weight_map.items() if other == file)
@@ -248,7 +255,10 @@ def _absence(file: Path) -> str:
         return "is a directory"
     if file.is_symlink():
         return f"is a link to {os.readlink(file)}, which is missing"
-    return "is no regular file" if file.exists() else "is missing"
+    if file.exists():
+        return "is no regular file"
+    part = unfinished(file)
+    return f"is missing; {part}" if part else "is missing"
 
 
 def _identity(stat: os.stat_result) -> tuple[int, ...]:

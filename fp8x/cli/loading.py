@@ -37,9 +37,12 @@ def load_tokenizer(path: Path) -> "Tokenizer":
     """
     from tokenizers import Tokenizer
 
+    from fp8x.checkpoint.downloads import check_file
+
     file = path / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(f"{file}: missing; copy it from the original checkpoint")
+    check_file(file)
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fp8x.checkpoint.downloads import check_file
 from fp8x.errors import CheckpointError, DataError
 
 SPECIAL_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -52,6 +53,7 @@ def apply_chat_template(
 
 
 def _read_text(file: Path) -> str:
+    check_file(file)
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -129,7 +129,7 @@ def convert(
             `fp8x.load` gives them where it knows the model, else their names in the checkpoint.
         calibration: static activation scales, for recipes that have them: what `fp8x calibrate` wrote, or a `Sidecar`.
             Without it the scales are those of `src`, where it has them.
-        allow_nonfinite: accept matrices that hold NaN or Inf instead of raising.
+        allow_nonfinite: accept tensors that hold NaN or Inf instead of raising, those too that are only copied.
         max_shard_bytes: several files with an index, where one would be larger.
         beside: further JSON files, by name.
         progress: is called with the bytes read and the bytes in all, from several threads but one at a time.

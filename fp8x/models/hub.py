@@ -18,7 +18,7 @@ from jaxtyping import Array
 from fp8x.array import ScaledArray
 from fp8x.calibrate import sidecar
 from fp8x.checkpoint import CONFIG, Format, Reader, Writer, choose_format, format_of
-from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES
+from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_companions
 from fp8x.checkpoint.header import DTYPES
 from fp8x.checkpoint.kv_cache import KVScales, kv_tensors
 from fp8x.errors import CheckpointError
@@ -153,6 +153,9 @@ def save(
     config, names = model.config, linear_names(model.config)
     if not config.hf:
         raise CheckpointError("model.config.hf: is empty; build the model's config with DecoderConfig.from_hf")
+    source = None if "_name_or_path" not in config.hf else Path(config.hf["_name_or_path"])
+    if source is not None:
+        check_companions(source)
     layers = {path: get(model, path) for path in names}
     check_finished(model)
     check_calibrated(model)
@@ -185,8 +188,8 @@ def save(
         further = {} if writer_format is None else writer_format.beside(hf["quantization_config"])
         for name, value in ({CONFIG: hf} | further | dict(beside or {})).items():
             writer.add_json(name, value)
-        if "_name_or_path" in config.hf:
-            writer.copy_companions(Path(config.hf["_name_or_path"]))
+        if source is not None:
+            writer.copy_companions(source)
         for variable_path, name in params.items():
             array = get(model, variable_path)[...]
             writer.add(name, array if placed is None else whole(array, placed.param(variable_path, array.ndim)))

@@ -14,6 +14,7 @@ from jaxtyping import Array
 from fp8x import numerics
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import Format, Reader
+from fp8x.checkpoint.finite import count_nonfinite, is_finite, nonfinite_error
 from fp8x.checkpoint.format import stored_recipes
 from fp8x.checkpoint.header import DTYPE_NAMES, UNQUANTIZED
 from fp8x.checkpoint.kv_cache import QUERIES, read_kv_scales
@@ -177,7 +178,9 @@ class Loader:
 
     def _views(self, prefix: str, recipe: Recipe, shape: tuple[int, ...]) -> tuple[ScaledArray, np.ndarray | None]:
         """One matrix as stored in 8 bits, and its static activation scale."""
-        weight, input_scale = self.format.decode(prefix, recipe, shape, self.reader)
+        weight, input_scale = self.format.decode(
+            prefix, recipe, shape, self.reader, allow_nonfinite=self.allow_nonfinite
+        )
         if input_scale is not None and not (input_scale > 0).all():
             raise CheckpointError(
                 f"{prefix}: its static activation scale in {self.reader.path} is 0, which quantizes nothing"
@@ -193,8 +196,9 @@ class Loader:
 
     def _array(self, name: str, shape: tuple[int, ...], dtype: np.dtype | None = None) -> Array:
         """An unquantized tensor, in the model's type unless another is given."""
-        array = jnp.array(self.reader.read(name, shapes=[shape], dtypes=UNQUANTIZED))
-        self._check_finite(name, array)
+        stored = self.reader.read(name, shapes=[shape], dtypes=UNQUANTIZED)
+        self._check_finite(name, stored)
+        array = jnp.array(stored)
         self._finish(name)
         return array.astype(dtype or self.dtype)
 
@@ -210,12 +214,11 @@ class Loader:
         if self._progress is not None:
             self._progress(self._read_bytes, self._total_bytes)
 
-    def _check_finite(self, name: str, array: Array | np.ndarray) -> None:
-        if not self.allow_nonfinite and (count := int(_count_nonfinite(array))):
-            raise CheckpointError(
-                f"{name} in {self.reader.stored(name).file}: holds {count} NaN or Inf of {array.size} values; "
-                "mend the checkpoint, or pass allow_nonfinite=True"
-            )
+    def _check_finite(self, name: str, array: np.ndarray) -> None:
+        """`array` is the tensor as stored, or a part of it."""
+        tensor = self.reader.stored(name)
+        if not self.allow_nonfinite and not is_finite(array, tensor.dtype):
+            raise nonfinite_error(name, tensor.file, count_nonfinite(array, tensor.dtype), array.size)
 
 
 def check_counts(reader: Reader, config: DecoderConfig) -> None:
@@ -231,11 +234,6 @@ def check_counts(reader: Reader, config: DecoderConfig) -> None:
             f"{reader.path}: config.json has {config.num_hidden_layers} layers and {config.num_experts} experts, which "
             f"{count} tensors can't be"
         )
-
-
-@jax.jit
-def _count_nonfinite(array: Array) -> Array:
-    return jnp.sum(~jnp.isfinite(array))
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

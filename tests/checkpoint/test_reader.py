@@ -161,7 +161,7 @@ def test_wrong_length(single):
     fails(single, f"model.safetensors: is truncated: it has {len(content) - 1:,} bytes, its header describes")
     (single / SINGLE).write_bytes(content + b"\0")
     fails(single, "model.safetensors: has bytes that no tensor holds")
-    (single / SINGLE).write_bytes(b"<html>" + content)
+    (single / SINGLE).write_bytes(b"PK\3\4\n\0" + content)
     fails(single, "not a safetensors file", "begins with a header of")
 
 
