@@ -138,9 +138,13 @@ def as_recipe(value: "Recipe | str") -> Recipe:
 
 
 def describe(recipe: Recipe) -> str:
-    """The recipe's code, or what it is made of."""
-    if (known := next((code for code, other in RECIPES.items() if other == recipe), None)) is not None:
-        return known
+    """The recipe's code, with the rule of its weights' scales where that is another; or what it is made of."""
+    plain = dataclasses.replace(recipe, weight=dataclasses.replace(recipe.weight, scale_rule=None))
+    for code, other in RECIPES.items():
+        if other == recipe:
+            return code
+        if other == plain:
+            return f"{code}, {recipe.weight.scale_rule} weights"
     activation = "16 bits" if recipe.activation is None else str(recipe.activation)
     return f"{recipe.weight} by {activation} -> {recipe.out_dtype}"
 

@@ -23,6 +23,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -125,7 +126,8 @@ Requantize = Recipe | str | Sequence[Recipe | str] | Requantization
 
 
 def _line(candidate: Candidate) -> str:
-    return f"{describe(candidate.recipe)} ({candidate.snr:.1f} dB)"
+    error = "exact" if candidate.snr == math.inf else f"{candidate.snr:.1f} dB"
+    return f"{describe(candidate.recipe)} ({error})"
 
 
 def check_alone(recipe: object, rules: object) -> None:
@@ -144,13 +146,10 @@ def parse(requantize: Recipe | str | Sequence[Recipe | str]) -> tuple[Recipe, ..
     Raises:
         RecipeError: an unknown code, none at all, a recipe of training, or scales across experts.
     """
-    if isinstance(requantize, str) and requantize in WORDS:
-        return WORDS[requantize]
     named = [requantize] if isinstance(requantize, Recipe | str) else requantize
     if not isinstance(named, Iterable):
         raise RecipeError(f"requantize: {requantize!r} is no recipe; use a code, a Recipe, several, or 'hopper'")
-    # There is nothing to observe: static scales are the source's.
-    recipes = [dataclasses.replace(as_recipe(each), observer=None) for each in named]
+    recipes = [recipe for each in named for recipe in _named(each)]
     check_stored(recipes)
     if not recipes:
         raise RecipeError("requantize: names no recipe; use a code, a Recipe, several, or 'hopper'")
@@ -160,6 +159,13 @@ def parse(requantize: Recipe | str | Sequence[Recipe | str]) -> tuple[Recipe, ..
                 f"requantize: weights {recipe.weight} have no block over [N, K]; a matrix has scales of its own here"
             )
     return tuple(dict.fromkeys(recipes))
+
+
+def _named(each: Recipe | str) -> list[Recipe]:
+    if isinstance(each, str) and each in WORDS:
+        return list(WORDS[each])
+    # There is nothing to observe: static scales are the source's.
+    return [dataclasses.replace(as_recipe(each), observer=None)]
 
 
 def choose(
