@@ -9,16 +9,17 @@ if TYPE_CHECKING:
     from fp8x import linen, nn, ops
     from fp8x.array import ScaledArray
     from fp8x.calibrate import calibrate
-    from fp8x.models.convert import convert
+    from fp8x.models.convert import choose_recipes, convert
     from fp8x.models.hub import load, save
     from fp8x.models.modules import load_into
     from fp8x.nn import quantize_model, report
     from fp8x.numerics import quantize
     from fp8x.ops import backend
-    from fp8x.recipe import RECIPES, Recipe, recipe
+    from fp8x.recipe import HOPPER, RECIPES, Recipe, recipe
     from fp8x.scheme import Scheme
 
 __all__ = [
+    "HOPPER",
     "RECIPES",
     "Recipe",
     "ScaledArray",
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "backend",
     "calibrate",
+    "choose_recipes",
     "convert",
     "linen",
     "load",
@@ -42,12 +44,14 @@ __all__ = [
 __getattr__ = lazily(
     __name__,
     {
+        "HOPPER": "fp8x.recipe",
         "RECIPES": "fp8x.recipe",
         "Recipe": "fp8x.recipe",
         "ScaledArray": "fp8x.array",
         "Scheme": "fp8x.scheme",
         "backend": "fp8x.ops",
         "calibrate": "fp8x.calibrate",
+        "choose_recipes": "fp8x.models.convert",
         "convert": "fp8x.models.convert",
         "load": "fp8x.models.hub",
         "load_into": "fp8x.models.modules",

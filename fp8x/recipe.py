@@ -114,6 +114,9 @@ def _codes(out: str) -> dict[str, Recipe]:
 
 RECIPES: dict[str, Recipe] = _codes("bf16") | _codes("f16")
 
+# What Hopper's tensor cores multiply in 8 bits without calibration: float32 scales, for blocks of 128×128 or channels.
+HOPPER: tuple[Recipe, ...] = (RECIPES["fp8_e4m3fn_bf16_block_scale"], RECIPES["e4m3_e4m3_bf16_dynamic"])
+
 
 def recipe(code: str) -> Recipe:
     """The recipe with a short code, like `"fp8_e4m3fn_bf16_block_scale"`; `RECIPES` holds them all.
@@ -132,6 +135,18 @@ def recipe(code: str) -> Recipe:
 def as_recipe(value: "Recipe | str") -> Recipe:
     """A `Recipe` as it is, or the one with that code."""
     return value if isinstance(value, Recipe) else recipe(value)
+
+
+def describe(recipe: Recipe) -> str:
+    """The recipe's code, with the rule of its weights' scales where that is another; or what it is made of."""
+    plain = dataclasses.replace(recipe, weight=dataclasses.replace(recipe.weight, scale_rule=None))
+    for code, other in RECIPES.items():
+        if other == recipe:
+            return code
+        if other == plain:
+            return f"{code}, {recipe.weight.scale_rule} weights"
+    activation = "16 bits" if recipe.activation is None else str(recipe.activation)
+    return f"{recipe.weight} by {activation} -> {recipe.out_dtype}"
 
 
 def check_stored(recipes: "Iterable[Recipe | None]") -> None:

@@ -109,6 +109,10 @@ class Scheme:
         """Whether scales are e8m0 bytes: such blocks may not be ragged."""
         return self.scale_dtype == E8M0
 
+    def stores_alike(self, other: "Scheme") -> bool:
+        """Whether arrays in the other scheme are of the same types and blocks: the rules of their scales may differ."""
+        return (self.element, self.block, self.scale_dtype) == (other.element, other.block, other.scale_dtype)
+
     def block_of(self, shape: Sequence[int], name: str = "array") -> tuple[int, ...]:
         """The block's extent in every dim of an array of `shape`; `name` stands in errors.
 

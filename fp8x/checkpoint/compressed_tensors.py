@@ -30,7 +30,7 @@ class CompressedTensors(Format):
     """Per tensor, per channel, block and MXFP8 weights, e4m3 only."""
 
     name = quant_method = "compressed-tensors"
-    holds_kv_alone = True
+    holds_several = holds_kv_alone = True
 
     def objection(self, recipes: Iterable[Recipe]) -> str | None:
         for recipe in recipes:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -31,6 +31,9 @@ from fp8x.errors import CalibrationError, CheckpointError, some
 from fp8x.recipe import Recipe
 from fp8x.scheme import Scheme
 from fp8x.version import __version__
+
+if TYPE_CHECKING:
+    from fp8x.checkpoint.requantize import Requantization
 
 MAX_THREADS = 16
 
@@ -65,11 +68,7 @@ class Target:
         if self.input_scale is not None or self.recipe is None or not self.recipe.needs_calibration:
             return False
         stored = self.stored
-        return stored is None or not stored.is_static or not _stores_alike(stored.activation, self.recipe.activation)
-
-
-def _stores_alike(a: Scheme, b: Scheme) -> bool:
-    return (a.element, a.block, a.scale_dtype) == (b.element, b.block, b.scale_dtype)
+        return stored is None or not stored.is_static or not stored.activation.stores_alike(self.recipe.activation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +80,8 @@ class Conversion:
         bytes_read: of the source's matrices and other tensors, in this run.
         bytes_written: of all tensors of the destination.
         bytes_resumed: of those, what an earlier run, which was killed, had finished.
-        seconds: it took.
+        seconds: it took, without the choice of recipes.
+        requantization: the recipes that `requantize` has chosen; None without it.
     """
 
     format: str | None
@@ -89,6 +89,7 @@ class Conversion:
     bytes_written: int
     bytes_resumed: int
     seconds: float
+    requantization: "Requantization | None" = None
 
 
 def convert_tensors(
@@ -177,7 +178,7 @@ def _jobs(
     """In the order in which the source's bytes lie."""
     matrices = {f"{prefix}.weight": prefix for prefix in targets}
     for prefix, target in targets.items():
-        shape = _matrix_shape(reader, f"{prefix}.weight")
+        shape = matrix_shape(reader, f"{prefix}.weight")
         if target.stored is not None:
             dropped.update(source_format.names(prefix, target.stored, shape, reader))
         if target.recipe is not None:
@@ -209,7 +210,12 @@ def _ordered(jobs: Iterable["_Copy | _Matrix"]) -> list["_Copy | _Matrix"]:
     return [*leaders[:1], *copies, *leaders[1:], *rest]
 
 
-def _matrix_shape(reader: Reader, name: str) -> tuple[int, int]:
+def matrix_shape(reader: Reader, name: str) -> tuple[int, int]:
+    """The shape of a stored matrix.
+
+    Raises:
+        CheckpointError: it has another number of dims.
+    """
     tensor = reader.stored(name)
     if len(tensor.shape) != 2:
         raise CheckpointError(f"{name} in {tensor.file}: shape is {list(tensor.shape)}, expected a matrix [N, K]")

@@ -65,6 +65,7 @@ class Format(abc.ABC):
         quant_method: what `quantization_config` calls it.
         kv_names: the tensors of an attention that hold the scales of a KV cache in 8 bits: of keys, and of values.
         kv_shape: of these, where there is one scale.
+        holds_several: whether matrices of one model may have several recipes.
         holds_kv_alone: whether it declares a KV cache in 8 bits where no matrix is.
     """
 
@@ -72,6 +73,7 @@ class Format(abc.ABC):
     quant_method: str
     kv_names: tuple[str, str] = ("k_scale", "v_scale")
     kv_shape: tuple[int, ...] = (1,)
+    holds_several: bool = False
     holds_kv_alone: bool = False
 
     @abc.abstractmethod

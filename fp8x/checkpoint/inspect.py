@@ -17,7 +17,7 @@ from fp8x.array import ScaledArray
 from fp8x.checkpoint import Format, format_of
 from fp8x.checkpoint.header import DTYPES, FLOAT8
 from fp8x.checkpoint.reader import Reader
-from fp8x.checkpoint.rows import block_amax, scale_rows
+from fp8x.checkpoint.rows import block_amax, decibels, scale_rows
 from fp8x.errors import CheckpointError
 from fp8x.recipe import Recipe, Rules, as_recipe
 from fp8x.scheme import Scheme
@@ -61,10 +61,8 @@ class TensorRow:
 
     @property
     def snr(self) -> float | None:
-        """Signal-to-noise ratio in dB, `10 log10(signal / noise)`; None without an original."""
-        if self.signal is None:
-            return None
-        return 10 * math.log10(self.signal / self.noise) if self.noise and self.signal else math.inf
+        """Signal-to-noise ratio in dB; None without an original."""
+        return None if self.signal is None else decibels(self.signal, self.noise)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,11 @@ def scale_rows(scale: np.ndarray, scheme: Scheme, rows: slice) -> np.ndarray:
     return found if not missing else np.concatenate([found, np.ones((missing, found.shape[1]), found.dtype)])
 
 
+def decibels(signal: float, noise: float) -> float:
+    """Signal-to-noise ratio, `10 log10(signal / noise)` of two sums of squares; Inf without noise."""
+    return 10 * math.log10(signal / noise) if noise and signal else math.inf
+
+
 # `scratch` is an earlier result, whose memory takes the new one: pages that the system has to hand out for every result
 # cost as much as computing it. It may not be in use any more; what views results has to leave no reference behind, as
 # `np.from_dlpack` does, which knows the integers that results come in.

@@ -1,5 +1,6 @@
 """`fp8x quantize`."""
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,8 @@ from fp8x.cli.loading import load
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from rich.table import Table
 
     from fp8x.calibrate import Sidecar
     from fp8x.checkpoint import Format, Reader
@@ -34,6 +37,14 @@ def quantize(
             metavar="CODE",
             help="A recipe (`fp8x recipes` lists them); or bf16, f16, f32 to dequantize. Without one every matrix "
             "stays as it is stored, in another --format.",
+        ),
+    ] = None,
+    requantize: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CODE",
+            help="Instead, where SRC is in 8 bits: every module gets the one of these recipes that adds the least "
+            "error. Repeatable; `hopper` for the two that Hopper's tensor cores multiply.",
         ),
     ] = None,
     data: Annotated[
@@ -66,7 +77,8 @@ def quantize(
     $ fp8x quantize MODEL MODEL-mx --recipe mxfp8_mxfp8_bf16 --rule 'layers\\.0\\..*=none'\n
     $ fp8x quantize MODEL MODEL-fp8 --recipe e4m3_e4m3_bf16 --calibrate texts.jsonl --kv-cache tensor\n
     $ fp8x quantize MODEL-fp8 MODEL-bf16 --recipe bf16\n
-    $ fp8x quantize MODEL-fp8 MODEL-ct --format compressed-tensors
+    $ fp8x quantize MODEL-fp8 MODEL-ct --format compressed-tensors\n
+    $ fp8x quantize MODEL-mxfp8 MODEL-hopper --requantize hopper
 
     No model is built, except to calibrate it: memory stays below half a gigabyte. Where something fails nothing is left
     of DST, and a DST that is there already is left alone. If it is killed, the same command goes on where it was.
@@ -77,16 +89,24 @@ def quantize(
     from fp8x.checkpoint import Reader
     from fp8x.checkpoint.destination import check_free
     from fp8x.checkpoint.inspect import inspect
+    from fp8x.checkpoint.requantize import check_alone
     from fp8x.models.convert import plan
 
     start = time.monotonic()
     chosen = recipe if recipe is None or recipe in UNQUANTIZED else options.parse_recipe(recipe)
     rules = options.parse_rules(rule)
+    if requantize:
+        check_alone(recipe, rules)
     check_free(destination)
     reader = Reader(source)
     given = None if calibration is None else sidecar.read(calibration)
     kv_scales = _kv_scales(kv_cache, data, given)
-    planned = plan(reader, chosen, format, rules, kv_scales)
+    with terminal.progress("comparing recipes", unit="bytes") as update:
+        planned = plan(
+            *(reader, chosen, format, rules, kv_scales, requantize or None),
+            allow_nonfinite=allow_nonfinite,
+            progress=update,
+        )
     _check(planned, recipe, data, given, kv_scales is not None)
     found = None
     if data is not None and (kv_cache or _needs_calibration(planned)):
@@ -109,6 +129,7 @@ def quantize(
                 chosen,
                 format,
                 rules=rules,
+                requantize=planned.requantization,
                 calibration=found or given,
                 allow_nonfinite=allow_nonfinite,
                 beside=None if found is None else {SIDECAR: found.to_json()},
@@ -118,11 +139,12 @@ def quantize(
         terminal.warn(f"interrupted; the same command goes on where it was, or remove .{destination.name}.partial")
         raise
     rows = []
-    if verify or (planned.source_format is not None and recipe is not None):
+    if verify or (planned.source_format is not None and (recipe is not None or requantize)):
         with terminal.progress("reading back", unit="bytes") as update:
             rows = inspect(destination, reference=source, progress=update).rows
     summary = {
         "recipe": recipe,
+        "requantized": planned.requantization and planned.requantization.to_json(),
         "format": done.format,
         "bytes_before": done.bytes_read,
         "bytes_after": done.bytes_written,
@@ -191,8 +213,14 @@ def _schemes(plan: "Plan", before: "Reader", after: "Reader", rows: "list[Tensor
         if (snr := snrs.get(name)) is not None:
             entry["snr_db"].append(snr)
     for entry in found.values():
-        entry["snr_db"] = sum(entry["snr_db"]) / len(entry["snr_db"]) if entry["snr_db"] else None
+        entry["snr_db"] = _mean(entry["snr_db"])
     return found
+
+
+def _mean(snrs: list[float]) -> float | None:
+    """Of those that have an error; Inf where none has."""
+    finite = [snr for snr in snrs if snr != math.inf]
+    return sum(finite) / len(finite) if finite else max(snrs, default=None)
 
 
 def _sizes(reader: "Reader", recipes: "Mapping[str, Recipe | None]", format: "Format | None") -> dict[str, int]:
@@ -215,10 +243,24 @@ def _show(summary: dict[str, Any], source: Path, destination: Path) -> None:
     sizes = terminal.size(summary["bytes_before"]), terminal.size(summary["bytes_after"])
     table.add_row("all", str(sum(found["tensors"] for found in schemes.values())), *sizes, "")
     rate = f"{terminal.size(summary['bytes_per_second'])}/s"
-    recipe, format = summary["recipe"] or "as it was", summary["format"] or "unquantized"
+    recipe = "chosen by module" if summary["requantized"] else summary["recipe"] or "as it was"
+    format = summary["format"] or "unquantized"
     line = f"recipe {recipe}, format {format}, {summary['seconds']} s, converted at {rate}"
     if summary["bytes_resumed"]:
         line += f", {terminal.size(summary['bytes_resumed'])} were there from a run that was stopped"
     if summary["calibration"]:
         line += f", calibrated on {summary['calibration']['tokens']:,} tokens ({destination / SIDECAR})"
-    terminal.show(f"{source} → {destination}", table, line)
+    choices = [_choices(summary["requantized"])] if summary["requantized"] else []
+    terminal.show(f"{source} → {destination}", *choices, table, line)
+
+
+def _choices(modules: dict[str, Any]) -> "Table":
+    """A row for each recipe that was chosen: for how many modules, and the most error that it and the best other of
+    them add."""
+    table = terminal.table("requantized to", "modules", "lowest SNR", "next best")
+    for recipe in dict.fromkeys(found["recipe"] for found in modules.values()):
+        mine = [found for found in modules.values() if found["recipe"] == recipe]
+        others = [max(found["others_snr_db"].values()) for found in mine if found["others_snr_db"]]
+        lowest = min(found["snr_db"] for found in mine)
+        table.add_row(recipe, str(len(mine)), *map(terminal.decibels, (lowest, min(others, default=None))))
+    return table

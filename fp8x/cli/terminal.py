@@ -165,4 +165,6 @@ def size(count: int) -> str:
 
 def decibels(snr: float | None) -> str:
     """An SNR for people."""
+    if snr == math.inf:
+        return "exact"
     return "–" if snr is None else f"{snr:.1f} dB"

@@ -14,12 +14,13 @@ import numpy as np
 
 from fp8x.calibrate import sidecar
 from fp8x.calibrate.sidecar import Sidecar
-from fp8x.checkpoint import Format, Reader, choose_format, format_of
+from fp8x.checkpoint import FORMATS, Format, Reader, choose_format, format_of
 from fp8x.checkpoint.convert import Conversion, Target, convert_tensors
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES
 from fp8x.checkpoint.format import stored_recipes
 from fp8x.checkpoint.header import FLOAT8, UNQUANTIZED
 from fp8x.checkpoint.kv_cache import QUERIES, KVScales, kv_tensors, read_kv_scales
+from fp8x.checkpoint.requantize import Requantization, Requantize, check_alone, choose, parse
 from fp8x.errors import CheckpointError, ConfigError, RuleError, some
 from fp8x.models.config import DecoderConfig
 from fp8x.models.families import FAMILIES
@@ -43,6 +44,7 @@ class Plan:
         stored_kv, kv_cache: the scales of a KV cache in 8 bits, in the source and in the destination; None without any.
         source_format, format: None where nothing is quantized.
         out_dtype: in which the model computes.
+        requantization: the recipes that `requantize` has chosen; None without it.
     """
 
     modules: Mapping[str, list[str]]
@@ -53,6 +55,7 @@ class Plan:
     source_format: Format | None
     format: Format | None
     out_dtype: np.dtype
+    requantization: Requantization | None = None
 
 
 def plan(
@@ -61,25 +64,44 @@ def plan(
     format: str | None = None,
     rules: Mapping[str, Recipe | str | None] | None = None,
     kv_cache: KVScales | None = None,
+    requantize: Requantize | None = None,
+    *,
+    allow_nonfinite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
-    """What `convert` would do; arguments and errors as there.
+    """What `convert` would do; arguments and errors as there. With `requantize` it reads matrices to choose.
 
     Arguments:
         kv_cache: scales that take the place of the source's.
     """
+    if requantize is not None:
+        check_alone(recipe, rules)
     source_format, out_dtype = format_of(reader.config), _dtype(reader.config)
     modules = _modules(reader)
-    prefixes = [prefix for names in modules.values() for prefix in names]
     for name in reader if source_format is not None else ():
         prefix, _, kind = name.rpartition(".")
         if kind in SCALES and f"{prefix}.weight" not in reader:
             raise CheckpointError(f"{name} in {reader.stored(name).file}: the matrix that it scales is missing")
-    stored: dict[str, Recipe | None] = dict.fromkeys(prefixes)
-    if source_format is not None:
-        stored = stored_recipes(source_format, reader, prefixes, out_dtype)
+    stored = _stored(reader, modules, source_format)
+    requantization = None
     if recipe is None and rules:
         raise RuleError("rules: are exceptions to a recipe, but none was given; give a recipe too")
-    if recipe is None:
+    if requantize is not None:
+        if format is not None and not isinstance(requantize, Requantization):
+            for each in parse(requantize):
+                choose_format([each], format)  # raises before anything is measured
+        requantization = choose(
+            reader,
+            modules,
+            stored,
+            requantize,
+            source_format,
+            together=format is not None and not FORMATS[format].holds_several,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+        )
+        recipes = requantization.by_prefix(modules, stored)
+    elif recipe is None:
         recipes = stored
     else:
         is_dtype = isinstance(recipe, str) and recipe in OUT_DTYPES
@@ -95,7 +117,34 @@ def plan(
     if format is not None and not used and kv_cache is None:
         raise CheckpointError(f"format: {format!r} does not fit: nothing is quantized; leave the format out")
     chosen = choose_format(used, format, kv_cache and kv_cache.scheme) if used or kv_cache else None
-    return Plan(modules, stored, recipes, stored_kv, kv_cache, source_format, chosen, out_dtype)
+    return Plan(modules, stored, recipes, stored_kv, kv_cache, source_format, chosen, out_dtype, requantization)
+
+
+def choose_recipes(
+    path: str | Path,
+    requantize: Requantize = "hopper",
+    *,
+    allow_nonfinite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Requantization:
+    """What `requantize` would make of a checkpoint in 8 bits, and what each recipe would cost, module by module.
+
+    `convert` and `fp8x.load` take the result in the place of the recipes, and measure nothing again.
+
+    Arguments:
+        path, requantize, allow_nonfinite: as `convert` takes them.
+        progress: is called with the bytes read and the bytes in all, from several threads but one at a time.
+
+    Raises:
+        CheckpointError, CalibrationError, RecipeError, ShapeError: as `convert`, of the source.
+    """
+    reader = Reader(path)
+    source_format = format_of(reader.config)
+    modules = _modules(reader)
+    stored = _stored(reader, modules, source_format)
+    return choose(
+        reader, modules, stored, requantize, source_format, allow_nonfinite=allow_nonfinite, progress=progress
+    )
 
 
 def convert(
@@ -105,6 +154,7 @@ def convert(
     format: str | None = None,
     *,
     rules: Mapping[str, Recipe | str | None] | None = None,
+    requantize: Requantize | None = None,
     calibration: str | Path | Sidecar | None = None,
     allow_nonfinite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -127,12 +177,18 @@ def convert(
         format: "compressed-tensors", "fp8" or "modelopt"; by default the first that can hold the result.
         rules: exceptions to `recipe`, by module, as `fp8x.quantize_model` takes them. Modules have the paths that
             `fp8x.load` gives them where it knows the model, else their names in the checkpoint.
+        requantize: in the place of `recipe`, for a source in 8 bits: a recipe or several, or "hopper" for the two that
+            Hopper's tensor cores multiply (`fp8x.HOPPER`). Every module in 8 bits gets the one that adds the least
+            error to its weights, of equals the first, with scales by the better rule; what is in 16 bits stays so.
+            A `format` that holds one recipe a model gets the best for all modules together. Or what
+            `fp8x.choose_recipes` has chosen. `fp8x/checkpoint/requantize.py` says how it is measured.
         calibration: static activation scales, for recipes that have them: what `fp8x calibrate` wrote, or a `Sidecar`.
             Without it the scales are those of `src`, where it has them.
         allow_nonfinite: accept tensors that hold NaN or Inf instead of raising, those too that are only copied.
         max_shard_bytes: several files with an index, where one would be larger.
         beside: further JSON files, by name.
-        progress: is called with the bytes read and the bytes in all, from several threads but one at a time.
+        progress: is called with the bytes read and the bytes in all, from several threads but one at a time. Where
+            `requantize` measures, it counts twice from the start: through the source, and through the conversion.
 
     Raises:
         CheckpointError: `src` is missing or damaged, holds NaN or Inf, no format can hold the result, or `dst` can't be
@@ -144,7 +200,9 @@ def convert(
         if calibration is not None and not isinstance(calibration, Sidecar):
             calibration = sidecar.read(calibration)
         kv_cache = None if calibration is None or calibration.kv_cache is None else _calibrated_kv(calibration, reader)
-        planned = plan(reader, recipe, format, rules, kv_cache)
+        planned = plan(
+            reader, recipe, format, rules, kv_cache, requantize, allow_nonfinite=allow_nonfinite, progress=progress
+        )
         scales = {} if calibration is None else _scales(calibration, planned, reader)
         config = _config(reader.config, planned)
         further = {} if planned.format is None else planned.format.beside(config["quantization_config"])
@@ -158,7 +216,7 @@ def convert(
             )
         elif kv_cache is None and planned.stored_kv is not None:
             planned.stored_kv.warn_of_missing(reader)
-        return convert_tensors(
+        done = convert_tensors(
             reader,
             dst,
             {
@@ -176,6 +234,15 @@ def convert(
             beside={**further, **(beside or {})},
             progress=progress,
         )
+        return dataclasses.replace(done, requantization=planned.requantization)
+
+
+def _stored(reader: Reader, modules: Mapping[str, list[str]], source_format: Format | None) -> dict[str, Recipe | None]:
+    """The recipe of every prefix in the source."""
+    prefixes = [prefix for names in modules.values() for prefix in names]
+    if source_format is None:
+        return dict.fromkeys(prefixes)
+    return stored_recipes(source_format, reader, prefixes, _dtype(reader.config))
 
 
 def _modules(reader: Reader) -> dict[str, list[str]]:

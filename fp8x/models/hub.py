@@ -21,6 +21,7 @@ from fp8x.checkpoint import CONFIG, Format, Reader, Writer, choose_format, forma
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_companions
 from fp8x.checkpoint.header import DTYPES
 from fp8x.checkpoint.kv_cache import KVScales, kv_tensors
+from fp8x.checkpoint.requantize import Requantize, check_alone
 from fp8x.errors import CheckpointError
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
@@ -45,6 +46,7 @@ def load(
     mesh: Mesh | None = None,
     *,
     rules: Mapping[str, Recipe | str | None] | None = None,
+    requantize: Requantize | None = None,
     calibration: str | Path | None = None,
     allow_nonfinite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -63,20 +65,29 @@ def load(
         recipe: quantizes while loading, as `fp8x.quantize_model` does: a `Recipe` or its code.
         mesh: lays the model out on it as `fp8x.sharding.shard` does; each process reads only what its devices hold.
         rules: exceptions to `recipe`, as `fp8x.quantize_model` takes them.
+        requantize: for a checkpoint in 8 bits: every module gets the one of these recipes that adds the least error, as
+            `fp8x.convert` has it; "hopper" for the two that Hopper's tensor cores multiply, into which MXFP8 goes
+            nearly unchanged. To choose, all matrices in 8 bits are read beforehand, on a mesh by every process.
+            `fp8x.choose_recipes(path)` shows the choice and the errors; given here, it is taken as it is.
         calibration: a file of static activation scales, as `fp8x calibrate` writes it; where it holds scales of a KV
             cache too, keys and values are stored by these.
         allow_nonfinite: load weights that hold NaN or Inf instead of raising.
-        progress: called after every tensor with the bytes read and the bytes in all.
+        progress: called with the bytes read and the bytes in all, after every tensor; before that, where `requantize`
+            measures, through all that it reads, from several threads but one at a time.
 
     Raises:
-        CalibrationError: a calibration file that can't be read, or that does not fit the model or recipe.
+        CalibrationError: a calibration file that can't be read, or that does not fit the model or recipe; a recipe to
+            requantize to whose static activation scales the checkpoint lacks.
         CheckpointError: the checkpoint is missing, damaged, quantized in a way that is not supported, or quantized
-            already where a recipe is given.
+            already where a recipe is given, or not where `requantize` is.
         ConfigError: config.json describes no model that fp8x can build.
         MeshError: a mesh with an unknown axis, or one that does not divide the model's heads or experts.
-        RuleError: a rule that matches no module.
+        RecipeError: an unknown recipe, or `requantize` beside another.
+        RuleError: a rule that matches no module, or stands beside `requantize`.
         ShapeError: a weight that its recipe does not fit.
     """
+    if requantize is not None:
+        check_alone(recipe, rules)
     if mesh is not None:
         check_mesh(mesh)
     reader = Reader(path)
@@ -86,7 +97,7 @@ def load(
     if format is not None and (recipe is not None or rules):
         raise CheckpointError(
             f"recipe: {reader.path} is quantized already ({format.name}); load it without a recipe, "
-            "or give the unquantized checkpoint"
+            "give the unquantized checkpoint, or requantize in the place of recipe"
         )
     check_counts(reader, config)
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
@@ -94,7 +105,9 @@ def load(
     loader = Loader(*options) if mesh is None else MeshLoader(*options, mesh)
     loader.check()
     recipes = loader.stored
-    if format is None:
+    if requantize is not None:
+        recipes = loader.choose(requantize)
+    elif format is None:
         recipes = Rules(None if recipe is None else as_recipe(recipe), rules or {}).resolve(linear_names(config))
         check_stored(recipes.values())
     scales = None if calibration is None else sidecar.read(calibration)

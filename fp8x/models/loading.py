@@ -18,6 +18,7 @@ from fp8x.checkpoint.finite import count_nonfinite, is_finite, nonfinite_error
 from fp8x.checkpoint.format import stored_recipes
 from fp8x.checkpoint.header import DTYPE_NAMES, UNQUANTIZED
 from fp8x.checkpoint.kv_cache import QUERIES, read_kv_scales
+from fp8x.checkpoint.requantize import Requantize, choose
 from fp8x.errors import CheckpointError, ShapeError, some
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
@@ -129,6 +130,22 @@ class Loader:
         except ShapeError as error:
             raise CheckpointError(f"{self.reader.path}: the scales of its KV cache do not fit: {error}") from None
 
+    def choose(self, requantize: Requantize) -> dict[str, Recipe | None]:
+        """The recipe of every linear module: where it is stored in 8 bits the best of some. Arguments and errors as
+        `fp8x.checkpoint.requantize.choose` has them."""
+        modules = {path: [prefix for _, prefix in flat(names)] for path, names in self.names.items()}
+        stored = {prefix: self.stored[path] for path, prefixes in modules.items() for prefix in prefixes}
+        chosen = choose(
+            self.reader,
+            modules,
+            stored,
+            requantize,
+            self.format,
+            allow_nonfinite=self.allow_nonfinite,
+            progress=self._progress,
+        )
+        return {path: recipe and chosen.recipes[path] for path, recipe in self.stored.items()}
+
     def load(self, recipes: Mapping[str, Recipe | None]) -> None:
         """Fills the model; `recipes` of every linear module, None where it stays in 16 or 32 bits."""
         for path, name in param_names(self.model.config).items():
@@ -151,14 +168,15 @@ class Loader:
             return GroupedLinear.from_arrays(weight, recipe)
         data, scale = _empty(shape, scheme.dtype), _empty(scheme.scale_shape(shape), scheme.scale_dtype)
         input_scale = None
+        stored = self.stored[path]
         for index, prefix in flat(names):
-            weight, given = self._matrix(prefix, recipe, shape[-2:])
+            weight, given = self._matrix(prefix, stored, recipe, shape[-2:])
             data[index], scale[index] = weight.data, weight.scale
             if given is not None:
                 # One scale quantizes what all experts read. Where they differ the largest clips none, as in vLLM.
                 input_scale = np.array(given) if input_scale is None else np.maximum(input_scale, given)
-            if self.format is not None:
-                self._finish(*self._tensors(prefix, recipe, shape[-2:]))
+            if stored is not None:
+                self._finish(*self._tensors(prefix, stored, shape[-2:]))
         weight = ScaledArray(jax.device_put(data), jax.device_put(scale), scheme)
         input_scale = None if input_scale is None else jnp.array(input_scale)
         if not isinstance(names, str):
@@ -166,15 +184,23 @@ class Loader:
         bias = get(self.model, path).bias
         return Linear.from_arrays(weight, recipe, bias=None if bias is None else bias[...], input_scale=input_scale)
 
-    def _matrix(self, prefix: str, recipe: Recipe, shape: tuple[int, ...]) -> tuple[ScaledArray, np.ndarray | None]:
+    def _matrix(
+        self, prefix: str, stored: Recipe | None, recipe: Recipe, shape: tuple[int, ...]
+    ) -> tuple[ScaledArray, np.ndarray | None]:
         """One matrix in 8 bits, and its static activation scale: as stored (views of the file), or quantized now."""
-        if self.format is None:
-            array = self._array(f"{prefix}.weight", shape)
+        name = f"{prefix}.weight"
+        if stored is None:
+            array = self._array(name, shape)
             # Non-finite values are settled: `_array` has looked.
-            return numerics.quantize_weight(array, recipe.weight, name=f"{prefix}.weight", allow_nonfinite=True), None
-        weight, input_scale = self._views(prefix, recipe, shape)
-        self._check_finite(f"{prefix}.weight", weight.data)
-        return weight, input_scale
+            return numerics.quantize_weight(array, recipe.weight, name=name, allow_nonfinite=True), None
+        weight, input_scale = self._views(prefix, stored, shape)
+        if stored.weight == recipe.weight:
+            self._check_finite(name, weight.data)
+        else:
+            array = dequantized(weight)
+            self._check_finite(name, array)
+            weight = numerics.quantize_weight(array, recipe.weight, name=name, allow_nonfinite=True)
+        return weight, input_scale if recipe == stored or recipe.needs_calibration else None
 
     def _views(self, prefix: str, recipe: Recipe, shape: tuple[int, ...]) -> tuple[ScaledArray, np.ndarray | None]:
         """One matrix as stored in 8 bits, and its static activation scale."""
@@ -234,6 +260,10 @@ def check_counts(reader: Reader, config: DecoderConfig) -> None:
             f"{reader.path}: config.json has {config.num_hidden_layers} layers and {config.num_experts} experts, which "
             f"{count} tensors can't be"
         )
+
+
+# In float32: from there convert goes to other 8 bits, too.
+dequantized = jax.jit(numerics.dequantize)
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -1,8 +1,9 @@
 """`MeshLoader`: fills an abstract decoder on a mesh; each process reads what its devices hold."""
 
+import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ from fp8x.checkpoint import Format, Reader
 from fp8x.checkpoint.header import UNQUANTIZED
 from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import Names, flat, param_names
-from fp8x.models.loading import Loader, get
+from fp8x.models.loading import Loader, dequantized, get
 from fp8x.nn.grouped import GroupedLinear
 from fp8x.nn.linear import Linear
 from fp8x.nn.quantized import QuantizedLayer
@@ -76,9 +77,13 @@ class MeshLoader(Loader):
         if recipe is not None:
             layer = _abstract(recipe, shape)
             layer.bias = nnx.data(module.bias)
-            weight, scale = (
-                self._quantized(layer, split, read) if self.format is None else self._stored(layer, split, names)
-            )
+            stored = self.stored[path]
+            if stored is None:
+                weight, scale = self._quantized(layer, split, read)
+            elif stored.weight == recipe.weight:
+                weight, scale = self._stored(layer, split, names, stored)
+            else:
+                weight, scale = self._requantized(layer, split, names, stored)
             scale = scale if calibrated is None else calibrated
             place_quantized(layer, split, self.mesh, weight, bias, None if scale is None else scale.__getitem__)
             set_module(self.model, path, layer)
@@ -87,31 +92,42 @@ class MeshLoader(Loader):
         else:
             place_weight(module, split, self.mesh, read, bias)
         for _, prefix in flat(names):
-            self._finish(*self._tensors(prefix, recipe if self.format else None, shape[-2:]))
+            self._finish(*self._tensors(prefix, self.stored[path], shape[-2:]))
 
     def _quantized(self, layer: QuantizedLayer, split: LayerSplit, read: Read) -> tuple[ScaledArray, np.ndarray | None]:
         """A weight that is quantized on the way, and the static activation scale of an uncalibrated layer."""
         shape, dims = layer.weight.shape, split.dims(layer.weight.ndim)
         placed = place(read, shape, self.dtype, dims, self.mesh)
         weight = quantize_placed(placed, layer.weight_scheme, shape, dims, self.mesh)
-        if not layer.recipe.is_static:
-            return weight, None
-        value = 1.0 if layer.recipe.activation.scale_rule == "unit" else np.nan
-        return weight, np.full(layer.input_scale.shape, value, np.float32)
+        return weight, _uncalibrated(layer)
 
-    def _stored(self, layer: QuantizedLayer, split: LayerSplit, names: Names) -> tuple[ScaledArray, np.ndarray | None]:
-        """A weight in 8 bits, and its static activation scale."""
+    def _stored(
+        self, layer: QuantizedLayer, split: LayerSplit, names: Names, stored: Recipe
+    ) -> tuple[ScaledArray, np.ndarray | None]:
+        """A weight that stays as it is stored, and its static activation scale."""
         shape = layer.weight.shape
-        matrix = functools.cache(lambda prefix: self._views(prefix, layer.recipe, shape[-2:]))
+        matrix = functools.cache(lambda prefix: self._views(prefix, stored, shape[-2:]))
         data = _stacked(names, lambda prefix: self._checked(f"{prefix}.weight", matrix(prefix)[0].data))
         scale = _stacked(names, lambda prefix: matrix(prefix)[0].scale.__getitem__)
         weight = place_stored(data, scale, layer, split, self.mesh)
         if not layer.recipe.is_static:
             return weight, None
-        # One scale quantizes what all experts read, those on other devices too.
-        return weight, functools.reduce(np.maximum, [matrix(prefix)[1] for _, prefix in flat(names)])
+        return weight, _largest(matrix(prefix)[1] for _, prefix in flat(names))
 
-    def _checked(self, name: str, view: np.ndarray) -> Read:
+    def _requantized(
+        self, layer: QuantizedLayer, split: LayerSplit, names: Names, stored: Recipe
+    ) -> tuple[ScaledArray, np.ndarray | None]:
+        """A weight from the 8 bits that are stored to others, and its static activation scale."""
+        shape, dims = layer.weight.shape, split.dims(layer.weight.ndim)
+        matrix = functools.cache(lambda prefix: self._views(prefix, stored, shape[-2:]))
+        read = _stacked(names, lambda prefix: self._checked(f"{prefix}.weight", _Dequantized(matrix(prefix)[0])))
+        placed = place(read, shape, np.dtype(np.float32), dims, self.mesh)
+        weight = quantize_placed(placed, layer.weight_scheme, shape, dims, self.mesh)
+        if not layer.recipe.needs_calibration:
+            return weight, _uncalibrated(layer)
+        return weight, _largest(matrix(prefix)[1] for _, prefix in flat(names))
+
+    def _checked(self, name: str, view: "np.ndarray | _Dequantized") -> Read:
         def read(index: tuple[slice, ...]) -> np.ndarray:
             part = view[index]
             self._check_finite(name, part)
@@ -123,6 +139,40 @@ class MeshLoader(Loader):
         """Reads of an unquantized tensor, in the model's type unless another is given."""
         read = self._checked(name, self.reader.read(name, shapes=[shape], dtypes=UNQUANTIZED))
         return lambda index: np.asarray(jnp.asarray(read(index)).astype(dtype or self.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dequantized:
+    """A stored matrix whose parts are in float32."""
+
+    stored: ScaledArray
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        data, scale, scheme = self.stored.data, self.stored.scale, self.stored.scheme
+        outer, of_scales, inner = [], [], []
+        for where, size, block in zip(index, data.shape, scheme.block, strict=True):
+            part = range(size)[where]
+            # Outwards to whole blocks; one that spans the dim is cut anywhere.
+            first, last = (part.start, part.stop) if block is None else (part.start // block, -(-part.stop // block))
+            start = first * (block or 1)
+            outer.append(slice(start, min(last * (block or 1), size)))
+            of_scales.append(slice(None) if block is None else slice(first, last))
+            inner.append(slice(part.start - start, part.stop - start))
+        whole = ScaledArray(data[tuple(outer)], scale[tuple(of_scales)], scheme)
+        return np.asarray(dequantized(whole))[tuple(inner)]
+
+
+def _largest(scales: Iterable[np.ndarray]) -> np.ndarray:
+    """One scale that quantizes what all experts read, those on other devices too."""
+    return functools.reduce(np.maximum, scales)
+
+
+def _uncalibrated(layer: QuantizedLayer) -> np.ndarray | None:
+    """The static activation scale of a layer for which none is known."""
+    if not layer.recipe.is_static:
+        return None
+    value = 1.0 if layer.recipe.activation.scale_rule == "unit" else np.nan
+    return np.full(layer.input_scale.shape, value, np.float32)
 
 
 def _abstract(recipe: Recipe, shape: tuple[int, ...]) -> QuantizedLayer:

@@ -13,7 +13,7 @@ from fp8x.nn.quantized import QuantizedLayer, called_layers
 from fp8x.nn.registry import conversion_of, holders, type_name
 from fp8x.nn.training import layers_in_training
 from fp8x.nn.walk import named_layers, named_modules
-from fp8x.recipe import RECIPES, Recipe, Rules
+from fp8x.recipe import Recipe, Rules, describe
 
 # Why `quantize_model` left a module. Beside the model, not in it: metadata would make it another graph to jit.
 _reasons: dict[int, tuple[weakref.ref, str]] = {}
@@ -61,11 +61,7 @@ class Row:
             return ""
         end = ", at every call (in training)" if self.recipe.master_weights else ""
         stored = dataclasses.replace(self.recipe, master_weights=False)
-        known = next((code for code, recipe in RECIPES.items() if recipe == stored), None)
-        if known is not None:
-            return known + end
-        activation = "16 bits" if stored.activation is None else str(stored.activation)
-        return f"{stored.weight} by {activation} -> {stored.out_dtype}{end}"
+        return describe(stored) + end
 
 
 @dataclasses.dataclass(frozen=True)

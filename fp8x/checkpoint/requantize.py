@@ -1,0 +1,391 @@
+"""From 8 bits to other 8 bits for the least added error: of several recipes, each module gets the best for its weights.
+
+A checkpoint in MXFP8 is what this is for. Hopper's tensor cores know no e8m0 scales, but they multiply blocks and
+channels with float32 scales. How much of the source survives depends on the rule of these scales:
+
+- `"pow2"` shifts the exponents of codes and keeps their mantissas. What ends below 2^-6, the smallest normal e4m3, is
+  rounded to a multiple of 2^-9; all else is exact.
+- `"amax"` (amax / 448) rounds every code anew, except where amax is 448 times a power of two and both rules agree. But
+  its scale is up to half as large, and so are the steps below the smallest normal. It wins where nearly all of a
+  block's energy that can be lost lies there: a few large values, exact multiples of each other, over a floor of small.
+
+So both are tried, and measured. No other power of two needs to be. A larger one is never better, whatever the source:
+of the numbers that it can hold, those within the smaller one's reach are among the smaller one's. A smaller one clips.
+An MX block's largest value has four significant bits, so past 448 = 1.75 * 2^8 it is 480 or more, in units of that
+scale, and clipping it costs at least 32^2; each of the block's other values gains at most 2^-18, the square of half a
+step of the larger scale. A scale would have to serve 2^28 values for that to pay. (From float32 scales a value may lie
+just past 448, and clipping may win a little; here nothing is ever clipped.)
+
+The choice looks at weights alone. What the activations of a recipe lose depends on the data.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from fp8x import numerics
+from fp8x.array import ScaledArray
+from fp8x.checkpoint import rows
+from fp8x.checkpoint.convert import MAX_THREADS, Target, matrix_shape
+from fp8x.checkpoint.finite import nonfinite_error
+from fp8x.checkpoint.format import Format
+from fp8x.checkpoint.reader import DTYPES, Reader
+from fp8x.errors import CalibrationError, CheckpointError, RecipeError, RuleError, some
+from fp8x.recipe import HOPPER, Recipe, as_recipe, check_stored, describe
+from fp8x.scheme import SCALE_RULES, Scheme
+
+WORDS: dict[str, tuple[Recipe, ...]] = {"hopper": HOPPER}
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A recipe that a module might have, and what it costs.
+
+    Attributes:
+        recipe: with the rule of its scales.
+        signal: sum of squares of the dequantized source, over all matrices of the module.
+        noise: sum of squares of the difference from it.
+    """
+
+    recipe: Recipe
+    signal: float
+    noise: float
+
+    @property
+    def snr(self) -> float:
+        """Signal-to-noise ratio in dB; Inf where nothing is lost."""
+        return rows.decibels(self.signal, self.noise)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What one module becomes.
+
+    Attributes:
+        module: its path, as `fp8x.load` has it where it knows the model, else the matrix's name in the checkpoint.
+        chosen: the recipe that it gets.
+        others: what else was measured, in the order in which it was named.
+    """
+
+    module: str
+    chosen: Candidate
+    others: tuple[Candidate, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Requantization:
+    """The choice for every module that is in 8 bits in the source, in the order of the model; prints as a table."""
+
+    choices: tuple[Choice, ...]
+
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """By module."""
+        return {choice.module: choice.chosen.recipe for choice in self.choices}
+
+    def by_prefix(
+        self, modules: Mapping[str, Sequence[str]], stored: Mapping[str, Recipe | None]
+    ) -> dict[str, Recipe | None]:
+        """Of every prefix of these modules: None for what is stored in 16 or 32 bits."""
+        recipes = self.recipes
+        return {
+            prefix: None if stored[prefix] is None else recipes[module]
+            for module, prefixes in modules.items()
+            for prefix in prefixes
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """By module: the recipe, its SNR in dB (Inf for nothing lost), and that of the others."""
+        return {
+            choice.module: {
+                "recipe": describe(choice.chosen.recipe),
+                "snr_db": choice.chosen.snr,
+                "others_snr_db": {describe(other.recipe): other.snr for other in choice.others},
+            }
+            for choice in self.choices
+        }
+
+    def __str__(self) -> str:
+        width = max((len(choice.module) for choice in self.choices), default=0)
+        return "\n".join(
+            f"{choice.module:{width}}  {'; not '.join(map(_line, (choice.chosen, *choice.others)))}"
+            for choice in self.choices
+        )
+
+
+Requantize = Recipe | str | Sequence[Recipe | str] | Requantization
+
+
+def _line(candidate: Candidate) -> str:
+    error = "exact" if candidate.snr == math.inf else f"{candidate.snr:.1f} dB"
+    return f"{describe(candidate.recipe)} ({error})"
+
+
+def check_alone(recipe: object, rules: object) -> None:
+    """Raises for what can't stand beside `requantize`."""
+    if recipe is not None:
+        raise RecipeError(
+            "requantize: stands beside recipe; give requantize for the best of several recipes, or recipe for one"
+        )
+    if rules:
+        raise RuleError("rules: are exceptions to a recipe, and requantize chooses recipes; leave one of them out")
+
+
+def parse(requantize: Recipe | str | Sequence[Recipe | str]) -> tuple[Recipe, ...]:
+    """The recipes that are named, each once.
+
+    Raises:
+        RecipeError: an unknown code, none at all, a recipe of training, or scales across experts.
+    """
+    named = [requantize] if isinstance(requantize, Recipe | str) else requantize
+    if not isinstance(named, Iterable):
+        raise RecipeError(f"requantize: {requantize!r} is no recipe; use a code, a Recipe, several, or 'hopper'")
+    recipes = [recipe for each in named for recipe in _named(each)]
+    check_stored(recipes)
+    if not recipes:
+        raise RecipeError("requantize: names no recipe; use a code, a Recipe, several, or 'hopper'")
+    for recipe in recipes:
+        if len(recipe.weight.block) != 2:
+            raise RecipeError(
+                f"requantize: weights {recipe.weight} have no block over [N, K]; a matrix has scales of its own here"
+            )
+    return tuple(dict.fromkeys(recipes))
+
+
+def _named(each: Recipe | str) -> list[Recipe]:
+    if isinstance(each, str) and each in WORDS:
+        return list(WORDS[each])
+    # There is nothing to observe: static scales are the source's.
+    return [dataclasses.replace(as_recipe(each), observer=None)]
+
+
+def choose(
+    reader: Reader,
+    modules: Mapping[str, Sequence[str]],
+    stored: Mapping[str, Recipe | None],
+    requantize: Requantize,
+    format: Format | None,
+    *,
+    together: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Requantization:
+    """The recipe that adds the least squared error, for every module that is in 8 bits.
+
+    All matrices of these modules are read, some rows at a time and one matrix a thread; sums are float64. The same
+    files give the same choice in every process.
+
+    A recipe with float32 scales by the default rule is tried with `"amax"` and with `"pow2"`, one with another rule as
+    it is. Where the source has the same types and blocks already, its own rule is taken: nothing is lost. Layers go on
+    returning what they return, whatever the output type of the recipes.
+
+    Arguments:
+        reader: the source.
+        modules: the prefixes of every module that holds matrices, by path.
+        stored: by prefix; None for what is in 16 or 32 bits, and stays so.
+        requantize: recipes or their codes, `"hopper"` for `fp8x.recipe.HOPPER`; or what an earlier call has chosen,
+            for the same modules, of which nothing is measured again.
+        format: of the source.
+        together: choose one recipe for all modules, the one with the least error over all of them.
+        allow_nonfinite: leave NaN and Inf out of the sums instead of raising.
+        progress: is called with the bytes read and the bytes in all, from several threads but one at a time.
+
+    Raises:
+        CheckpointError: nothing is in 8 bits there; NaN or Inf; an earlier choice that lacks modules.
+        CalibrationError: static activation scales that the source does not hold.
+        RecipeError: as `parse`.
+        ShapeError: a matrix that a recipe does not fit.
+    """
+    in_8_bits: dict[str, list[str]] = {
+        module: found
+        for module, prefixes in modules.items()
+        if (found := [prefix for prefix in prefixes if stored[prefix] is not None])
+    }
+    if not in_8_bits:
+        raise CheckpointError(f"requantize: nothing in {reader.path} is in 8 bits; give a recipe instead")
+    if isinstance(requantize, Requantization):
+        if missing := [module for module in in_8_bits if module not in requantize.recipes]:
+            raise CheckpointError(f"requantize: {some(missing)} in 8 bits in {reader.path}, and not among the choices")
+        _check(reader, in_8_bits, stored, {module: [requantize.recipes[module]] for module in in_8_bits})
+        return requantize
+    recipes = {module: frozenset(stored[prefix] for prefix in prefixes) for module, prefixes in in_8_bits.items()}
+    if together:
+        recipes = dict.fromkeys(recipes, frozenset().union(*recipes.values()))
+    named = parse(requantize)
+    variants = {module: _variants(named, found) for module, found in recipes.items()}
+    _check(reader, in_8_bits, stored, variants)
+    sums = _Measurement(reader, format, stored, allow_nonfinite).run(in_8_bits, variants, progress)
+    of_all = sum(sums.values())
+    return Requantization(
+        tuple(
+            _choice(module, variants[module], found, best=int(np.argmin((of_all if together else found)[1:])))
+            for module, found in sums.items()
+        )
+    )
+
+
+def _choice(module: str, recipes: Sequence[Recipe], sums: np.ndarray, best: int) -> Choice:
+    signal, *noises = sums.tolist()
+    candidates = [Candidate(recipe, signal, noise) for recipe, noise in zip(recipes, noises, strict=True)]
+    return Choice(module, candidates.pop(best), tuple(candidates))
+
+
+def _variants(recipes: Sequence[Recipe], stored: Collection[Recipe]) -> tuple[Recipe, ...]:
+    """Recipes with each rule for their scales that may be the best, for matrices that are stored so."""
+    # All layers of a checkpoint return its type, unless fp8x itself wrote otherwise.
+    schemes, out_dtype = {each.weight for each in stored}, min((each.out_dtype for each in stored), key=str)
+    variants = [
+        dataclasses.replace(recipe, weight=weight, out_dtype=out_dtype)
+        for recipe in recipes
+        for weight in _rules(recipe.weight, schemes)
+    ]
+    return tuple(dict.fromkeys(variants))
+
+
+def _rules(scheme: Scheme, stored: Collection[Scheme]) -> list[Scheme]:
+    if scheme.scale_rule != SCALE_RULES[scheme.scale_dtype][0]:
+        return [scheme]
+    if len(stored) == 1 and (same := next(iter(stored))).stores_alike(scheme):
+        return [same]
+    rules = (scheme.scale_rule,) if scheme.is_mx else ("amax", "pow2")
+    return [dataclasses.replace(scheme, scale_rule=rule) for rule in rules]
+
+
+def _check(
+    reader: Reader,
+    modules: Mapping[str, Sequence[str]],
+    stored: Mapping[str, Recipe],
+    variants: Mapping[str, Sequence[Recipe]],
+) -> None:
+    """Raises for recipes that the source's matrices can't have, before any is read."""
+    for module, prefixes in modules.items():
+        for recipe in variants[module]:
+            for prefix in prefixes:
+                recipe.weight.check_shape(matrix_shape(reader, f"{prefix}.weight"), f"{prefix}.weight")
+            if lacking := [prefix for prefix in prefixes if Target(stored[prefix], recipe).needs_calibration]:
+                raise CalibrationError(
+                    f"requantize: {some(lacking)} in {reader.path} without the static activation scales that "
+                    f"{describe(recipe)} needs; name recipes with dynamic activation scales"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measurement:
+    """What recipes would do to matrices of a checkpoint."""
+
+    reader: Reader
+    format: Format
+    stored: Mapping[str, Recipe | None]
+    allow_nonfinite: bool
+
+    def run(
+        self,
+        modules: Mapping[str, Sequence[str]],
+        variants: Mapping[str, Sequence[Recipe]],
+        progress: Callable[[int, int], None] | None,
+    ) -> dict[str, np.ndarray]:
+        """By module: the sum of squares of its values, and of the errors in each recipe; float64 `[1 + recipes]`."""
+        prefixes = [(prefix, variants[module]) for module, found in modules.items() for prefix in found]
+        total = sum(self.reader.stored(f"{prefix}.weight").nbytes for prefix, _ in prefixes)
+        advance = _counted(progress, total)
+        threads = min(len(os.sched_getaffinity(0)), MAX_THREADS)
+        with contextlib.closing(self.reader), concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            measured = pool.map(lambda job: self._measure(*job, advance), prefixes)
+            # In one order, so that sums are the same everywhere.
+            return {module: sum(next(measured) for _ in found) for module, found in modules.items()}
+
+    def _measure(self, prefix: str, recipes: Sequence[Recipe], advance: Callable[[int], None]) -> np.ndarray:
+        """Of one matrix."""
+        # Also where there is a GPU: the files are here, and a choice has to be the same in all processes.
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            return self._sums(prefix, [recipe.weight for recipe in recipes], advance)
+
+    def _sums(self, prefix: str, schemes: Sequence[Scheme], advance: Callable[[int], None]) -> np.ndarray:
+        name, source = f"{prefix}.weight", self._source(prefix)
+        scales = {scheme: self._scale(source, name, scheme) for scheme in schemes if scheme.block[0] is None}
+        sums, nonfinite = np.zeros(1 + len(schemes)), 0
+        for truth, nbytes in self._parts(source, name, schemes):
+            is_finite = np.isfinite(truth)
+            nonfinite += truth.size - np.count_nonzero(is_finite)
+            sums[0] += _energy(truth, is_finite)
+            for index, scheme in enumerate(schemes, 1):
+                if scheme != source.scheme:  # else its bytes stay
+                    found = np.asarray(_requantized(truth, scales.get(scheme), scheme))
+                    with np.errstate(invalid="ignore"):  # Inf less Inf
+                        difference = np.subtract(found, truth, dtype=np.float64)
+                    sums[index] += _energy(difference, is_finite)
+            advance(nbytes)
+        if nonfinite and not self.allow_nonfinite:
+            raise nonfinite_error(name, self.reader.stored(name).file, nonfinite, math.prod(source.shape))
+        return sums
+
+    def _source(self, prefix: str) -> ScaledArray:
+        """A stored matrix: a view of its file, and a copy of its scales."""
+        recipe, shape = self.stored[prefix], self.reader.stored(f"{prefix}.weight").shape
+        weight, _ = self.format.decode(prefix, recipe, shape, self.reader)
+        source = ScaledArray(weight.data, np.array(weight.scale), weight.scheme)
+        for name in self.format.names(prefix, recipe, shape, self.reader):
+            self.reader.release(name)
+        return source
+
+    def _parts(
+        self, source: ScaledArray, name: str, schemes: Sequence[Scheme]
+    ) -> Iterator[tuple[Float[np.ndarray, "n k"], int]]:
+        """The dequantized source, some rows at a time, in whole blocks of all these schemes, and the bytes read. Zeros
+        beyond the end, which add nothing."""
+        (n, k), dtype = source.shape, DTYPES[self.reader.stored(name).dtype]
+        for part in rows.chunks(n, k, source.scheme, *schemes):
+            data = np.zeros((part.stop - part.start, k), dtype)
+            there = data[: n - part.start].view(np.uint8).reshape(-1)
+            self.reader.read_into(name, part.start * k, there)
+            scale = rows.scale_rows(source.scale, source.scheme, part)
+            yield np.asarray(_dequantized(ScaledArray(data, scale, source.scheme))), there.nbytes
+
+    def _scale(self, source: ScaledArray, name: str, scheme: Scheme) -> Array:
+        """The scales of blocks that hold every row."""
+        amax = np.zeros(scheme.scale_shape(source.shape), np.float32)
+        for truth, _ in self._parts(source, name, [scheme]):
+            amax = np.maximum(amax, rows.block_amax(truth, scheme))
+        return rows.compute_scale(amax, scheme)
+
+
+_dequantized = jax.jit(numerics.dequantize)
+
+
+# The difference is numpy's: XLA may fuse it with the product before, and would round once less.
+@functools.partial(jax.jit, static_argnames="scheme")
+def _requantized(x: Float[Array, "n k"], scale: Array | None, scheme: Scheme) -> Float[Array, "n k"]:
+    """`x` in a scheme and back, with scales of the whole matrix where its blocks hold every row."""
+    q = numerics.quantize(x, scheme) if scale is None else numerics.quantize_with_scale(x, scale, scheme)
+    return q.dequantize()
+
+
+def _energy(x: Float[np.ndarray, "n k"], where: np.ndarray) -> float:
+    """The sum of squares, in float64."""
+    squares = np.square(x, dtype=np.float64)
+    if not where.all():
+        squares[~where] = 0
+    return float(squares.sum())
+
+
+def _counted(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
+    """Takes the bytes that are read, from any thread."""
+    lock, done = threading.Lock(), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        with lock:
+            done += count
+            progress(done, total)
+
+    return advance if progress is not None else lambda count: None
