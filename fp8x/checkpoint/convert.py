@@ -339,7 +339,7 @@ class _Matrix:
     def _read(self) -> "_Stored":
         tensor, recipe = self.reader.stored(self.name), self.target.stored
         if recipe is None:
-            self.reader.read(self.name, shapes=[tensor.shape], dtypes=UNQUANTIZED)
+            self.reader.check(self.name, shapes=[tensor.shape], dtypes=UNQUANTIZED)
             return _Stored()
         weight, input_scale = self.source_format.decode(
             self.prefix, recipe, tensor.shape, self.reader, allow_nonfinite=self.allow_nonfinite

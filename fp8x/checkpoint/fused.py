@@ -1,14 +1,23 @@
-"""Experts in one tensor, as transformers 5 holds and writes them, seen as a matrix for each expert.
+"""Experts in one tensor, as transformers holds and writes them, seen as a matrix `[N, K]` for each expert.
 
     on disk                                          of expert e
     ….experts.gate_up_proj        [E, 2I, K]         ….experts.e.gate_proj.weight, ….experts.e.up_proj.weight   [I, K]
+                               or [E, K, 2I]         (Llama 4, Qwen3-VL-MoE: transposed)
     ….experts.down_proj           [E, N, I]          ….experts.e.down_proj.weight                               [N, I]
+                               or [E, I, N]
+    ….input_linear.weight         [E, 2I, K]         ….experts.e.w1.weight, ….experts.e.w3.weight               [I, K]
+    ….output_linear.weight        [E, N, I]          ….experts.e.w2.weight                                      [N, I]
     ….gate_up_proj_scale_inv      [E, R, C]          ….gate_proj.weight_scale_inv, ….up_proj.weight_scale_inv   [R/2, C]
     ….gate_up_proj_activation_scale [E]              ….gate_proj.activation_scale, ….up_proj.activation_scale   []
 
-All are slices of contiguous bytes. Weights may be fused and scales not, or the other way: transformers 5.23 saves FP8
-experts one by one with their scales together. Mixtral's matrices keep the names of its published checkpoints
-(`block_sparse_moe`, `w1`, `w3`, `w2`); transformers 5 calls the block `mlp` in memory, and so where it saves that.
+Which of both layouts a checkpoint has follows from the shapes of the pair: gate_up's K is down's N, and its 2I twice
+down's I, in one of them alone. Where neither fits, and where gate and up alternate row by row (gpt-oss, which also has
+biases), tensors stay whole, under their own names.
+
+Weights may be fused and scales not, or the other way: transformers 5.23 saves FP8 experts one by one with their scales
+together. Mixtral's matrices keep the names of its published checkpoints (`block_sparse_moe`, `w1`, `w3`, `w2`);
+transformers 5 calls the block `mlp` in memory, and so where it saves that. `input_linear` is IBM's (Granite, JetMoE);
+its matrices get the names that vLLM's loader gives them.
 
 A scale grid with one row (R = 1) belongs to gate and up alike; one with an even number holds gate's rows, then up's,
 each rounded up, as transformers joins them. In one with an odd number a block begins in gate and ends in up:
@@ -23,7 +32,7 @@ from typing import TYPE_CHECKING
 from fp8x.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from fp8x.checkpoint.reader import Stored
+    from fp8x.checkpoint.header import Stored
 
 MAX_EXPERTS = 2**16  # a damaged shape must not make millions of matrices
 
@@ -35,37 +44,111 @@ _SUFFIXES = {
     "_input_scale": ".input_scale",
 }
 _FUSED = re.compile(rf"(.*\.experts)\.(gate_up_proj|down_proj)({'|'.join(_SUFFIXES)})")
-_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_LINEAR = re.compile(r"(.*)\.(input_linear|output_linear)\.weight()")
+_PARTS = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "down_proj": ("down_proj",),
+    "input_linear": ("w1", "w3"),
+    "output_linear": ("w2",),
+}
+_PARTNERS = {
+    "gate_up_proj": "down_proj",
+    "down_proj": "gate_up_proj",
+    "input_linear": "output_linear",
+    "output_linear": "input_linear",
+}
 _MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
-def unfused(tensors: Mapping[str, "Stored"], model_type: str | None) -> dict[str, "Stored"]:
-    """The tensors of a checkpoint with its fused experts as one matrix each; others as they are.
+@dataclasses.dataclass(frozen=True)
+class Unfused:
+    """The tensors of a checkpoint with its fused experts as one matrix each.
 
+    Attributes:
+        tensors: these, and all others as they are.
+        parts: of every tensor that was taken apart, the names of its matrices.
+        whole: experts' tensors that were not, with the reason.
+    """
+
+    tensors: Mapping[str, "Stored"]
+    parts: Mapping[str, list[str]]
+    whole: Mapping[str, str]
+
+
+def unfused(tensors: Mapping[str, "Stored"], model_type: str | None) -> Unfused:
+    """
     Raises:
         CheckpointError: a fused tensor that can't be taken apart, or whose parts are there beside it.
     """
     is_mixtral = model_type == "mixtral"
     result: dict[str, Stored] = {}
+    found = Unfused(result, {}, {})
     for name, tensor in tensors.items():
-        match = _FUSED.fullmatch(name)
-        if match and tensor.shape:
-            parts = _split(name, tensor, match, is_mixtral)
+        match = _match(name, tensor)
+        reason = match and _why_whole(match, tensor, tensors)
+        if match and not reason:
+            pieces = list(_split(name, tensor, match, _is_transposed(match, tensors), is_mixtral))
+            found.parts[name] = [piece for piece, _ in pieces]
         else:
-            parts = [(_mixtral_name(name) if is_mixtral else name, tensor)]
-        for part, stored in parts:
-            if part in result:
-                raise CheckpointError(f"{part}: {tensor.file} holds it twice, by itself and fused with others")
-            result[part] = stored
-    return result
+            pieces = [(_mixtral_name(name) if is_mixtral else name, tensor)]
+            if reason:
+                found.whole[name] = reason
+        for piece, stored in pieces:
+            if piece in result:
+                raise CheckpointError(f"{piece}: {tensor.file} holds it twice, by itself and fused with others")
+            result[piece] = stored
+    return found
 
 
-def _split(name: str, tensor: "Stored", match: re.Match, is_mixtral: bool) -> Iterator[tuple[str, "Stored"]]:
-    experts, fused, suffix = match.groups()
+def _match(name: str, tensor: "Stored") -> re.Match | None:
+    if match := _FUSED.fullmatch(name):
+        return match if tensor.shape else None
+    return _LINEAR.fullmatch(name) if len(tensor.shape) == 3 else None
+
+
+def _why_whole(match: re.Match, tensor: "Stored", tensors: Mapping[str, "Stored"]) -> str | None:
+    """Why a fused tensor is not taken apart; None if it is."""
+    block, fused, suffix = match.groups()
+    if any(f"{block}.{name}_bias" in tensors for name in (fused, _PARTNERS[fused])):
+        return "experts in one tensor, with biases; gate and up may alternate row by row"
+    if suffix or len(tensor.shape) != 3 or (partner := _partner(match, tensors)) is None:
+        return None if fused not in ("input_linear", "output_linear") else f"{_PARTNERS[fused]} is missing beside it"
+    if _layouts(match, tensor, partner) == (False, False):
+        shapes = f"{list(tensor.shape)} beside {list(partner.shape)}"
+        return f"experts in one tensor, of which fp8x can't tell rows from columns ({shapes})"
+    return None
+
+
+def _is_transposed(match: re.Match, tensors: Mapping[str, "Stored"]) -> bool:
+    """Whether the weights of this block are `[E, K, N]`; those without a partner are as transformers 5 has them."""
+    partner, tensor = _partner(match, tensors), tensors.get(match[0])
+    return not match[3] and partner is not None and _layouts(match, tensor, partner) == (False, True)
+
+
+def _partner(match: re.Match, tensors: Mapping[str, "Stored"]) -> "Stored | None":
+    """The weights of down beside those of gate and up, or the other way."""
+    block, fused, _ = match.groups()
+    found = tensors.get(f"{block}.{_PARTNERS[fused]}{'' if fused.endswith('proj') else '.weight'}")
+    return found if found is not None and len(found.shape) == 3 else None
+
+
+def _layouts(match: re.Match, tensor: "Stored", partner: "Stored") -> tuple[bool, bool]:
+    """Whether shapes fit `[E, N, K]`, and `[E, K, N]`."""
+    first, second = (tensor, partner) if match[2] in ("gate_up_proj", "input_linear") else (partner, tensor)
+    (count, a, b), (other, c, d) = first.shape, second.shape
+    return count == other and (b, a) == (c, 2 * d), count == other and (a, b) == (d, 2 * c)
+
+
+def _split(
+    name: str, tensor: "Stored", match: re.Match, is_transposed: bool, is_mixtral: bool
+) -> Iterator[tuple[str, "Stored"]]:
+    block, fused, suffix = match.groups()
     parts = _PARTS[fused]
     count, *rest = tensor.shape
     if count > MAX_EXPERTS:
         raise CheckpointError(f"{name} in {tensor.file}: {count} experts are over {MAX_EXPERTS}")
+    if is_transposed:
+        rest = rest[::-1]
     rows = rest[0] if rest else 1
     # One row of scales, or one scale, is everyone's.
     is_shared = suffix != "" and rows == 1
@@ -77,13 +160,27 @@ def _split(name: str, tensor: "Stored", match: re.Match, is_mixtral: bool) -> It
     pieces = 1 if is_shared else len(parts)
     shape = (rows // pieces, *rest[1:]) if rest else ()
     for expert in range(count):
-        size = (tensor.stop - tensor.start) // (count * pieces)
+        size = (tensor.stop - tensor.start) // count
+        whole = dataclasses.replace(
+            tensor, shape=shape, start=tensor.start + size * expert, stop=tensor.start + size * (expert + 1)
+        )
         for index, part in enumerate(parts):
-            start = tensor.start + size * (expert * pieces + min(index, pieces - 1))
-            short = _MIXTRAL[part] if is_mixtral else part
-            block = _mixtral_name(experts) if is_mixtral else experts
-            piece = dataclasses.replace(tensor, shape=shape, start=start, stop=start + size)
-            yield f"{block}.{expert}.{short}{_SUFFIXES[suffix]}", piece
+            if is_transposed:
+                piece = dataclasses.replace(whole, first_column=index * shape[0], columns=rows)
+            else:
+                start = whole.start + size // pieces * min(index, pieces - 1)
+                piece = dataclasses.replace(whole, start=start, stop=start + size // pieces)
+            yield f"{_experts(block, fused, is_mixtral)}.{expert}.{_short(part, is_mixtral)}{_SUFFIXES[suffix]}", piece
+
+
+def _experts(block: str, fused: str, is_mixtral: bool) -> str:
+    if fused in ("input_linear", "output_linear"):
+        return f"{block}.experts"
+    return _mixtral_name(block) if is_mixtral else block
+
+
+def _short(part: str, is_mixtral: bool) -> str:
+    return _MIXTRAL[part] if is_mixtral else part
 
 
 def _mixtral_name(name: str) -> str:

@@ -49,17 +49,27 @@ BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: its file, its type by safetensors' name, its shape, and its bytes in the file."""
+    """Where a tensor lies.
+
+    Attributes:
+        file, dtype, shape: its file, its type by safetensors' name, and its shape.
+        start, stop: its bytes in the file.
+        columns, first_column: where they hold `[K, columns]`, and the tensor, `[N, K]`, is columns of that, transposed,
+            from `first_column` on. None where they are the tensor's own.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
     stop: int
+    columns: int | None = None
+    first_column: int = 0
 
     @property
     def nbytes(self) -> int:
-        return self.stop - self.start
+        """Of the tensor."""
+        return nbytes(self.dtype, self.shape)
 
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:

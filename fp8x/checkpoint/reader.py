@@ -30,7 +30,7 @@ class Reader:
     """A Hugging Face directory: `config.json`, and `model.safetensors` or several files with an index.
 
     Only headers are read when one is built; a tensor's bytes are read when they are used. Experts that are fused on
-    disk appear one by one (`fused.py`).
+    disk appear one by one (`fused.py`); what they are of is known by its own name, too, but not listed.
 
     Arguments:
         config: the JSON file beside the tensors; where it is `fp8x.json`, tensors appear as they are named on disk.
@@ -38,6 +38,8 @@ class Reader:
     Attributes:
         path: the directory, absolute.
         config: that file, parsed, with older places of `quantization_config` in that field.
+        fused: by the name of each tensor of several experts, the names of their matrices.
+        whole: the tensors of experts that are not taken apart, with the reason.
 
     Raises:
         CheckpointError: anything is missing, truncated or contradicts itself; the message names file and tensor.
@@ -61,8 +63,14 @@ class Reader:
         for name, file in listed.items():
             if name not in self._tensors or self._tensors[name].file != file:
                 raise CheckpointError(f"{self.path / INDEX}: says that {file.name} holds {name}, but it does not")
+        self.fused: Mapping[str, list[str]] = {}
+        self.whole: Mapping[str, str] = {}
+        self._fused_tensors: dict[str, Stored] = {}
         if config == CONFIG:
-            self._tensors = unfused(self._tensors, self.config.get("model_type"))
+            found = unfused(self._tensors, self.config.get("model_type"))
+            self.fused, self.whole = found.parts, found.whole
+            self._fused_tensors = {name: self._tensors[name] for name in self.fused}
+            self._tensors = found.tensors
 
     def _open(self, file: Path) -> None:
         with _explained(file), file.open("rb") as f:
@@ -86,9 +94,10 @@ class Reader:
         Raises:
             CheckpointError: the checkpoint has no such tensor.
         """
-        if name not in self._tensors:
+        found = self._tensors.get(name) or self._fused_tensors.get(name)
+        if found is None:
             raise CheckpointError(f"{name}: missing from {self.path} ({len(self._tensors)} tensors)")
-        return self._tensors[name]
+        return found
 
     def check(self, name: str, *, shapes: Iterable[tuple[int, ...]], dtypes: Iterable[str]) -> Stored:
         """Where a tensor lies, if it is as expected; arguments and errors are those of `read`."""
@@ -115,6 +124,10 @@ class Reader:
         tensor = self.check(name, shapes=shapes, dtypes=dtypes)
         if tensor.start == tensor.stop:
             return np.empty(tensor.shape, DTYPES[tensor.dtype])
+        if tensor.columns is not None:
+            buffer = np.empty(tensor.nbytes, np.uint8)
+            self.read_into(name, 0, buffer)
+            return buffer.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
         data = np.frombuffer(self._map(tensor.file), np.uint8)[tensor.start : tensor.stop]
         return data.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
@@ -125,7 +138,7 @@ class Reader:
         again, mostly from the system's page cache.
         """
         tensor = self.stored(name)
-        if tensor.file not in self._maps:
+        if tensor.file not in self._maps or tensor.columns is not None:
             return
         first = tensor.start + start
         last = tensor.stop if stop is None else tensor.start + stop
@@ -143,7 +156,8 @@ class Reader:
     def read_into(self, name: str, start: int, buffer: np.ndarray) -> None:
         """Fills a writable uint8 buffer with a tensor's bytes from `start` on; from several threads at once if need be.
 
-        For what is read once: it costs less than the pages of a mapped file. `close` closes the files.
+        For what is read once: it costs less than the pages of a mapped file. `close` closes the files. Of a matrix that
+        lies transposed, these have to be whole rows.
 
         Raises:
             CheckpointError: no such tensor, or a file that has changed since its header was read.
@@ -159,11 +173,28 @@ class Reader:
                         file.close()
                         raise
                     self._files[tensor.file] = file
-            descriptor, offset, view = self._files[tensor.file].fileno(), tensor.start + start, memoryview(buffer)
-            while view:
-                if not (count := os.preadv(descriptor, [view], offset)):
-                    raise CheckpointError(f"{tensor.file}: ends before {name} does; it has changed since it was opened")
-                view, offset = view[count:], offset + count
+            if tensor.columns is None:
+                self._read_bytes(tensor, name, tensor.start + start, buffer)
+            else:
+                self._read_columns(tensor, name, start, buffer)
+
+    def _read_bytes(self, tensor: Stored, name: str, offset: int, buffer: np.ndarray) -> None:
+        descriptor, view = self._files[tensor.file].fileno(), memoryview(buffer)
+        while view:
+            if not (count := os.preadv(descriptor, [view], offset)):
+                raise CheckpointError(f"{tensor.file}: ends before {name} does; it has changed since it was opened")
+            view, offset = view[count:], offset + count
+
+    def _read_columns(self, tensor: Stored, name: str, start: int, buffer: np.ndarray) -> None:
+        """Whole rows of a matrix `[N, K]` that lies transposed: a piece of each of K rows of the file."""
+        size, k = DTYPES[tensor.dtype].itemsize, tensor.shape[1]
+        count = buffer.size // (k * size)
+        first = tensor.first_column + start // (k * size)
+        band = np.empty((k, count), f"u{size}")
+        for row in range(k):
+            offset = tensor.start + (row * tensor.columns + first) * size
+            self._read_bytes(tensor, name, offset, band[row].view(np.uint8))
+        buffer.view(f"u{size}").reshape(count, k)[:] = band.T
 
     def close(self) -> None:
         """Closes the files that `read_into` opened; what is read after that opens them again."""

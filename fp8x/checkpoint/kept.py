@@ -1,0 +1,73 @@
+"""What practitioners keep in 16 bits, in checkpoints of any architecture, by the names and shapes of their tensors.
+
+The lists follow what FP8 checkpoints of their makers leave out (`modules_to_not_convert` and `ignore` of DeepSeek-V3,
+Qwen3-Next, Qwen3-VL, GLM-4.5, Llama 4, Granite) and the recipes of llm-compressor and ModelOpt: whatever sees an image
+or a sound, whatever leads from there into the language model, heads, routers, and the seams of multi-token prediction.
+Rules override all of it.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+SMALLEST = 16  # rows and columns: below it no tensor core takes 8 bits, and readers refuse (torch._scaled_mm)
+
+# By what a component of a module's name is, between dots. The first that matches says why.
+_COMPONENTS = {
+    "sees images": r"(.*_)?(vision|visual|image|img|video)(_.*)?|vit|vpm|siglip.*|clip.*|sam_model|d?vae",
+    "hears or speaks": r"(.*_)?(audio|speech|sound)(_.*)?|apm|whisper.*|vocoder|(code|token)2wav|tts(_.*)?",
+    "leads into the language model": r"(.*_)?(projector|connector|aligner|resampler|merger|abstractor|perceiver)(_.*)?"
+    r"|(mm|multi_modal)_.*|mlp1",
+    "a head": r"(.*_)?heads?|scores?|scorer|classifier|classification|pooler|qa_outputs|regressor|cls|proj_out",
+    "a router": r"(.*_)?(router|gating)|router_.*|gate|gates|(.*_)?expert_gate|wg",
+    "joins layers for multi-token prediction": r"eh_proj",
+    "an adapter": r"lora_[ab](_.*)?|(.*_)?adapters?",
+    "a recurrence's gates and steps": r"dt_proj|x_proj|in_proj_(ba|a|b)|ba_proj",
+    "weighs what an indexer finds": r"weights_proj",
+}
+_KINDS = [(reason, re.compile(pattern, re.IGNORECASE)) for reason, pattern in _COMPONENTS.items()]
+
+# By the whole name.
+_OUTPUT = re.compile(r"(model\.)?output")
+_SEAM = re.compile(r"(.*\.)?(mtp|nextn)[^.]*\.(.*\.)?(fc|input_proj|embed_proj|proj)")
+_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\..*")
+
+
+def why_kept(matrices: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Why matrices stay in 16 bits where no rule says otherwise.
+
+    Arguments:
+        matrices: the shape `[N, K]` of every linear layer's matrix, by prefix: the tensor's name without `.weight`.
+
+    Returns the reason of those that stay, by prefix.
+    """
+    experts = _count_experts(matrices)
+    found = {}
+    for prefix, shape in matrices.items():
+        if reason := _why(prefix, shape, experts.get(prefix.rpartition(".")[0])):
+            found[prefix] = reason
+    return found
+
+
+def _why(prefix: str, shape: tuple[int, ...], experts: int | None) -> str | None:
+    parts = prefix.split(".")
+    for reason, pattern in _KINDS:
+        if any(pattern.fullmatch(part) for part in parts):
+            return reason
+    if _OUTPUT.fullmatch(prefix):
+        return "a head"
+    if _SEAM.fullmatch(prefix):
+        return "joins layers for multi-token prediction"
+    if experts is not None and shape[0] == experts:
+        return f"a router: a row for each of {experts} experts"
+    if min(shape, default=0) < SMALLEST:
+        return f"fewer than {SMALLEST} rows or columns"
+    return None
+
+
+def _count_experts(prefixes: Iterable[str]) -> dict[str, int]:
+    """By the module that holds `experts`, how many there are."""
+    found: dict[str, int] = {}
+    for prefix in prefixes:
+        if match := _EXPERT.fullmatch(prefix):
+            found[match[1]] = max(found.get(match[1], 0), int(match[2]) + 1)
+    return found
