@@ -75,13 +75,14 @@ def quantize(
     import fp8x
     from fp8x.calibrate import sidecar
     from fp8x.checkpoint import Reader
-    from fp8x.checkpoint.destination import check_free
+    from fp8x.checkpoint.destination import check_free, check_source
     from fp8x.checkpoint.inspect import inspect
     from fp8x.models.convert import plan
 
     start = time.monotonic()
     chosen = recipe if recipe is None or recipe in UNQUANTIZED else options.parse_recipe(recipe)
     rules = options.parse_rules(rule)
+    check_source(source, destination)
     check_free(destination)
     reader = Reader(source)
     given = None if calibration is None else sidecar.read(calibration)
