@@ -21,7 +21,7 @@ import numpy as np
 
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import rows
-from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_companions
+from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_source
 from fp8x.checkpoint.finite import count_nonfinite, is_finite, nonfinite_error
 from fp8x.checkpoint.format import Format, Layout
 from fp8x.checkpoint.header import UNQUANTIZED, nbytes
@@ -129,7 +129,7 @@ def convert_tensors(
         ShapeError: a matrix that its scheme does not fit.
     """
     start = time.monotonic()
-    check_companions(reader.path)
+    check_source(reader.path, Path(path))
     if lacking := [prefix for prefix, target in targets.items() if target.needs_calibration]:
         raise CalibrationError(
             f"{some(lacking)} have static activation scales, which are found by calibration: give those that "
@@ -146,12 +146,7 @@ def convert_tensors(
         [(prefix, *map(repr, (t.stored, t.recipe)), _hex(t.input_scale)) for prefix, t in targets.items()],
         [(name, _hex(array)) for name, array in (added or {}).items()],
     ]
-    unfinished = ResumableWriter(path, specs, identity, max_shard_bytes=max_shard_bytes)
-    if unfinished.work in Path(os.path.realpath(reader.path)).parents:
-        raise CheckpointError(
-            f"{reader.path}: lies in {unfinished.work}, which is cleared; move it, or write elsewhere"
-        )
-    with unfinished as writer:
+    with ResumableWriter(path, specs, identity, max_shard_bytes=max_shard_bytes) as writer:
         todo = [job for job in jobs if not all(map(writer.has, job.specs))]
         total = sum(job.bytes for job in jobs)
         work = _Work(writer, progress, total - sum(job.bytes for job in todo), total)

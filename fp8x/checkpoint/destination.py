@@ -4,6 +4,8 @@ import contextlib
 import fcntl
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -46,6 +48,59 @@ def check_free(path: Path) -> None:
         raise CheckpointError(f"{path}: exists and {what}; it is left as it is. Remove it, or write elsewhere")
 
 
+def check_source(source: Path, path: Path) -> None:
+    """Refuses a source that writing at `path` would change, and one whose companions are damaged.
+
+    Raises:
+        CheckpointError: one is inside the other, by whatever links and mounts; `source` lies in what a killed run left
+            beside `path`, which is cleared; or a tokenizer or the like that is something else (`downloads.py`).
+    """
+    path, source = Path(os.path.realpath(path.expanduser())), Path(os.path.realpath(source))
+    if _is_within(path, source) or _is_within(source, path):
+        where = "lies in" if _is_within(path, source) else "holds"
+        where = "is" if _is_within(path, source) and _is_within(source, path) else where
+        raise CheckpointError(f"{path}: {where} the source, {source}, which would be changed; write elsewhere")
+    for left in leftovers(path):
+        if _is_within(source, left):
+            raise CheckpointError(f"{source}: lies in {left}, which is cleared; move it, or write elsewhere")
+    for file in _companions(source):
+        if not file.name.startswith("LICENSE"):  # may be a web page
+            check_file(file)
+
+
+def _is_within(path: Path, directory: Path) -> bool:
+    """Whether `path` is a directory or lies in it; neither need exist."""
+    try:
+        there = directory.stat()
+    except OSError:
+        return False
+    for parent in (path, *path.parents):
+        with contextlib.suppress(OSError):  # not made yet
+            if os.path.samestat(parent.stat(), there):
+                return True
+    return False
+
+
+def partial(path: Path) -> Path:
+    """Where `ResumableWriter` writes what will be `path`."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def temporary(path: Path) -> Path:
+    """A new place for `Writer` to write what will be `path`."""
+    return path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+
+
+def leftovers(path: Path) -> list[Path]:
+    """What either writer has left beside `path`, or is writing there now."""
+    pattern = re.compile(re.escape(f".{path.name}.tmp-") + "[0-9a-f]{8}")
+    try:
+        beside = list(path.parent.iterdir())
+    except OSError:
+        return []
+    return sorted(other for other in beside if other == partial(path) or pattern.fullmatch(other.name))
+
+
 def lock(directory: Path) -> int:
     """Locks a directory until the descriptor is closed.
 
@@ -67,13 +122,6 @@ def lock(directory: Path) -> int:
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def check_companions(source: Path) -> None:
-    """Refuses what `copy_companions` would copy, but is something else in a file's place (`downloads.py`)."""
-    for file in _companions(source):
-        if not file.name.startswith("LICENSE"):  # may be a web page
-            check_file(file)
 
 
 def copy_companions(source: Path, directory: Path) -> None:

@@ -33,8 +33,8 @@ def check_download(head: bytes, file: Path) -> None:
         )
     if head.removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(_PAGES):
         raise CheckpointError(
-            f"{file}: is what a server answers, not the file: a download that failed (often it asks for a login); get "
-            f"the file again by {_DOWNLOAD}"
+            f"{file}: is what a server answers, not the file: a download that failed (often it asks for a login); "
+            f"get the file again by {_DOWNLOAD}"
         )
 
 

@@ -87,7 +87,7 @@ def quantize(
     import fp8x
     from fp8x.calibrate import sidecar
     from fp8x.checkpoint import Reader
-    from fp8x.checkpoint.destination import check_free
+    from fp8x.checkpoint.destination import check_free, check_source
     from fp8x.checkpoint.inspect import inspect
     from fp8x.checkpoint.requantize import check_alone
     from fp8x.models.convert import plan
@@ -97,6 +97,7 @@ def quantize(
     rules = options.parse_rules(rule)
     if requantize:
         check_alone(recipe, rules)
+    check_source(source, destination)
     check_free(destination)
     reader = Reader(source)
     given = None if calibration is None else sidecar.read(calibration)

@@ -171,7 +171,7 @@ def convert(
 
     Arguments:
         src: a directory with config.json and safetensors files, quantized or not.
-        dst: the directory to make; it must not exist, or be empty.
+        dst: the directory to make; it must not exist, or be empty, and neither it nor `src` lie in the other.
         recipe: a `Recipe` or its code; or "bf16", "f16", "f32", which dequantize what is in 8 bits to that type. None
             keeps every matrix as it is stored: for another format alone.
         format: "compressed-tensors", "fp8" or "modelopt"; by default the first that can hold the result.

@@ -18,7 +18,7 @@ from jaxtyping import Array
 from fp8x.array import ScaledArray
 from fp8x.calibrate import sidecar
 from fp8x.checkpoint import CONFIG, Format, Reader, Writer, choose_format, format_of
-from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_companions
+from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_source
 from fp8x.checkpoint.header import DTYPES
 from fp8x.checkpoint.kv_cache import KVScales, kv_tensors
 from fp8x.checkpoint.requantize import Requantize, check_alone
@@ -153,7 +153,8 @@ def save(
     Raises:
         CalibrationError: layers that are in calibration, or whose static activation scale is missing.
         RecipeError: layers that are in training.
-        CheckpointError: the format can't hold the model, or `path` can't be written; nothing is left there.
+        CheckpointError: the format can't hold the model, or `path` can't be written, or is where the model was loaded
+            from, in it or around it; nothing is left there.
     """
     if not isinstance(model, Decoder):
         if format is not None:
@@ -166,9 +167,9 @@ def save(
     config, names = model.config, linear_names(model.config)
     if not config.hf:
         raise CheckpointError("model.config.hf: is empty; build the model's config with DecoderConfig.from_hf")
-    source = None if "_name_or_path" not in config.hf else Path(config.hf["_name_or_path"])
+    source = Path(named) if (named := config.hf.get("_name_or_path")) else None
     if source is not None:
-        check_companions(source)
+        check_source(source, Path(path))
     layers = {path: get(model, path) for path in names}
     check_finished(model)
     check_calibrated(model)

@@ -243,14 +243,6 @@ def test_the_processor_does_the_work_wherever_arrays_go(tiny_checkpoint, tmp_pat
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_a_source_in_the_way(tmp_path):
-    (tmp_path / ".out.partial").mkdir()
-    other_model(tmp_path / ".out.partial" / "m", {"fc.weight": np.zeros((4, 64), np.float16)})
-    with pytest.raises(CheckpointError, match="which is cleared; move it"):
-        fp8x.convert(tmp_path / ".out.partial" / "m", tmp_path / "out", "e4m3_f16")
-    assert (tmp_path / ".out.partial" / "m" / "config.json").exists()
-
-
 def test_progress_counts_bytes(tiny_checkpoint, tmp_path, chunk_bytes):
     seen = []
     done = fp8x.convert(tiny_checkpoint, tmp_path / "out", "e4m3_bf16", progress=lambda *pair: seen.append(pair))
