@@ -44,6 +44,8 @@ from fp8x.errors import CalibrationError, CheckpointError, RecipeError, RuleErro
 from fp8x.recipe import HOPPER, Recipe, as_recipe, check_stored, describe
 from fp8x.scheme import SCALE_RULES, Scheme
 
+PIECE = 2**16  # values whose float64s fit a processor's cache
+
 WORDS: dict[str, tuple[Recipe, ...]] = {"hopper": HOPPER}
 
 
@@ -315,15 +317,12 @@ class _Measurement:
         scales = {scheme: self._scale(source, name, scheme) for scheme in schemes if scheme.block[0] is None}
         sums, nonfinite = np.zeros(1 + len(schemes)), 0
         for truth, nbytes in self._parts(source, name, schemes):
-            is_finite = np.isfinite(truth)
-            nonfinite += truth.size - np.count_nonzero(is_finite)
-            sums[0] += _energy(truth, is_finite)
+            nonfinite += truth.size - np.count_nonzero(np.isfinite(truth))
+            sums[0] += _distance(np.zeros_like(truth), truth)
             for index, scheme in enumerate(schemes, 1):
                 if scheme != source.scheme:  # else its bytes stay
                     found = np.asarray(_requantized(truth, scales.get(scheme), scheme))
-                    with np.errstate(invalid="ignore"):  # Inf less Inf
-                        difference = np.subtract(found, truth, dtype=np.float64)
-                    sums[index] += _energy(difference, is_finite)
+                    sums[index] += _distance(found, truth)
             advance(nbytes)
         if nonfinite and not self.allow_nonfinite:
             raise nonfinite_error(name, self.reader.stored(name).file, nonfinite, math.prod(source.shape))
@@ -370,12 +369,14 @@ def _requantized(x: Float[Array, "n k"], scale: Array | None, scheme: Scheme) ->
     return q.dequantize()
 
 
-def _energy(x: Float[np.ndarray, "n k"], where: np.ndarray) -> float:
-    """The sum of squares, in float64."""
-    squares = np.square(x, dtype=np.float64)
-    if not where.all():
-        squares[~where] = 0
-    return float(squares.sum())
+def _distance(x: Float[np.ndarray, "n k"], truth: Float[np.ndarray, "n k"]) -> float:
+    """The sum of squares of the difference, in float64, where `truth` is finite."""
+    total, x, truth = 0.0, x.reshape(-1), truth.reshape(-1)
+    for part in (slice(start, start + PIECE) for start in range(0, truth.size, PIECE)):
+        is_finite = np.isfinite(truth[part])
+        difference = np.subtract(x[part][is_finite], truth[part][is_finite], dtype=np.float64)
+        total += float(np.square(difference, out=difference).sum())
+    return total
 
 
 def _counted(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
