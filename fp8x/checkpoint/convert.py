@@ -22,6 +22,7 @@ import numpy as np
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import rows
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES
+from fp8x.checkpoint.fnuz import Translation
 from fp8x.checkpoint.format import Format, Layout
 from fp8x.checkpoint.header import UNQUANTIZED, nbytes
 from fp8x.checkpoint.reader import CONFIG, DTYPE_NAMES, DTYPES, Reader
@@ -327,8 +328,8 @@ class _Matrix:
         if recipe is None:
             self.reader.read(self.name, shapes=[tensor.shape], dtypes=UNQUANTIZED)
             return _Stored()
-        weight, input_scale = self.source_format.decode(self.prefix, recipe, tensor.shape, self.reader)
-        return _Stored(np.array(weight.scale), weight.scheme, input_scale)
+        matrix = self.source_format.open(self.prefix, recipe, tensor.shape, self.reader)
+        return _Stored(np.array(matrix.scale), matrix.scheme, matrix.input_scale, matrix.translation)
 
     def _parts(
         self, work: "_Work", stored: "_Stored", scheme: Scheme | None = None
@@ -342,6 +343,8 @@ class _Matrix:
             self.reader.read_into(self.name, part.start * k * dtype.itemsize, buffer[:filled])
             buffer[filled:] = 0
             data = buffer.view(dtype).reshape(part.stop - part.start, k)
+            if stored.translation is not None:
+                data = stored.translation.rows(part, data)
             if stored.scheme is None:
                 yield part, data
             else:
@@ -405,6 +408,7 @@ class _Stored:
     scale: np.ndarray | None = None
     scheme: Scheme | None = None
     input_scale: np.ndarray | None = None
+    translation: Translation | None = None
 
 
 class _Work:

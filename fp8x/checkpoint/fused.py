@@ -36,6 +36,8 @@ _SUFFIXES = {
 }
 _FUSED = re.compile(rf"(.*\.experts)\.(gate_up_proj|down_proj)({'|'.join(_SUFFIXES)})")
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+# Whose experts lie the other way, `gate_up_proj` [E, K, 2I]: their matrices are no contiguous bytes.
+_TRANSPOSED = ("llama4", "llama4_text", "gpt_oss", "aria", "aria_text")
 _MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
@@ -50,6 +52,11 @@ def unfused(tensors: Mapping[str, "Stored"], model_type: str | None) -> dict[str
     for name, tensor in tensors.items():
         match = _FUSED.fullmatch(name)
         if match and tensor.shape:
+            if model_type in _TRANSPOSED:
+                raise CheckpointError(
+                    f"{name} in {tensor.file}: the experts of {model_type} lie with K before N, as [E, K, N]; fp8x "
+                    "reads [E, N, K] alone"
+                )
             parts = _split(name, tensor, match, is_mixtral)
         else:
             parts = [(_mixtral_name(name) if is_mixtral else name, tensor)]

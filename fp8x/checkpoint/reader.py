@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fp8x.checkpoint.flattened import is_flattened, unflattened
 from fp8x.checkpoint.fused import unfused
 from fp8x.checkpoint.header import DTYPE_NAMES as DTYPE_NAMES
 from fp8x.checkpoint.header import DTYPES as DTYPES
@@ -29,7 +30,7 @@ class Reader:
     """A Hugging Face directory: `config.json`, and `model.safetensors` or several files with an index.
 
     Only headers are read when one is built; a tensor's bytes are read when they are used. Experts that are fused on
-    disk appear one by one (`fused.py`).
+    disk appear one by one (`fused.py`), torchao's tensors under the names of all others (`flattened.py`).
 
     Arguments:
         config: the JSON file beside the tensors; where it is `fp8x.json`, tensors appear as they are named on disk.
@@ -45,6 +46,7 @@ class Reader:
     def __init__(self, path: str | Path, *, config: str = CONFIG):
         self.path = Path(path).expanduser().absolute()
         self._tensors: dict[str, Stored] = {}
+        self._metadata: dict[Path, Any] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         self._files: dict[Path, io.FileIO] = {}
         self._lock = threading.Lock()
@@ -61,11 +63,13 @@ class Reader:
             if name not in self._tensors or self._tensors[name].file != file:
                 raise CheckpointError(f"{self.path / INDEX}: says that {file.name} holds {name}, but it does not")
         if config == CONFIG:
+            if is_flattened(self.config):
+                self._tensors = unflattened(self._tensors, self._metadata)
             self._tensors = unfused(self._tensors, self.config.get("model_type"))
 
     def _open(self, file: Path) -> None:
         with _explained(file), file.open("rb") as f:
-            tensors = read_header(f, file)
+            tensors, self._metadata[file] = read_header(f, file)
             self._identities[file] = _identity(os.fstat(f.fileno()))
         for name, tensor in tensors.items():
             if name in self._tensors:
@@ -228,6 +232,11 @@ def _listed_files(path: Path) -> dict[str, Path]:
                 raise CheckpointError(f"{file}: {_absence(file)}")
         there = sorted(f.name for f in path.iterdir() if f.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
         found = f"found {', '.join(there[:4])}" if there else "found no weights"
+        if any(name.endswith((".bin", ".pt", ".pth")) for name in there):
+            found += (
+                "; pickles are not read: load them with what wrote them and save safetensors (transformers 5 with "
+                "torchao 0.15 does so for torchao's tensors too)"
+            )
         raise CheckpointError(f"{path}: has neither {SINGLE} nor {INDEX}; {found}")
     weight_map = read_json(path / INDEX).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:

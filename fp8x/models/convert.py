@@ -71,10 +71,16 @@ def plan(
     source_format, out_dtype = format_of(reader.config), _dtype(reader.config)
     modules = _modules(reader)
     prefixes = [prefix for names in modules.values() for prefix in names]
+    known = set(prefixes)
     for name in reader if source_format is not None else ():
         prefix, _, kind = name.rpartition(".")
         if kind in SCALES and f"{prefix}.weight" not in reader:
             raise CheckpointError(f"{name} in {reader.stored(name).file}: the matrix that it scales is missing")
+        if kind in SCALES and prefix not in known:
+            raise CheckpointError(
+                f"{prefix}.weight in {reader.stored(name).file}: is quantized, but fp8x reads quantized matrices of "
+                "linear layers alone"
+            )
     stored: dict[str, Recipe | None] = dict.fromkeys(prefixes)
     if source_format is not None:
         stored = stored_recipes(source_format, reader, prefixes, out_dtype)

@@ -14,8 +14,8 @@ from jaxtyping import Array
 from fp8x import numerics
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import Format, Reader
-from fp8x.checkpoint.format import stored_recipes
-from fp8x.checkpoint.header import DTYPE_NAMES, UNQUANTIZED
+from fp8x.checkpoint.format import stored_recipes, weight_spec
+from fp8x.checkpoint.header import UNQUANTIZED
 from fp8x.checkpoint.kv_cache import QUERIES, read_kv_scales
 from fp8x.errors import CheckpointError, ShapeError, some
 from fp8x.models.config import DecoderConfig
@@ -97,9 +97,10 @@ class Loader:
             self.reader.check(name, shapes=[get(self.model, path).shape], dtypes=UNQUANTIZED)
         for path, names in self.names.items():
             recipe = self.stored[path]
-            dtypes = UNQUANTIZED if recipe is None else [DTYPE_NAMES[recipe.weight.dtype]]
+            shape = self.shapes[path][-2:]
+            dtypes = UNQUANTIZED if recipe is None else weight_spec(recipe, shape).dtypes
             for _, prefix in flat(names):
-                self.reader.check(f"{prefix}.weight", shapes=[self.shapes[path][-2:]], dtypes=dtypes)
+                self.reader.check(f"{prefix}.weight", shapes=[shape], dtypes=dtypes)
         self._total_bytes = sum(self.reader.stored(name).nbytes for name in needed)
         if left:
             warnings.warn(
