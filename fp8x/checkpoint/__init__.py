@@ -4,20 +4,25 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fp8x.checkpoint.compressed_tensors import CompressedTensors
+from fp8x.checkpoint.fbgemm_fp8 import FbgemmFp8
 from fp8x.checkpoint.format import Format as Format
 from fp8x.checkpoint.fp8 import Fp8
 from fp8x.checkpoint.modelopt import ModelOpt
 from fp8x.checkpoint.mxfp8 import Mxfp8
+from fp8x.checkpoint.quark import Quark
 from fp8x.checkpoint.reader import CONFIG as CONFIG
 from fp8x.checkpoint.reader import DESCRIPTION as DESCRIPTION
 from fp8x.checkpoint.reader import Reader as Reader
+from fp8x.checkpoint.torchao import TorchAo
 from fp8x.checkpoint.writer import Writer as Writer
 from fp8x.errors import CheckpointError
 from fp8x.recipe import Recipe
 from fp8x.scheme import Scheme
 
-# In the order in which a model without a wish gets one.
-FORMATS: dict[str, Format] = {format.name: format for format in (CompressedTensors(), Fp8(), ModelOpt(), Mxfp8())}
+# In the order in which a model without a wish gets one; from the fourth on they are read only.
+FORMATS: dict[str, Format] = {
+    format.name: format for format in (CompressedTensors(), Fp8(), ModelOpt(), Mxfp8(), FbgemmFp8(), Quark(), TorchAo())
+}
 
 
 def format_of(config: Mapping[str, Any]) -> Format | None:

@@ -23,6 +23,7 @@ from fp8x.array import ScaledArray
 from fp8x.checkpoint import rows
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_source
 from fp8x.checkpoint.finite import count_nonfinite, is_finite, nonfinite_error
+from fp8x.checkpoint.fnuz import Translation
 from fp8x.checkpoint.format import Format, Layout
 from fp8x.checkpoint.header import UNQUANTIZED, nbytes
 from fp8x.checkpoint.reader import CONFIG, DTYPE_NAMES, DTYPES, Reader
@@ -336,10 +337,10 @@ class _Matrix:
         if recipe is None:
             self.reader.check(self.name, shapes=[tensor.shape], dtypes=UNQUANTIZED)
             return _Stored()
-        weight, input_scale = self.source_format.decode(
+        matrix = self.source_format.open(
             self.prefix, recipe, tensor.shape, self.reader, allow_nonfinite=self.allow_nonfinite
         )
-        return _Stored(np.array(weight.scale), weight.scheme, input_scale)
+        return _Stored(np.array(matrix.scale), matrix.scheme, matrix.input_scale, matrix.translation)
 
     def _parts(
         self, work: "_Work", stored: "_Stored", scheme: Scheme | None = None
@@ -353,6 +354,8 @@ class _Matrix:
             self.reader.read_into(self.name, part.start * k * dtype.itemsize, buffer[:filled])
             buffer[filled:] = 0
             data = buffer.view(dtype).reshape(part.stop - part.start, k)
+            if stored.translation is not None:
+                data = stored.translation.rows(part, data)
             if stored.scheme is None:
                 yield part, data
             else:
@@ -378,7 +381,7 @@ class _Matrix:
 
     def _check_codes(self, work: "_Work", values: ScaledArray) -> None:
         """Refuses NaN and Inf among codes from which no amax is computed, in which they would show."""
-        if not self.allow_nonfinite and not is_finite(values.data, self.reader.stored(self.name).dtype):
+        if not self.allow_nonfinite and not is_finite(values.data, DTYPE_NAMES[values.data.dtype]):
             _refuse(self.reader, self.name, work)
 
     def _input_scale(self, stored: "_Stored") -> np.ndarray:
@@ -428,6 +431,7 @@ class _Stored:
     scale: np.ndarray | None = None
     scheme: Scheme | None = None
     input_scale: np.ndarray | None = None
+    translation: Translation | None = None
 
 
 class _Work:

@@ -1,4 +1,4 @@
-"""Typed access to the fields of a `quantization_config`, with the field's path in every error."""
+"""Typed access to the fields of a `quantization_config`, or of other JSON, with the field's path in every error."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,19 +10,20 @@ _MAX_BLOCK = 2**20  # activations are filled up to whole blocks: a larger one ta
 
 
 class Fields:
-    """An object inside config.json. `where` is its path there, for errors."""
+    """An object inside a file. `where` is its path there, for errors."""
 
-    def __init__(self, value: Any, where: str):
+    def __init__(self, value: Any, where: str, file: str = "config.json"):
         if not isinstance(value, Mapping):
-            raise CheckpointError(f"config.json: {where} is {value!r}, expected an object")
+            raise CheckpointError(f"{file}: {where} is {value!r}, expected an object")
         self.value = value
         self.where = where
+        self.file = file
 
     def get(self, name: str, default: Any = _MISSING) -> Any:
         """A field; without `default`, it has to be there."""
         value = self.value.get(name, default)
         if value is _MISSING:
-            raise CheckpointError(f"config.json: {self.where} has no {name}")
+            raise CheckpointError(f"{self.file}: {self.where} has no {name}")
         return value
 
     def one_of(self, name: str, *fits: Any, default: Any = _MISSING) -> Any:
@@ -31,13 +32,13 @@ class Fields:
         # 1 == True in Python, not in JSON.
         if not any(value == fit and isinstance(value, bool) == isinstance(fit, bool) for fit in fits):
             raise CheckpointError(
-                f"config.json: {self.where}.{name} is {value!r}; fp8x reads {' or '.join(map(repr, fits))}"
+                f"{self.file}: {self.where}.{name} is {value!r}; fp8x reads {' or '.join(map(repr, fits))}"
             )
         return value
 
     def object(self, name: str, default: Any = _MISSING) -> "Fields":
         """A field that is an object."""
-        return Fields(self.get(name, default), f"{self.where}.{name}")
+        return Fields(self.get(name, default), f"{self.where}.{name}", self.file)
 
     def strings(self, name: str, default: Any = _MISSING) -> list[str]:
         """A field that is a list of strings, or null, which means none."""
@@ -61,7 +62,7 @@ class Fields:
         return value[0], value[1]
 
     def error(self, name: str, expected: str) -> CheckpointError:
-        return CheckpointError(f"config.json: {self.where}.{name} is {self.value.get(name)!r}, expected {expected}")
+        return CheckpointError(f"{self.file}: {self.where}.{name} is {self.value.get(name)!r}, expected {expected}")
 
 
 def _is_block(value: Any) -> bool:

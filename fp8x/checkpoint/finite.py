@@ -13,6 +13,7 @@ from fp8x.errors import CheckpointError
 CHUNK_BYTES = 1 << 20  # stays in cache between the two maxima
 
 # By safetensors' names: bytes of a number, and the bits of Inf, or of NaN where the type has no Inf.
+_FNUZ = ("F8_E4M3FNUZ", "F8_E5M2FNUZ")  # whose one NaN is where others have -0
 _FIRST_NONFINITE = {
     "F64": (8, 0x7FF0 << 48),
     "F32": (4, 0x7F80 << 16),
@@ -31,6 +32,8 @@ def is_finite(data: np.ndarray, dtype: str) -> bool:
         data: of any shape, in the type `dtype` or in uint8.
         dtype: by safetensors' name.
     """
+    if dtype in _FNUZ:
+        return not count_nonfinite(data, dtype)
     if dtype not in _FIRST_NONFINITE:
         return True
     size, first = _FIRST_NONFINITE[dtype]
@@ -47,6 +50,8 @@ def is_finite(data: np.ndarray, dtype: str) -> bool:
 
 def count_nonfinite(data: np.ndarray, dtype: str) -> int:
     """How many NaN and Inf there are; arguments as of `is_finite`."""
+    if dtype in _FNUZ:
+        return int((data.view(np.uint8) == 0x80).sum())
     if dtype not in _FIRST_NONFINITE:
         return 0
     size, first = _FIRST_NONFINITE[dtype]

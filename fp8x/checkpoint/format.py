@@ -5,11 +5,13 @@ Everything is by Hugging Face prefix: `model.layers.0.self_attn.q_proj` has the 
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fp8x.checkpoint.fnuz import Translation, translation
 from fp8x.checkpoint.header import UNQUANTIZED
 from fp8x.checkpoint.reader import DTYPE_NAMES, DTYPES, Reader
 from fp8x.errors import CheckpointError
@@ -57,6 +59,34 @@ class Layout:
     input_scale: TensorSpec | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredMatrix:
+    """One matrix `[N, K]` as a checkpoint holds it.
+
+    Attributes:
+        codes: its elements, a view of the file.
+        scheme: its scheme.
+        scale: what its elements are multiplied by, once they are in the scheme's type.
+        input_scale: the static activation scale, float32 `[1, groups]`, or None.
+        translation: how the elements come to the scheme's type, where they are in another.
+    """
+
+    codes: np.ndarray
+    scheme: Scheme
+    scale: np.ndarray
+    input_scale: np.ndarray | None
+    translation: Translation | None
+
+    @property
+    def weight(self) -> "ScaledArray":
+        """The whole matrix: as stored, or translated."""
+        from fp8x.array import ScaledArray  # imported late: it is made of JAX, which a plan does not need
+
+        rows = slice(0, len(self.codes))
+        data = self.codes if self.translation is None else self.translation.rows(rows, self.codes)
+        return ScaledArray(data, self.scale, self.scheme)
+
+
 class Format(abc.ABC):
     """How quantized matrices lie on disk.
 
@@ -101,6 +131,10 @@ class Format(abc.ABC):
             CheckpointError: a field that is missing or not supported, by name.
         """
 
+    def recipes(self, reader: Reader, prefixes: Iterable[str], out_dtype: np.dtype) -> Recipes:
+        """The recipe of every prefix of a checkpoint: what its config says. Errors as there."""
+        return self.from_config(reader.config["quantization_config"], prefixes, out_dtype)
+
     @abc.abstractmethod
     def kv_fields(self, scheme: Scheme) -> dict[str, Any] | None:
         """The fields of a `quantization_config` that declare a KV cache stored so; None if there are none."""
@@ -143,6 +177,7 @@ class Format(abc.ABC):
         allow_nonfinite: bool = False,
     ) -> "tuple[ScaledArray, np.ndarray | None]":
         """One matrix and its static activation scale (float32 `[1, groups]`, or None), as stored: nothing is rounded.
+        (But for what `fnuz.py` warns of.)
 
         Codes are not looked at: `finite.py` does that where they are read.
 
@@ -153,24 +188,46 @@ class Format(abc.ABC):
             CheckpointError: a tensor is missing, of another shape or type, or a scale that is no scale.
             ShapeError: a matrix that the scheme does not fit.
         """
-        from fp8x.array import ScaledArray  # imported late: it is made of JAX, which a plan does not need
+        matrix = self.open(prefix, recipe, shape, reader, allow_nonfinite=allow_nonfinite)
+        return matrix.weight, matrix.input_scale
 
+    def open(
+        self,
+        prefix: str,
+        recipe: Recipe,
+        shape: tuple[int, int],
+        reader: Reader,
+        *,
+        allow_nonfinite: bool = False,
+    ) -> StoredMatrix:
+        """What `decode` gives, before elements of another type are translated; arguments and errors as there."""
         layout, scheme = self.layout(recipe, shape), recipe.weight
         scheme.check_shape(shape, f"{prefix}.weight")
-        scale = as_scale(layout.weight_scale.read(prefix, reader), scheme.scale_dtype)
         name = layout.weight_scale.name(prefix, reader)
+        scale = as_scale(layout.weight_scale.read(prefix, reader), scheme.scale_dtype)
+        scale = self.unpacked_scale(scale, scheme.scale_shape(shape))
         _check_scale(scale, name, reader, allow_nonfinite)
-        weight = ScaledArray(layout.weight.read(prefix, reader), scale.reshape(scheme.scale_shape(shape)), scheme)
-        if count := _lost_blocks(weight):
+        codes = layout.weight.read(prefix, reader)
+        if count := _lost_blocks(codes, scale, scheme):
             raise CheckpointError(
                 f"{name} in {reader.stored(name).file}: {count} of {scale.size} scales are 0, but their blocks of "
                 f"{prefix}.weight are not: their values are lost"
             )
-        if layout.input_scale is None:
-            return weight, None
-        input_scale = as_scale(layout.input_scale.read(prefix, reader), FLOAT32)
-        _check_scale(input_scale, layout.input_scale.name(prefix, reader), reader)
-        return weight, input_scale.reshape(recipe.activation.scale_shape((1, shape[1])))
+        translated = None
+        if codes.dtype != scheme.dtype:
+            name = f"{prefix}.weight"
+            release = functools.partial(reader.release, name)
+            translated, scale = translation(codes, scale, scheme, f"{name} in {reader.path}", release)
+        input_scale = None
+        if layout.input_scale is not None:
+            input_scale = as_scale(layout.input_scale.read(prefix, reader), FLOAT32)
+            _check_scale(input_scale, layout.input_scale.name(prefix, reader), reader)
+            input_scale = input_scale.reshape(recipe.activation.scale_shape((1, shape[1])))
+        return StoredMatrix(codes, scheme, scale, input_scale, translated)
+
+    def unpacked_scale(self, scale: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+        """Scales of `shape`, from the order in which the format stores them."""
+        return scale.reshape(shape)
 
 
 def stored_recipes(
@@ -184,7 +241,7 @@ def stored_recipes(
     Raises:
         CheckpointError: a field of the config that is missing or not supported.
     """
-    recipes = dict(format.from_config(reader.config["quantization_config"], prefixes, out_dtype))
+    recipes = dict(format.recipes(reader, prefixes, out_dtype))
     for prefix in recipes:
         name = f"{prefix}.weight"
         if name in reader and reader.stored(name).dtype in UNQUANTIZED:
@@ -193,8 +250,9 @@ def stored_recipes(
 
 
 def weight_spec(recipe: Recipe, shape: tuple[int, int]) -> TensorSpec:
-    """The matrix itself, in any format: `….weight`, as it is."""
-    return TensorSpec((".weight",), (tuple(shape),), (DTYPE_NAMES[recipe.weight.dtype],))
+    """The matrix itself, in any format: `….weight`, as it is. e4m3fnuz is read as e4m3fn (`fnuz.py`)."""
+    name = DTYPE_NAMES[recipe.weight.dtype]
+    return TensorSpec((".weight",), (tuple(shape),), (name, "F8_E4M3FNUZ") if name == "F8_E4M3" else (name,))
 
 
 def as_scale(stored: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -219,14 +277,14 @@ def _check_scale(scale: np.ndarray, name: str, reader: Reader, allow_nonfinite: 
         raise CheckpointError(f"{name} in {reader.stored(name).file}: {count} of {scale.size} scales are {what}")
 
 
-def _lost_blocks(weight: "ScaledArray") -> int:
+def _lost_blocks(codes: np.ndarray, scale: np.ndarray, scheme: Scheme) -> int:
     """How many blocks `[n, k]` of a matrix have scale 0 over values other than 0. Other blocks are not looked at."""
-    if weight.scheme.is_mx or (weight.scale != 0).all():
+    if scheme.is_mx or (scale != 0).all():
         return 0
-    rows, columns = weight.scheme.block_of(weight.shape)
-    codes = weight.data.view(np.uint8)
+    rows, columns = scheme.block_of(codes.shape)
+    codes = codes.view(np.uint8)
     # -0 is a zero too.
     return sum(
         bool((codes[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns] & 0x7F).any())
-        for i, j in np.argwhere(weight.scale == 0)
+        for i, j in np.argwhere(scale == 0)
     )

@@ -85,6 +85,11 @@ def unfused(tensors: Mapping[str, "Stored"], model_type: str | None) -> Unfused:
     found = Unfused(result, {}, {})
     for name, tensor in tensors.items():
         match = _match(name, tensor)
+        if match and match[3] and _is_transposed(match, tensors):
+            raise CheckpointError(
+                f"{name} in {tensor.file}: scales of experts that lie with K before N, as [E, K, N]; fp8x reads those of "
+                "[E, N, K] alone"
+            )
         reason = match and _why_whole(match, tensor, tensors)
         if match and not reason:
             pieces = list(_split(name, tensor, match, _is_transposed(match, tensors), is_mixtral))
@@ -121,8 +126,9 @@ def _why_whole(match: re.Match, tensor: "Stored", tensors: Mapping[str, "Stored"
 
 def _is_transposed(match: re.Match, tensors: Mapping[str, "Stored"]) -> bool:
     """Whether the weights of this block are `[E, K, N]`; those without a partner are as transformers 5 has them."""
-    partner, tensor = _partner(match, tensors), tensors.get(match[0])
-    return not match[3] and partner is not None and _layouts(match, tensor, partner) == (False, True)
+    partner, tensor = _partner(match, tensors), tensors.get(match[0].removesuffix(match[3]) if match[3] else match[0])
+    is_pair = partner is not None and tensor is not None and len(tensor.shape) == 3
+    return is_pair and _layouts(match, tensor, partner) == (False, True)
 
 
 def _partner(match: re.Match, tensors: Mapping[str, "Stored"]) -> "Stored | None":

@@ -25,6 +25,7 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "F64": np.dtype(np.float64),
     "BOOL": np.dtype(np.bool_),
@@ -34,14 +35,13 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # What a matrix's values may be stored in.
 UNQUANTIZED = ("BF16", "F32", "F16")
-FLOAT8 = ("F8_E4M3", "F8_E5M2")
+FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ")
 
 # Bits of an element: of these types, and of those that numpy lacks and nobody here computes with.
 BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
     "F4": 4,
     "F6_E2M3": 6,
     "F6_E3M2": 6,
-    "F8_E4M3FNUZ": 8,
     "F8_E5M2FNUZ": 8,
     "C64": 64,
 }
@@ -56,6 +56,7 @@ class Stored:
         start, stop: its bytes in the file.
         columns, first_column: where they hold `[K, columns]`, and the tensor, `[N, K]`, is columns of that, transposed,
             from `first_column` on. None where they are the tensor's own.
+        description: what the file says of it besides (`flattened.py`).
     """
 
     file: Path
@@ -65,6 +66,7 @@ class Stored:
     stop: int
     columns: int | None = None
     first_column: int = 0
+    description: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -94,8 +96,8 @@ def make_header(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes
     return header, {name: len(header) + entries[name]["data_offsets"][0] for name in ordered}
 
 
-def read_header(f: BinaryIO, file: Path) -> dict[str, Stored]:
-    """The tensors of an open safetensors file.
+def read_header(f: BinaryIO, file: Path) -> tuple[dict[str, Stored], Any]:
+    """The tensors of an open safetensors file, and its `__metadata__`, unchecked.
 
     Checks all that the library checks, and what it lets pass (0.8): a name that comes twice, or as no Unicode. So a
     damaged file is refused before any of its tensors is used.
@@ -117,7 +119,7 @@ def read_header(f: BinaryIO, file: Path) -> dict[str, Stored]:
     if length > MAX_HEADER:
         raise CheckpointError(f"{file}: is not a safetensors file: a header of {length:,} bytes is over {MAX_HEADER:,}")
     entries = parse_object(f.read(length), f"{file}: the header")
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", None)
     tensors = {name: _read_entry(name, entry, file, 8 + length) for name, entry in entries.items()}
     end = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
@@ -128,7 +130,7 @@ def read_header(f: BinaryIO, file: Path) -> dict[str, Stored]:
     if end != size:
         what = "is truncated" if size < end else "has bytes that no tensor holds"
         raise CheckpointError(f"{file}: {what}: it has {size:,} bytes, its header describes {end:,}")
-    return tensors
+    return tensors, metadata
 
 
 def parse_object(text: bytes, where: str) -> dict[str, Any]:

@@ -200,7 +200,7 @@ def _recipes(reader: Reader, format: Format | None, recipe: Recipe | str | None)
     if format is None:
         recipes = Rules(None if recipe is None else as_recipe(recipe)).resolve(prefixes)
     else:
-        recipes = format.from_config(reader.config["quantization_config"], prefixes, DTYPES["BF16"])
+        recipes = format.recipes(reader, prefixes, DTYPES["BF16"])
     return {prefix: chosen for prefix, chosen in recipes.items() if chosen is not None}
 
 

@@ -3,7 +3,7 @@
     tensor of an attention                           whose                    shape
     k_scale, v_scale                                 compressed-tensors       [1], [] or, a scale a head, [heads, 1, 1]
     k_proj.k_scale, v_proj.v_scale                   ModelOpt                 []
-    k_proj.output_scale, v_proj.output_scale         AutoFP8                  [1] or []
+    k_proj.output_scale, v_proj.output_scale         AutoFP8, Quark           [1] or []
     kv_scale                                         older: of both           [1] or []
 
 Each is the number that a code is multiplied by. Where there is only one it serves for both, as in vLLM
@@ -27,7 +27,7 @@ from fp8x.scheme import FLOAT32, KV_HEAD, KV_SCHEMES, Scheme, is_kv_static
 _NAME = re.compile(
     r"(?P<attention>.*?)\.(?:attn\.)?(?:(?P<k>(?:k_proj\.)?k|k_proj\.output)|(?P<v>(?:v_proj\.)?v|v_proj\.output)|kv)_scale"
 )
-QUERIES = re.compile(r".*\.(self_attn\.(q|attn|prob)_scale|q_proj\.(q|output)_scale)")
+QUERIES = re.compile(r".*\.(self_attn\.(q|attn|prob|prob_output)_scale|q_proj\.(q|output)_scale)")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,6 +63,23 @@ def wildcards(entries: Iterable[str]) -> Matcher:
     return lambda name: has_components(name) or any(regex.match(name) for regex in regexes)
 
 
+def whole_names(entries: Iterable[str]) -> Matcher:
+    """What Quark's `exclude` names: shell wildcards for a whole name ("lm_head", "*.mlp.gate"), or a `re:` pattern from
+    its start, which vLLM alone knows.
+
+    Raises:
+        CheckpointError: a pattern that is none.
+    """
+    entries = list(entries)
+    exact = {entry for entry in entries if _PLAIN.fullmatch(entry)}
+    regexes = [
+        _compiled(entry) if entry.startswith("re:") else re.compile(fnmatch.translate(entry))
+        for entry in entries
+        if entry not in exact
+    ]
+    return lambda name: name in exact or any(regex.match(name) for regex in regexes)
+
+
 def first_target(targets: Iterable[str], everything: str) -> Callable[[str], str | None]:
     """Which compressed-tensors target a name has: the name itself, then a `re:` pattern for its start, then the class
     name `everything`, as the library orders them (`match_targets`); None without any.

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fp8x.checkpoint.downloads import HEAD, check_download, unfinished
+from fp8x.checkpoint.flattened import is_flattened, unflattened
 from fp8x.checkpoint.fused import unfused
 from fp8x.checkpoint.header import DTYPE_NAMES as DTYPE_NAMES
 from fp8x.checkpoint.header import DTYPES as DTYPES
@@ -30,7 +31,8 @@ class Reader:
     """A Hugging Face directory: `config.json`, and `model.safetensors` or several files with an index.
 
     Only headers are read when one is built; a tensor's bytes are read when they are used. Experts that are fused on
-    disk appear one by one (`fused.py`); what they are of is known by its own name, too, but not listed.
+    disk appear one by one (`fused.py`), and what they are of is known by its own name, too, but not listed. torchao's
+    tensors appear under the names of all others (`flattened.py`).
 
     Arguments:
         config: the JSON file beside the tensors; where it is `fp8x.json`, tensors appear as they are named on disk.
@@ -48,6 +50,7 @@ class Reader:
     def __init__(self, path: str | Path, *, config: str = CONFIG):
         self.path = Path(path).expanduser().absolute()
         self._tensors: dict[str, Stored] = {}
+        self._metadata: dict[Path, Any] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         self._files: dict[Path, io.FileIO] = {}
         self._lock = threading.Lock()
@@ -67,6 +70,8 @@ class Reader:
         self.whole: Mapping[str, str] = {}
         self._fused_tensors: dict[str, Stored] = {}
         if config == CONFIG:
+            if is_flattened(self.config):
+                self._tensors = unflattened(self._tensors, self._metadata)
             found = unfused(self._tensors, self.config.get("model_type"))
             self.fused, self.whole = found.parts, found.whole
             self._fused_tensors = {name: self._tensors[name] for name in self.fused}
@@ -74,7 +79,7 @@ class Reader:
 
     def _open(self, file: Path) -> None:
         with _explained(file), file.open("rb") as f:
-            tensors = read_header(f, file)
+            tensors, self._metadata[file] = read_header(f, file)
             self._identities[file] = _identity(os.fstat(f.fileno()))
         for name, tensor in tensors.items():
             if name in self._tensors:
@@ -264,6 +269,11 @@ def _listed_files(path: Path) -> dict[str, Path]:
         found = f"found {', '.join(there[:4])}" if there else "found no weights"
         if part := unfinished(path / SINGLE) or unfinished(path / INDEX):
             found += f"; {part}"
+        if any(name.endswith((".bin", ".pt", ".pth")) for name in there):
+            found += (
+                "; pickles are not read: load them with what wrote them and save safetensors (transformers 5 with "
+                "torchao 0.15 does so for torchao's tensors too)"
+            )
         raise CheckpointError(f"{path}: has neither {SINGLE} nor {INDEX}; {found}")
     weight_map = read_json(path / INDEX).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:

@@ -38,7 +38,7 @@ from fp8x.array import ScaledArray
 from fp8x.checkpoint import rows
 from fp8x.checkpoint.convert import MAX_THREADS, Target, matrix_shape
 from fp8x.checkpoint.finite import nonfinite_error
-from fp8x.checkpoint.format import Format
+from fp8x.checkpoint.format import Format, StoredMatrix
 from fp8x.checkpoint.reader import DTYPES, Reader
 from fp8x.errors import CalibrationError, CheckpointError, RecipeError, RuleError, some
 from fp8x.recipe import HOPPER, Recipe, as_recipe, check_stored, describe
@@ -325,34 +325,36 @@ class _Measurement:
                     sums[index] += _distance(found, truth)
             advance(nbytes)
         if nonfinite and not self.allow_nonfinite:
-            raise nonfinite_error(name, self.reader.stored(name).file, nonfinite, math.prod(source.shape))
+            raise nonfinite_error(name, self.reader.stored(name).file, nonfinite, source.codes.size)
         return sums
 
-    def _source(self, prefix: str) -> ScaledArray:
+    def _source(self, prefix: str) -> StoredMatrix:
         """A stored matrix: a view of its file, and a copy of its scales."""
         recipe, shape = self.stored[prefix], self.reader.stored(f"{prefix}.weight").shape
-        weight, _ = self.format.decode(prefix, recipe, shape, self.reader)
-        source = ScaledArray(weight.data, np.array(weight.scale), weight.scheme)
+        found = self.format.open(prefix, recipe, shape, self.reader)
+        source = dataclasses.replace(found, scale=np.array(found.scale))
         for name in self.format.names(prefix, recipe, shape, self.reader):
             self.reader.release(name)
         return source
 
     def _parts(
-        self, source: ScaledArray, name: str, schemes: Sequence[Scheme]
+        self, source: StoredMatrix, name: str, schemes: Sequence[Scheme]
     ) -> Iterator[tuple[Float[np.ndarray, "n k"], int]]:
         """The dequantized source, some rows at a time, in whole blocks of all these schemes, and the bytes read. Zeros
         beyond the end, which add nothing."""
-        (n, k), dtype = source.shape, DTYPES[self.reader.stored(name).dtype]
+        (n, k), dtype = source.codes.shape, DTYPES[self.reader.stored(name).dtype]
         for part in rows.chunks(n, k, source.scheme, *schemes):
             data = np.zeros((part.stop - part.start, k), dtype)
             there = data[: n - part.start].view(np.uint8).reshape(-1)
             self.reader.read_into(name, part.start * k, there)
+            if source.translation is not None:
+                data = source.translation.rows(part, data)
             scale = rows.scale_rows(source.scale, source.scheme, part)
             yield np.asarray(_dequantized(ScaledArray(data, scale, source.scheme))), there.nbytes
 
-    def _scale(self, source: ScaledArray, name: str, scheme: Scheme) -> Array:
+    def _scale(self, source: StoredMatrix, name: str, scheme: Scheme) -> Array:
         """The scales of blocks that hold every row."""
-        amax = np.zeros(scheme.scale_shape(source.shape), np.float32)
+        amax = np.zeros(scheme.scale_shape(source.codes.shape), np.float32)
         for truth, _ in self._parts(source, name, [scheme]):
             amax = np.maximum(amax, rows.block_amax(truth, scheme))
         return rows.compute_scale(amax, scheme)

@@ -78,10 +78,16 @@ def plan(
         check_alone(recipe, rules)
     source_format, out_dtype = format_of(reader.config), _dtype(reader.config)
     modules = _modules(reader)
+    known = {prefix for prefixes in modules.values() for prefix in prefixes}
     for name in reader if source_format is not None else ():
         prefix, _, kind = name.rpartition(".")
         if kind in SCALES and f"{prefix}.weight" not in reader:
             raise CheckpointError(f"{name} in {reader.stored(name).file}: the matrix that it scales is missing")
+        if kind in SCALES and prefix not in known:
+            raise CheckpointError(
+                f"{prefix}.weight in {reader.stored(name).file}: is quantized, but fp8x reads quantized matrices of "
+                "linear layers alone"
+            )
     stored = _stored(reader, modules, source_format)
     requantization = None
     if recipe is None and rules:

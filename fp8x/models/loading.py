@@ -15,7 +15,7 @@ from fp8x import numerics
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import Format, Reader
 from fp8x.checkpoint.finite import count_nonfinite, is_finite, nonfinite_error
-from fp8x.checkpoint.format import stored_recipes
+from fp8x.checkpoint.format import stored_recipes, weight_spec
 from fp8x.checkpoint.header import DTYPE_NAMES, UNQUANTIZED
 from fp8x.checkpoint.kv_cache import QUERIES, read_kv_scales
 from fp8x.checkpoint.requantize import Requantize, choose
@@ -99,9 +99,10 @@ class Loader:
             self.reader.check(name, shapes=[get(self.model, path).shape], dtypes=UNQUANTIZED)
         for path, names in self.names.items():
             recipe = self.stored[path]
-            dtypes = UNQUANTIZED if recipe is None else [DTYPE_NAMES[recipe.weight.dtype]]
+            shape = self.shapes[path][-2:]
+            dtypes = UNQUANTIZED if recipe is None else weight_spec(recipe, shape).dtypes
             for _, prefix in flat(names):
-                self.reader.check(f"{prefix}.weight", shapes=[self.shapes[path][-2:]], dtypes=dtypes)
+                self.reader.check(f"{prefix}.weight", shapes=[shape], dtypes=dtypes)
         self._total_bytes = sum(self.reader.stored(name).nbytes for name in needed)
         if left:
             warnings.warn(
@@ -241,10 +242,10 @@ class Loader:
             self._progress(self._read_bytes, self._total_bytes)
 
     def _check_finite(self, name: str, array: np.ndarray) -> None:
-        """`array` is the tensor as stored, or a part of it."""
-        tensor = self.reader.stored(name)
-        if not self.allow_nonfinite and not is_finite(array, tensor.dtype):
-            raise nonfinite_error(name, tensor.file, count_nonfinite(array, tensor.dtype), array.size)
+        """`array` is the tensor as stored, translated, or a part of it."""
+        dtype = DTYPE_NAMES[array.dtype]
+        if not self.allow_nonfinite and not is_finite(array, dtype):
+            raise nonfinite_error(name, self.reader.stored(name).file, count_nonfinite(array, dtype), array.size)
 
 
 def check_counts(reader: Reader, config: DecoderConfig) -> None:
