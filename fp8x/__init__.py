@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fp8x.models.convert import choose_recipes, convert
     from fp8x.models.hub import load, save
     from fp8x.models.modules import load_into
+    from fp8x.models.plan import plan
     from fp8x.nn import quantize_model, report
     from fp8x.numerics import quantize
     from fp8x.ops import backend
@@ -34,6 +35,7 @@ __all__ = [
     "load_into",
     "nn",
     "ops",
+    "plan",
     "quantize",
     "quantize_model",
     "recipe",
@@ -55,6 +57,7 @@ __getattr__ = lazily(
         "convert": "fp8x.models.convert",
         "load": "fp8x.models.hub",
         "load_into": "fp8x.models.modules",
+        "plan": "fp8x.models.plan",
         "quantize": "fp8x.numerics",
         "quantize_model": "fp8x.nn",
         "recipe": "fp8x.recipe",

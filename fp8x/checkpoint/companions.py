@@ -1,16 +1,21 @@
 """What lies beside a checkpoint's weights: what comes along when it is written anew, and what does not."""
 
 import dataclasses
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
+from fp8x.checkpoint.downloads import check_file, is_pointer
+
 # Written anew, with what they say of the weights.
-_REWRITTEN = ("config.json", "hf_quant_config.json")
+_REWRITTEN = ("config.json", "hf_quant_config.json", "model.safetensors.index.json")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz")
 _INDEX = ".index.json"
+_SIDECAR = "calibration.json"
 MAX_BYTES = 100 * 10**6  # tokenizers have up to 35 MB; what is larger is no description
+
+# What libraries read; a download that failed in its place must not be passed on. (Images and texts may be anything.)
+_READ = (".json", ".jinja", ".model", ".tiktoken", ".py")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,17 +32,17 @@ class Companions:
     left: Mapping[str, str]
 
 
-def find_companions(source: Path, weights: set[Path]) -> Companions:
+def find_companions(source: Path, weights: Collection[Path] = ()) -> Companions:
     """The companions of a checkpoint.
 
     Arguments:
-        source: its directory.
+        source: its directory; without one there are none.
         weights: the files of its tensors, which are neither.
     """
     files, left = [], {}
-    for path in sorted(_walk(source)):
+    for path in sorted(_walk(source)) if source.is_dir() else ():
         relative = path.relative_to(source)
-        if path in weights or (path.parent == source and (path.name in _REWRITTEN or _is_index_of(path, weights))):
+        if path in weights or str(relative) in _REWRITTEN:
             continue
         if reason := _why_left(path):
             left[str(relative)] = reason
@@ -46,11 +51,22 @@ def find_companions(source: Path, weights: set[Path]) -> Companions:
     return Companions(tuple(files), left)
 
 
-def copy_companions(found: Companions, source: Path, directory: Path) -> None:
-    """Copies the files that come along."""
-    for file in found.files:
-        (directory / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / file, directory / file)
+def check_companions(source: Path) -> None:
+    """
+    Raises:
+        CheckpointError: a tokenizer or the like that is something else (`downloads.py`).
+    """
+    for file in find_companions(source).files:
+        if file.suffix in _READ:
+            check_file(source / file)
+
+
+def copy_companions(source: Path, directory: Path) -> None:
+    """Copies what comes along, and is not there yet."""
+    for file in find_companions(source).files:
+        if not (directory / file).exists():
+            (directory / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / file, directory / file)
 
 
 def _walk(source: Path) -> Iterator[Path]:
@@ -62,10 +78,6 @@ def _walk(source: Path) -> Iterator[Path]:
             yield path
 
 
-def _is_index_of(path: Path, weights: set[Path]) -> bool:
-    return path.name == f"model.safetensors{_INDEX}" and bool(weights)
-
-
 def _why_left(path: Path) -> str | None:
     if path.name.startswith("."):
         return "hidden"
@@ -75,6 +87,10 @@ def _why_left(path: Path) -> str | None:
         return "weights that the checkpoint does not count as its own"
     if path.name.endswith(_INDEX):
         return "the index of such weights"
-    if (size := os.path.getsize(path)) > MAX_BYTES:
+    if path.name == _SIDECAR:
+        return "activation scales that were found for the source"
+    if (size := path.stat().st_size) > MAX_BYTES:
         return f"{size / 1e6:,.0f} MB; what describes a model is smaller"
+    if path.suffix not in _READ and is_pointer(path):
+        return "a Git LFS pointer"
     return None

@@ -6,6 +6,7 @@ once, by one thread a core: nobody waits for a reader or a writer.
 
 import concurrent.futures
 import dataclasses
+import functools
 import math
 import mmap
 import os
@@ -24,12 +25,12 @@ from fp8x.checkpoint import rows
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_source
 from fp8x.checkpoint.finite import count_nonfinite, is_finite, nonfinite_error
 from fp8x.checkpoint.fnuz import Translation
-from fp8x.checkpoint.format import Format, Layout
+from fp8x.checkpoint.format import Layout
 from fp8x.checkpoint.header import UNQUANTIZED, nbytes
+from fp8x.checkpoint.plan import Plan, Spec, Target
 from fp8x.checkpoint.reader import CONFIG, DTYPE_NAMES, DTYPES, Reader
 from fp8x.checkpoint.resumable import ResumableWriter
 from fp8x.errors import CalibrationError, CheckpointError, some
-from fp8x.recipe import Recipe
 from fp8x.scheme import Scheme
 from fp8x.version import __version__
 
@@ -38,114 +39,72 @@ if TYPE_CHECKING:
 
 MAX_THREADS = 16
 
-Spec = tuple[str, tuple[int, ...]]  # dtype by safetensors' name, shape
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """What becomes of one matrix `[N, K]`.
-
-    Attributes:
-        stored: its recipe in the source; None where it is in 16 or 32 bits there.
-        recipe: its recipe in the destination; None for 16 or 32 bits.
-        input_scale: the static activation scale, float32 `[1, groups]`, if it was calibrated.
-    """
-
-    stored: Recipe | None
-    recipe: Recipe | None
-    input_scale: np.ndarray | None = None
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether the matrix's bytes stay as they are."""
-        if self.stored is None or self.recipe is None:
-            return self.stored is self.recipe
-        # Another scale rule makes other scales.
-        return self.stored.weight == self.recipe.weight
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether the destination holds a static activation scale that neither calibration nor the source gives."""
-        if self.input_scale is not None or self.recipe is None or not self.recipe.needs_calibration:
-            return False
-        stored = self.stored
-        return stored is None or not stored.is_static or not stored.activation.stores_alike(self.recipe.activation)
-
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
     """What a conversion did.
 
     Attributes:
-        format: of the destination; None where nothing there is quantized.
+        plan: that it followed.
         bytes_read: of the source's matrices and other tensors, in this run.
         bytes_written: of all tensors of the destination.
         bytes_resumed: of those, what an earlier run, which was killed, had finished.
-        seconds: it took, without the choice of recipes.
-        requantization: the recipes that `requantize` has chosen; None without it.
+        seconds: it took, without the plan.
     """
 
-    format: str | None
+    plan: Plan
     bytes_read: int
     bytes_written: int
     bytes_resumed: int
     seconds: float
-    requantization: "Requantization | None" = None
+
+    @property
+    def format(self) -> str | None:
+        """Of the destination; None where nothing there is quantized."""
+        return self.plan.format and self.plan.format.name
+
+    @property
+    def requantization(self) -> "Requantization | None":
+        """The recipes that `requantize` has chosen; None without it."""
+        return self.plan.requantization
 
 
-def convert_tensors(
-    reader: Reader,
+def run(
+    plan: Plan,
     path: str | Path,
-    targets: Mapping[str, Target],
-    config: Mapping[str, Any],
     *,
-    source_format: Format | None,
-    format: Format | None,
-    out_dtype: np.dtype,
-    dropped: Iterable[str] = (),
-    added: Mapping[str, np.ndarray] | None = None,
-    allow_nonfinite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     beside: Mapping[str, Mapping[str, Any]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
-    """Writes a checkpoint with every matrix as `targets` says; all other tensors are copied.
+    """Writes a checkpoint as planned.
 
     Arguments:
-        reader: the source.
         path: the directory to make.
-        targets: by prefix, of every matrix that is quantized in the source or will be.
-        config: the destination's config.json.
-        source_format, format: of source and destination; None where nothing is quantized.
-        out_dtype: of matrices that are dequantized.
-        dropped: tensors that are left out.
-        added: further tensors, small ones, by name.
-        allow_nonfinite: accept tensors, and scales of matrices, that hold NaN or Inf.
         max_shard_bytes, beside: as `fp8x.save` has them.
         progress: is called with the bytes read and the bytes in all.
 
     Raises:
         CheckpointError: a damaged source, NaN or Inf in a tensor, or a destination that can't be written.
         CalibrationError: static activation scales that nobody knows.
-        ShapeError: a matrix that its scheme does not fit.
     """
-    start = time.monotonic()
+    start, reader = time.monotonic(), plan.reader
     check_source(reader.path, Path(path))
-    if lacking := [prefix for prefix, target in targets.items() if target.needs_calibration]:
+    if lacking := [prefix for prefix, target in plan.targets.items() if target.needs_calibration]:
         raise CalibrationError(
             f"{some(lacking)} have static activation scales, which are found by calibration: give those that "
             "fp8x.calibrate found, or take a recipe with dynamic activation scales"
         )
     # Files are filled in this order, so that they are finished one after the other.
-    jobs = _ordered(_jobs(reader, targets, set(dropped), source_format, format, out_dtype, allow_nonfinite))
-    jobs = [*(_Addition(name, array) for name, array in (added or {}).items()), *jobs]
+    jobs = [*(_Addition(name, array) for name, array in plan.added.items()), *_ordered(_jobs(plan))]
     specs = {name: spec for job in jobs for name, spec in job.specs.items()}
+    beside = {**plan.beside, **(beside or {})}
     identity = [
         [__version__, version("jax"), version("jaxlib")],
         reader.identity,
-        [config, beside, str(out_dtype), allow_nonfinite],
-        [(prefix, *map(repr, (t.stored, t.recipe)), _hex(t.input_scale)) for prefix, t in targets.items()],
-        [(name, _hex(array)) for name, array in (added or {}).items()],
+        [plan.config, beside, str(plan.out_dtype), plan.allow_nonfinite],
+        [(prefix, *map(repr, (t.stored, t.recipe)), _hex(t.input_scale)) for prefix, t in plan.targets.items()],
+        [(name, _hex(array)) for name, array in plan.added.items()],
     ]
     with ResumableWriter(path, specs, identity, max_shard_bytes=max_shard_bytes) as writer:
         todo = [job for job in jobs if not all(map(writer.has, job.specs))]
@@ -153,40 +112,26 @@ def convert_tensors(
         work = _Work(writer, progress, total - sum(job.bytes for job in todo), total)
         resumed = sum(nbytes(*spec) for name, spec in specs.items() if writer.has(name))
         work.run(todo)
-        writer.add_json(CONFIG, config)
-        for name, value in (beside or {}).items():
+        writer.add_json(CONFIG, plan.config)
+        for name, value in beside.items():
             writer.add_json(name, value)
         writer.copy_companions(reader.path)
-    name = None if format is None else format.name
     read = sum(job.bytes for job in todo)
-    return Conversion(name, read, writer.bytes, resumed, time.monotonic() - start)
+    return Conversion(plan, read, writer.bytes, resumed, time.monotonic() - start)
 
 
-def _jobs(
-    reader: Reader,
-    targets: Mapping[str, Target],
-    dropped: set[str],
-    source_format: Format | None,
-    format: Format | None,
-    out_dtype: np.dtype,
-    allow_nonfinite: bool,
-) -> Iterator["_Copy | _Matrix"]:
+def _jobs(plan: Plan) -> Iterator["_Copy | _Matrix"]:
     """In the order in which the source's bytes lie."""
-    matrices = {f"{prefix}.weight": prefix for prefix in targets}
-    for prefix, target in targets.items():
-        shape = matrix_shape(reader, f"{prefix}.weight")
-        if target.stored is not None:
-            dropped.update(source_format.names(prefix, target.stored, shape, reader))
-        if target.recipe is not None:
-            target.recipe.weight.check_shape(shape, f"{prefix}.weight")
-    for name in sorted(reader, key=lambda name: (str(reader.stored(name).file), reader.stored(name).start)):
-        target = targets.get(matrices.get(name))
-        if target is not None and not (target.stored is target.recipe is None):
-            recipe = target.recipe
-            layout = None if recipe is None else format.layout(recipe, reader.stored(name).shape)
-            yield _Matrix(reader, matrices[name], target, source_format, layout, out_dtype, allow_nonfinite)
-        elif name not in dropped:
-            yield _Copy(reader, name, allow_nonfinite)
+    reader = plan.reader
+    matrices = {f"{prefix}.weight": prefix for prefix, target in plan.targets.items() if not target.is_copied}
+    parts = {part for name in plan.whole for part in reader.fused[name]}
+    copied = {f"{prefix}.weight" for prefix, target in plan.targets.items() if target.is_copied} - parts
+    names = [*matrices, *copied, *plan.copied]
+    for name in sorted(names, key=lambda name: (str(reader.stored(name).file), reader.stored(name).start)):
+        if name in matrices:
+            yield _Matrix(plan, matrices[name])
+        else:
+            yield _Copy(plan, name)
 
 
 def _ordered(jobs: Iterable["_Copy | _Matrix"]) -> list["_Copy | _Matrix"]:
@@ -204,18 +149,6 @@ def _ordered(jobs: Iterable["_Copy | _Matrix"]) -> list["_Copy | _Matrix"]:
             first[job.program] = job
     leaders = list(first.values())
     return [*leaders[:1], *copies, *leaders[1:], *rest]
-
-
-def matrix_shape(reader: Reader, name: str) -> tuple[int, int]:
-    """The shape of a stored matrix.
-
-    Raises:
-        CheckpointError: it has another number of dims.
-    """
-    tensor = reader.stored(name)
-    if len(tensor.shape) != 2:
-        raise CheckpointError(f"{name} in {tensor.file}: shape is {list(tensor.shape)}, expected a matrix [N, K]")
-    return tensor.shape
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -238,9 +171,12 @@ class _Addition:
 class _Copy:
     """A tensor that stays as it is."""
 
-    reader: Reader
+    plan: Plan
     name: str
-    allow_nonfinite: bool
+
+    @property
+    def reader(self) -> Reader:
+        return self.plan.reader
 
     @property
     def specs(self) -> dict[str, Spec]:
@@ -253,26 +189,44 @@ class _Copy:
 
     def run(self, work: "_Work") -> None:
         dtype = self.reader.stored(self.name).dtype
-        for start in range(0, self.bytes, rows.CHUNK_BYTES):
-            buffer = work.buffer(min(rows.CHUNK_BYTES, self.bytes - start))
+        step = self._step()
+        for start in range(0, self.bytes, step):
+            buffer = work.buffer(min(step, self.bytes - start))
             self.reader.read_into(self.name, start, buffer)
-            if not self.allow_nonfinite and not is_finite(buffer, dtype):
+            if not self.plan.allow_nonfinite and not is_finite(buffer, dtype):
                 _refuse(self.reader, self.name, work)
             work.writer.write(self.name, start, buffer)
             work.advance(buffer.size)
+
+    def _step(self) -> int:
+        """Bytes at a time: whole rows of what lies transposed."""
+        tensor = self.reader.stored(self.name)
+        if tensor.columns is None:
+            return rows.CHUNK_BYTES
+        row = max(tensor.shape[1] * DTYPES[tensor.dtype].itemsize, 1)
+        return max(rows.CHUNK_BYTES // row, 1) * row
 
 
 @dataclasses.dataclass(frozen=True)
 class _Matrix:
     """A matrix that is quantized in the source, in the destination, or in both."""
 
-    reader: Reader
+    plan: Plan
     prefix: str
-    target: Target
-    source_format: Format | None
-    layout: Layout | None  # in the destination; None where it is in 16 or 32 bits there
-    out_dtype: np.dtype
-    allow_nonfinite: bool
+
+    @property
+    def reader(self) -> Reader:
+        return self.plan.reader
+
+    @property
+    def target(self) -> Target:
+        return self.plan.targets[self.prefix]
+
+    @functools.cached_property
+    def layout(self) -> Layout | None:
+        """Of the destination; None where it is in 16 or 32 bits there."""
+        recipe = self.target.recipe
+        return None if recipe is None else self.plan.format.layout(recipe, self.reader.stored(self.name).shape)
 
     @property
     def name(self) -> str:
@@ -280,10 +234,7 @@ class _Matrix:
 
     @property
     def specs(self) -> dict[str, Spec]:
-        if self.layout is None:
-            return {self.name: (DTYPE_NAMES[self.out_dtype], self.reader.stored(self.name).shape)}
-        parts = (self.layout.weight, self.layout.weight_scale, self.layout.input_scale)
-        return {self.prefix + part.suffixes[0]: (part.dtypes[0], part.shapes[0]) for part in parts if part is not None}
+        return self.plan.specs(self.prefix)
 
     @property
     def bytes(self) -> int:
@@ -305,9 +256,9 @@ class _Matrix:
                 work.writer.write(name, 0, array)
         if scheme is None:
             for part, values in self._parts(work, stored):
-                scratch = work.scratch(values.shape, f"uint{8 * self.out_dtype.itemsize}")
+                scratch = work.scratch(values.shape, f"uint{8 * self.plan.out_dtype.itemsize}")
                 self._check_codes(work, values)
-                self._write_result(work, part, rows.dequantized(values, scratch, dtype=self.out_dtype))
+                self._write_result(work, part, rows.dequantized(values, scratch, dtype=self.plan.out_dtype))
         elif self.target.is_kept:
             self._write_scale(work, 0, stored.scale)
             for part, values in self._parts(work, stored):
@@ -337,8 +288,8 @@ class _Matrix:
         if recipe is None:
             self.reader.check(self.name, shapes=[tensor.shape], dtypes=UNQUANTIZED)
             return _Stored()
-        matrix = self.source_format.open(
-            self.prefix, recipe, tensor.shape, self.reader, allow_nonfinite=self.allow_nonfinite
+        matrix = self.plan.source_format.open(
+            self.prefix, recipe, tensor.shape, self.reader, allow_nonfinite=self.plan.allow_nonfinite
         )
         return _Stored(np.array(matrix.scale), matrix.scheme, matrix.input_scale, matrix.translation)
 
@@ -373,7 +324,7 @@ class _Matrix:
         return found
 
     def _check_nonfinite(self, work: "_Work", stored: "_Stored") -> None:
-        if self.allow_nonfinite:
+        if self.plan.allow_nonfinite:
             return
         tensor = self.reader.stored(self.name)
         count = sum(int(rows.count_nonfinite(values)) for _, values in self._parts(work, stored))
@@ -381,7 +332,7 @@ class _Matrix:
 
     def _check_codes(self, work: "_Work", values: ScaledArray) -> None:
         """Refuses NaN and Inf among codes from which no amax is computed, in which they would show."""
-        if not self.allow_nonfinite and not is_finite(values.data, DTYPE_NAMES[values.data.dtype]):
+        if not self.plan.allow_nonfinite and not is_finite(values.data, DTYPE_NAMES[values.data.dtype]):
             _refuse(self.reader, self.name, work)
 
     def _input_scale(self, stored: "_Stored") -> np.ndarray:

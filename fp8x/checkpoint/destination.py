@@ -6,35 +6,16 @@ import json
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from fp8x.checkpoint.downloads import check_file
+from fp8x.checkpoint.companions import check_companions
 from fp8x.errors import CheckpointError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
-
-# What lies beside the weights and stays true of them in any format.
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.tiktoken",
-    "chat_template*",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "configuration_*.py",
-    "modeling_*.py",
-    "LICENSE*",
-)
 
 
 def check_free(path: Path) -> None:
@@ -63,9 +44,7 @@ def check_source(source: Path, path: Path) -> None:
     for left in leftovers(path):
         if _is_within(source, left):
             raise CheckpointError(f"{source}: lies in {left}, which is cleared; move it, or write elsewhere")
-    for file in _companions(source):
-        if not file.name.startswith("LICENSE"):  # may be a web page
-            check_file(file)
+    check_companions(source)
 
 
 def _is_within(path: Path, directory: Path) -> bool:
@@ -122,16 +101,6 @@ def lock(directory: Path) -> int:
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def copy_companions(source: Path, directory: Path) -> None:
-    """Copies tokenizer, generation settings and licence from another checkpoint's directory."""
-    for file in _companions(source):
-        shutil.copyfile(file, directory / file.name)
-
-
-def _companions(source: Path) -> list[Path]:
-    return sorted({file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()})
 
 
 def fsync(path: Path) -> None:

@@ -38,6 +38,12 @@ def check_download(head: bytes, file: Path) -> None:
         )
 
 
+def is_pointer(file: Path) -> bool:
+    """Whether a file is a Git LFS pointer."""
+    with file.open("rb") as opened:
+        return opened.read(len(_LFS)) == _LFS
+
+
 def check_file(file: Path) -> None:
     """`check_download` of a file that other libraries read; what can't be read is left to them."""
     try:

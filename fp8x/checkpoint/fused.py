@@ -87,8 +87,7 @@ def unfused(tensors: Mapping[str, "Stored"], model_type: str | None) -> Unfused:
         match = _match(name, tensor)
         if match and match[3] and _is_transposed(match, tensors):
             raise CheckpointError(
-                f"{name} in {tensor.file}: scales of experts that lie with K before N, as [E, K, N]; fp8x reads those of "
-                "[E, N, K] alone"
+                f"{name} in {tensor.file}: scales of experts that lie as [E, K, N]; fp8x reads those of [E, N, K] alone"
             )
         reason = match and _why_whole(match, tensor, tensors)
         if match and not reason:

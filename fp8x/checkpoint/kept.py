@@ -6,10 +6,11 @@ or a sound, whatever leads from there into the language model, heads, routers, a
 Rules override all of it.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 
-SMALLEST = 16  # rows and columns: below it no tensor core takes 8 bits, and readers refuse (torch._scaled_mm)
+SMALLEST = 16  # rows: below it readers' tensor cores take no 8 bits (torch._scaled_mm), and little is won
 
 # By what a component of a module's name is, between dots. The first that matches says why.
 _COMPONENTS = {
@@ -59,8 +60,8 @@ def _why(prefix: str, shape: tuple[int, ...], experts: int | None) -> str | None
         return "joins layers for multi-token prediction"
     if experts is not None and shape[0] == experts:
         return f"a router: a row for each of {experts} experts"
-    if min(shape, default=0) < SMALLEST:
-        return f"fewer than {SMALLEST} rows or columns"
+    if shape[0] < SMALLEST and math.prod(shape):
+        return f"fewer than {SMALLEST} rows"
     return None
 
 

@@ -30,8 +30,11 @@ from fp8x.checkpoint.names import wildcards
 from fp8x.checkpoint.reader import LEGACY
 from fp8x.recipe import Recipe
 from fp8x.scheme import KV_SCHEMES, Scheme, mx, per_row, per_tensor
+from fp8x.version import __version__
 
 MIXED = "MIXED_PRECISION"
+# Readers look for the name before all else. The version is ModelOpt's whose files these are like, then who wrote them.
+PRODUCER = {"name": "modelopt", "version": f"0.47.0+fp8x.{__version__}"}
 READ_ONLY = "FP8_PB_WO"
 ALGORITHMS = {
     "FP8": Recipe(per_tensor(), per_tensor(), "static"),
@@ -62,6 +65,7 @@ class ModelOpt(Format):
         fields = extras(recipe, dataclasses.replace(ALGORITHMS[algorithm], out_dtype=out_dtype))
         return {
             "quant_method": self.quant_method,
+            "producer": PRODUCER,
             "quant_algo": algorithm,
             "ignore": [prefix for prefix, other in recipes.items() if other is None],
         } | ({KEY: fields} if fields else {})
@@ -74,7 +78,7 @@ class ModelOpt(Format):
         }
         if config["quant_algo"] == "MXFP8":
             quantization["group_size"] = 32
-        return {LEGACY: {"quantization": quantization}}
+        return {LEGACY: {"producer": config["producer"], "quantization": quantization}}
 
     def from_config(self, config: Mapping[str, Any], prefixes: Iterable[str], out_dtype: np.dtype) -> Recipes:
         fields = Fields(config, "quantization_config")

@@ -87,6 +87,17 @@ class Reader:
                 raise CheckpointError(f"{name}: is in both {first} and {file.name} of {self.path}")
             self._tensors[name] = tensor
 
+    @property
+    def files(self) -> frozenset[Path]:
+        """The safetensors files of the checkpoint."""
+        return frozenset(self._identities)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the headers of these files say besides, but for the framework's name."""
+        found = [each for each in self._metadata.values() if isinstance(each, Mapping)]
+        return {key: value for each in found for key, value in each.items() if key != "format"}
+
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 

@@ -36,9 +36,10 @@ from jaxtyping import Array, Float
 from fp8x import numerics
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import rows
-from fp8x.checkpoint.convert import MAX_THREADS, Target, matrix_shape
+from fp8x.checkpoint.convert import MAX_THREADS
 from fp8x.checkpoint.finite import nonfinite_error
 from fp8x.checkpoint.format import Format, StoredMatrix
+from fp8x.checkpoint.plan import Target, matrix_shape
 from fp8x.checkpoint.reader import DTYPES, Reader
 from fp8x.errors import CalibrationError, CheckpointError, RecipeError, RuleError, some
 from fp8x.recipe import HOPPER, Recipe, as_recipe, check_stored, describe

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from fp8x.checkpoint.blocks import BlockFile, Disk
+from fp8x.checkpoint.companions import copy_companions
 from fp8x.checkpoint.destination import (
     DEFAULT_SHARD_BYTES,
     check_free,
-    copy_companions,
     explained,
     fsync,
     lock,
@@ -135,7 +135,7 @@ class ResumableWriter:
             write_json(self._out / name, value)
 
     def copy_companions(self, source: Path) -> None:
-        """Copies tokenizer, generation settings and licence from another checkpoint's directory."""
+        """Copies what lies beside the weights in another checkpoint's directory (`companions.py`)."""
         with explained(self.path):
             copy_companions(source, self._out)
 

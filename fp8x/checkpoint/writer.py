@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fp8x.checkpoint.companions import copy_companions
 from fp8x.checkpoint.destination import (
     DEFAULT_SHARD_BYTES,
     check_free,
-    copy_companions,
     explained,
     fsync,
     lock,
@@ -101,7 +101,7 @@ class Writer:
             write_json(self._temporary / name, value)
 
     def copy_companions(self, source: Path) -> None:
-        """Copies tokenizer, generation settings and licence from another checkpoint's directory."""
+        """Copies what lies beside the weights in another checkpoint's directory (`companions.py`)."""
         with explained(self.path):
             copy_companions(source, self._temporary)
 

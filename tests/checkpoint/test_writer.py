@@ -229,7 +229,13 @@ def test_companions(tmp_path):
     with Writer(tmp_path / "out") as writer:
         writer.copy_companions(source)
         writer.copy_companions(tmp_path / "gone")
-    assert listing(tmp_path / "out") == ["LICENSE", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    assert listing(tmp_path / "out") == [
+        "LICENSE",
+        "README.md",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "tokenizer.json"
 
 
