@@ -92,6 +92,17 @@ def test_what_can_not_be_taken_apart(tmp_path):
         reader_of(tmp_path / "twice", tensors)
 
 
+@pytest.mark.parametrize("model_type", ["llama4", "gpt_oss"])
+def test_experts_that_lie_the_other_way(tmp_path, model_type):
+    """Llama-4's, as FBGEMM has them too: `gate_up_proj` [E, K, 2I]."""
+    with Writer(tmp_path / "out") as writer:
+        writer.add_json("config.json", {"model_type": model_type})
+        writer.add(f"{BLOCK}.gate_up_proj", np.ones((E, 4, 8), np.float32))
+        writer.add(f"{BLOCK}.gate_up_proj_scale", np.ones((E, 1, 8), np.float32))
+    with pytest.raises(CheckpointError, match=rf"experts.gate_up_proj in .*: the experts of {model_type} lie with K"):
+        Reader(tmp_path / "out")
+
+
 def test_what_only_looks_fused(tmp_path):
     tensors = {
         "model.layers.0.mlp.down_proj.weight": np.ones((2, 2), np.float32),

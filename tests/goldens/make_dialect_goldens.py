@@ -19,7 +19,7 @@ import json
 import tempfile
 from pathlib import Path
 
-import quark.torch.kernel  # noqa: F401
+import quark.torch.kernel
 import torch
 import torchao.quantization.quant_api
 from fp8_cases import COMMON, LLAMA, State, by_hand, cast, original, write
