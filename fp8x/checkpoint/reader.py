@@ -46,7 +46,6 @@ class Reader:
     def __init__(self, path: str | Path, *, config: str = CONFIG):
         self.path = Path(path).expanduser().absolute()
         self._tensors: dict[str, Stored] = {}
-        self._metadata: dict[Path, Any] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         self._files: dict[Path, io.FileIO] = {}
         self._lock = threading.Lock()
@@ -57,25 +56,27 @@ class Reader:
                 raise CheckpointError(f"{self.path}: {found}; give a directory with {config} and {SINGLE}")
             self.config: dict[str, Any] = _read_config(self.path) if config == CONFIG else read_json(self.path / config)
             listed = _listed_files(self.path)
-        for file in dict.fromkeys(listed.values()) if listed else [self.path / SINGLE]:
-            self._open(file)
+        files = dict.fromkeys(listed.values()) if listed else [self.path / SINGLE]
+        metadata = {file: self._open(file) for file in files}
         for name, file in listed.items():
             if name not in self._tensors or self._tensors[name].file != file:
                 raise CheckpointError(f"{self.path / INDEX}: says that {file.name} holds {name}, but it does not")
         if config == CONFIG:
             if is_flattened(self.config):
-                self._tensors = unflattened(self._tensors, self._metadata)
+                self._tensors = unflattened(self._tensors, metadata)
             self._tensors = unfused(self._tensors, self.config.get("model_type"))
 
-    def _open(self, file: Path) -> None:
+    def _open(self, file: Path) -> Any:
+        """Adds a file's tensors; returns its `__metadata__`."""
         with _explained(file), file.open("rb") as f:
-            tensors, self._metadata[file] = read_header(f, file)
+            tensors, metadata = read_header(f, file)
             self._identities[file] = _identity(os.fstat(f.fileno()))
         for name, tensor in tensors.items():
             if name in self._tensors:
                 first = self._tensors[name].file.name
                 raise CheckpointError(f"{name}: is in both {first} and {file.name} of {self.path}")
             self._tensors[name] = tensor
+        return metadata
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors

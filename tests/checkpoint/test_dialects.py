@@ -237,7 +237,7 @@ def test_descriptions_that_do_not_fit(tmp_path, path, value, message):
 
 def test_descriptions_that_are_missing(tmp_path):
     path = rewritten(tmp_path, lambda header, metadata: metadata.clear())
-    with pytest.raises(CheckpointError, match=r"o_proj.weight in .*|__metadata__ has no description of it"):
+    with pytest.raises(CheckpointError, match=r"proj.weight in .*: no file's __metadata__ has a description"):
         Reader(path)
 
     def rename(header, metadata):
