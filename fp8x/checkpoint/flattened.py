@@ -42,13 +42,15 @@ def unflattened(tensors: Mapping[str, "Stored"], metadata: Mapping[Path, Any]) -
     Raises:
         CheckpointError: a tensor in other parts than these, without a description, or there twice.
     """
+    # transformers takes them together, too: a parameter's parts may lie in several files.
+    texts = {name: text for found in metadata.values() if isinstance(found, Mapping) for name, text in found.items()}
     matches = [match for match in map(_DATA.fullmatch, tensors) if match]
     renamed: dict[str, str] = {}
     descriptions: dict[str, Mapping[str, Any]] = {}
     for match in matches:
         name, data = f"{match['module']}{match['parameter']}", match.string
         scale = f"{data.removesuffix('_qdata')}_scale"
-        described = _description(name, tensors[data].file, metadata)
+        described = _description(name, tensors[data].file, texts.get(name))
         parts = described.get("_tensor_data_names")
         if parts != ["qdata", "scale"] or scale not in tensors:
             raise CheckpointError(
@@ -66,11 +68,7 @@ def unflattened(tensors: Mapping[str, "Stored"], metadata: Mapping[Path, Any]) -
     return result
 
 
-def _description(name: str, file: Path, metadata: Mapping[Path, Any]) -> Mapping[str, Any]:
-    found = metadata.get(file)
-    text = found.get(name) if isinstance(found, Mapping) else None
+def _description(name: str, file: Path, text: Any) -> Mapping[str, Any]:
     if not isinstance(text, str):
-        raise CheckpointError(
-            f"{name} in {file}: the file's __metadata__ has no description of it, which torchao writes"
-        )
+        raise CheckpointError(f"{name} in {file}: no file's __metadata__ has a description of it, which torchao writes")
     return parse_object(text.encode(errors="replace"), f"{file}: __metadata__ of {name}")

@@ -57,6 +57,8 @@ _PARTNERS = {
     "input_linear": "output_linear",
     "output_linear": "input_linear",
 }
+# Whose experts are [E, K, N], also where their other half is not there to show it.
+_TRANSPOSED = ("llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text", "gpt_oss", "aria", "aria_text")
 _MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
@@ -89,7 +91,7 @@ def unfused(tensors: Mapping[str, "Stored"], model_type: str | None) -> Unfused:
             raise CheckpointError(
                 f"{name} in {tensor.file}: scales of experts that lie as [E, K, N]; fp8x reads those of [E, N, K] alone"
             )
-        reason = match and _why_whole(match, tensor, tensors)
+        reason = match and _why_whole(match, tensor, tensors, model_type)
         if match and not reason:
             pieces = list(_split(name, tensor, match, _is_transposed(match, tensors), is_mixtral))
             found.parts[name] = [piece for piece, _ in pieces]
@@ -110,13 +112,19 @@ def _match(name: str, tensor: "Stored") -> re.Match | None:
     return _LINEAR.fullmatch(name) if len(tensor.shape) == 3 else None
 
 
-def _why_whole(match: re.Match, tensor: "Stored", tensors: Mapping[str, "Stored"]) -> str | None:
+def _why_whole(
+    match: re.Match, tensor: "Stored", tensors: Mapping[str, "Stored"], model_type: str | None
+) -> str | None:
     """Why a fused tensor is not taken apart; None if it is."""
     block, fused, suffix = match.groups()
     if any(f"{block}.{name}_bias" in tensors for name in (fused, _PARTNERS[fused])):
         return "experts in one tensor, with biases; gate and up may alternate row by row"
-    if suffix or len(tensor.shape) != 3 or (partner := _partner(match, tensors)) is None:
-        return None if fused not in ("input_linear", "output_linear") else f"{_PARTNERS[fused]} is missing beside it"
+    if suffix or len(tensor.shape) != 3:
+        return None
+    partner = _partner(match, tensors)
+    if partner is None:
+        is_known = fused.endswith("_proj") and model_type not in _TRANSPOSED
+        return None if is_known else f"experts in one tensor, without {_PARTNERS[fused]} beside it to tell its layout"
     if _layouts(match, tensor, partner) == (False, False):
         shapes = f"{list(tensor.shape)} beside {list(partner.shape)}"
         return f"experts in one tensor, of which fp8x can't tell rows from columns ({shapes})"

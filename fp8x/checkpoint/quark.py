@@ -17,8 +17,9 @@ A matrix has the first entry of `layer_quant_config` whose wildcards match its n
 vLLM). A KV cache in FP8 is declared by the `output_tensors` of what `kv_cache_group` or `kv_cache_quant_config` names;
 its scales are `k_proj.output_scale` and `v_proj.output_scale`. `pack_method` is about 4 bits alone.
 
-Sources: amd-quark 0.13 `torch/quantization/config/config.py`, `torch/export/{config/config,nn/modules/realquantizer}`,
-`main_export/quant_config_parser.py`; vLLM `quantization/quark/{quark,utils,schemes/quark_w8a8_{fp8,mxfp8}}.py`.
+Sources: amd-quark 0.13 `torch/quantization/config/config.py`, `torch/export/{config/config.py,nn/modules/
+realquantizer.py,main_export/quant_config_parser.py}`; vLLM `quantization/quark/{quark,utils}.py` and
+`schemes/quark_w8a8_{fp8,mxfp8}.py` there.
 """
 
 import dataclasses

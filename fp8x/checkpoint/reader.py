@@ -42,6 +42,7 @@ class Reader:
         config: that file, parsed, with older places of `quantization_config` in that field.
         fused: by the name of each tensor of several experts, the names of their matrices.
         whole: the tensors of experts that are not taken apart, with the reason.
+        metadata: what the files' headers say besides the framework's name, where it is of no use to fp8x.
 
     Raises:
         CheckpointError: anything is missing, truncated or contradicts itself; the message names file and tensor.
@@ -50,7 +51,6 @@ class Reader:
     def __init__(self, path: str | Path, *, config: str = CONFIG):
         self.path = Path(path).expanduser().absolute()
         self._tensors: dict[str, Stored] = {}
-        self._metadata: dict[Path, Any] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         self._files: dict[Path, io.FileIO] = {}
         self._lock = threading.Lock()
@@ -61,42 +61,41 @@ class Reader:
                 raise CheckpointError(f"{self.path}: {found}; give a directory with {config} and {SINGLE}")
             self.config: dict[str, Any] = _read_config(self.path) if config == CONFIG else read_json(self.path / config)
             listed = _listed_files(self.path)
-        for file in dict.fromkeys(listed.values()) if listed else [self.path / SINGLE]:
-            self._open(file)
+        files = dict.fromkeys(listed.values()) if listed else [self.path / SINGLE]
+        metadata = {file: self._open(file) for file in files}
         for name, file in listed.items():
             if name not in self._tensors or self._tensors[name].file != file:
                 raise CheckpointError(f"{self.path / INDEX}: says that {file.name} holds {name}, but it does not")
+        said = [found for found in metadata.values() if isinstance(found, Mapping)]
+        self.metadata = {key: value for found in said for key, value in found.items() if key != "format"}
         self.fused: Mapping[str, list[str]] = {}
         self.whole: Mapping[str, str] = {}
         self._fused_tensors: dict[str, Stored] = {}
         if config == CONFIG:
             if is_flattened(self.config):
-                self._tensors = unflattened(self._tensors, self._metadata)
+                self._tensors = unflattened(self._tensors, metadata)
+                self.metadata = {}
             found = unfused(self._tensors, self.config.get("model_type"))
             self.fused, self.whole = found.parts, found.whole
             self._fused_tensors = {name: self._tensors[name] for name in self.fused}
             self._tensors = found.tensors
 
-    def _open(self, file: Path) -> None:
+    def _open(self, file: Path) -> Any:
+        """Adds a file's tensors; returns its `__metadata__`."""
         with _explained(file), file.open("rb") as f:
-            tensors, self._metadata[file] = read_header(f, file)
+            tensors, metadata = read_header(f, file)
             self._identities[file] = _identity(os.fstat(f.fileno()))
         for name, tensor in tensors.items():
             if name in self._tensors:
                 first = self._tensors[name].file.name
                 raise CheckpointError(f"{name}: is in both {first} and {file.name} of {self.path}")
             self._tensors[name] = tensor
+        return metadata
 
     @property
     def files(self) -> frozenset[Path]:
         """The safetensors files of the checkpoint."""
         return frozenset(self._identities)
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """What the headers of these files say besides, but for the framework's name."""
-        found = [each for each in self._metadata.values() if isinstance(each, Mapping)]
-        return {key: value for each in found for key, value in each.items() if key != "format"}
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors

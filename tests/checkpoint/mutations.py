@@ -9,8 +9,8 @@ Files = dict[str, bytes]  # name -> content
 
 VALUES = [
     None, True, False, 0, -1, 1, 2, 3, 7, 128, 2**31 - 1, 2**31, 2**63, 10**9, 10**30, -(2**63), 0.5, -1.5, 1e300,
-    float("inf"), float("nan"), "", "a", "F32", "BF16", "U8", "F8_E4M3", "\ud800", "é\n", "../x", "/dev/zero", "re:(",
-    "re:.*", "a" * 5000, [], [0], [1, 2], [[]], {}, {"a": 1}, {"": {}}, [None], ["lm_head", 3],
+    float("inf"), float("nan"), "", "a", "F32", "BF16", "U8", "F8_E4M3", "F8_E4M3FNUZ", "\ud800", "é\n", "../x",
+    "/dev/zero", "re:(", "re:.*", "a" * 5000, [], [0], [1, 2], [[]], {}, {"a": 1}, {"": {}}, [None], ["lm_head", 3],
 ]  # fmt: skip
 
 

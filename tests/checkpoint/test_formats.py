@@ -50,6 +50,9 @@ HOLDS = {
     "fp8": r"e[45]m[32]_e[45]m[32]_b?f16|fp8_.*|pow2.*|per token|e5m2|one scale beside blocks",
     "modelopt": r"e4m3_e4m3_b?f16(_dynamic)?|mxfp8_mxfp8_b?f16|floor",
     "mxfp8": "",
+    "fbgemm_fp8": "",
+    "quark": "",
+    "torchao": "",
 }
 
 
@@ -283,6 +286,7 @@ def test_what_modelopt_readers_look_for():
 NONSENSE = [None, 0, -1, 1.5, "x", "", True, [], {}, [1], ["re:("], {"a": 1}, [128, 0], [[]]]
 
 
+QUARK = {"dtype": "fp8_e4m3", "is_dynamic": False, "qscheme": "per_tensor", "ch_axis": None, "symmetric": True}
 WELL_FORMED = {
     "compressed-tensors": COMPRESSED.to_config({"a": OTHERS["pow2 weights"], "lm_head": None}, BFLOAT16),
     "fp8": FP8.to_config({"a": OTHERS["pow2 weights"], "lm_head": None}, BFLOAT16),
@@ -299,9 +303,20 @@ WELL_FORMED = {
         "ignore": ["lm_head", "c*"],
     },
     "mxfp8": {"quant_method": "mxfp8", "weight_block_size": [1, 32], "ignored_layers": ["lm_head"]},
+    "fbgemm_fp8": {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]},
+    "quark": {
+        "quant_method": "quark",
+        "export": {"kv_cache_group": ["b"], "pack_method": "reorder", "weight_format": "real_quantized"},
+        "global_quant_config": {"weight": QUARK, "input_tensors": QUARK, "output_tensors": None, "bias": None},
+        "layer_quant_config": {"b": {"weight": QUARK, "input_tensors": None, "output_tensors": QUARK}},
+        "layer_type_quant_config": {"Linear": {"weight": QUARK, "input_tensors": QUARK}},
+        "algo_config": [{"name": "rotation", "r4": False}],
+        "exclude": ["lm_head", "re:x"],
+    },
 }
 
 
+@pytest.mark.filterwarnings("ignore:.* it bounds the amax:UserWarning", "ignore:.*softmax_quant_spec:UserWarning")
 @pytest.mark.parametrize("name", WELL_FORMED)
 def test_any_field_may_be_nonsense(name):
     """It is read or refused, never a KeyError."""
@@ -318,6 +333,8 @@ def test_any_field_may_be_nonsense(name):
     for config in spoiled(WELL_FORMED[name]):
         with contextlib.suppress(CheckpointError):
             format.from_config(config, ["a"], BFLOAT16)
+        with contextlib.suppress(CheckpointError):
+            format.kv_scheme(config)
 
 
 def test_names_of_modules_that_stay():

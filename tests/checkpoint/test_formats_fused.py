@@ -1,5 +1,7 @@
 """Fused experts on disk: the same bytes as of experts one by one."""
 
+import re
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -90,6 +92,64 @@ def test_what_can_not_be_taken_apart(tmp_path):
         CheckpointError, match=r"experts.1.down_proj.weight: .*model.safetensors holds it twice, by itself"
     ):
         reader_of(tmp_path / "twice", tensors)
+
+
+def bf16(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(ml_dtypes.bfloat16)
+
+
+def test_experts_that_lie_the_other_way(tmp_path):
+    """Llama 4 and Qwen3-VL-MoE: `x @ gate_up_proj[e]`, of which the first half of the columns is the gate."""
+    gate_up, down = bf16(E, H, 2 * WIDTH), bf16(E, WIDTH, H)
+    reader = reader_of(tmp_path / "out", {f"{BLOCK}.gate_up_proj": gate_up, f"{BLOCK}.down_proj": down}, "some_vlm")
+    for e in range(E):
+        for name, array in {
+            "gate_proj": gate_up[e, :, :WIDTH].T,
+            "up_proj": gate_up[e, :, WIDTH:].T,
+            "down_proj": down[e].T,
+        }.items():
+            name = f"{BLOCK}.{e}.{name}.weight"
+            assert read(reader, name).tobytes() == array.tobytes()
+            assert reader.stored(name).nbytes == array.nbytes
+            rows = np.empty(2 * array.shape[1] * 2, np.uint8)
+            reader.read_into(name, array.shape[1] * 2, rows)  # from the second row on
+            assert rows.tobytes() == array[1:3].tobytes()
+    assert reader.fused[f"{BLOCK}.down_proj"] == [f"{BLOCK}.{e}.down_proj.weight" for e in range(E)]
+    assert reader.stored(f"{BLOCK}.down_proj").shape == down.shape  # known, but not listed
+    assert f"{BLOCK}.down_proj" not in list(reader)
+
+
+def test_input_linear(tmp_path):
+    """Granite: `input_linear` holds gate and up, as vLLM's loader splits it."""
+    block = "model.layers.0.block_sparse_moe"
+    fused, out = bf16(E, 2 * WIDTH, H), bf16(E, H, WIDTH)
+    tensors = {f"{block}.input_linear.weight": fused, f"{block}.output_linear.weight": out}
+    reader = reader_of(tmp_path / "out", tensors, "granitemoe")
+    expected = {"w1": fused[2, :WIDTH], "w3": fused[2, WIDTH:], "w2": out[2]}
+    for name, array in expected.items():
+        assert read(reader, f"{block}.experts.2.{name}.weight").tobytes() == array.tobytes()
+    assert len(list(reader)) == 3 * E
+
+
+@pytest.mark.parametrize(
+    "tensors, model_type, reason",
+    [
+        ({"gate_up_proj": (E, 4, 8), "gate_up_proj_bias": (E, 8)}, "gpt_oss", "with biases; gate and up may alternate"),
+        ({"gate_up_proj": (E, 4, 8)}, "llama4", "without down_proj beside it to tell its layout"),
+        ({"gate_up_proj": (E, 4, 8), "down_proj": (E, 5, 4)}, "other", r"can't tell rows from columns \(\[3, 4, 8\]"),
+    ],
+)
+def test_what_stays_whole(tmp_path, tensors, model_type, reason):
+    arrays = {f"{BLOCK}.{name}": np.ones(shape, np.float32) for name, shape in tensors.items()}
+    reader = reader_of(tmp_path / "out", arrays, model_type)
+    assert set(reader) == set(arrays)
+    assert re.search(reason, reader.whole[f"{BLOCK}.gate_up_proj"])
+
+
+def test_scales_of_transposed_experts(tmp_path):
+    arrays = {"gate_up_proj": (E, H, 2 * WIDTH), "down_proj": (E, WIDTH, H), "down_proj_scale_inv": (E, 1, 1)}
+    with pytest.raises(CheckpointError, match=r"down_proj_scale_inv in .*: scales of experts that lie as \[E, K, N\]"):
+        reader_of(tmp_path / "out", {f"{BLOCK}.{name}": np.ones(shape, np.float32) for name, shape in arrays.items()})
 
 
 def test_what_only_looks_fused(tmp_path):

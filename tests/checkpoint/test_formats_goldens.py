@@ -114,7 +114,9 @@ def test_logits_of_the_dequantized_weights(name):
     np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=2e-6 * np.abs(golden["logits"]).max())
 
 
-@pytest.mark.parametrize("name", ["hf_bf16_fused", "hf_block", "modelopt_mixed"])
+@pytest.mark.parametrize(
+    "name", ["hf_bf16_fused", "hf_block", "modelopt_mixed", "fbgemm_fp8", "quark_mxfp8", "torchao_mxfp8"]
+)
 def test_converted_to_float32(tmp_path, name):
     """Without a model, and written with the names of the published checkpoints."""
     convert(GOLDENS / name, tmp_path / "out", "f32")
