@@ -141,7 +141,9 @@ class Reader:
             return np.empty(tensor.shape, DTYPES[tensor.dtype])
         if tensor.columns is not None:
             buffer = np.empty(tensor.nbytes, np.uint8)
-            self.read_into(name, 0, buffer)
+            with _explained(tensor.file), tensor.file.open("rb", buffering=0) as file:
+                self._check_unchanged(tensor.file, os.fstat(file.fileno()))
+                _read_columns(file.fileno(), tensor, name, 0, buffer)
             return buffer.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
         data = np.frombuffer(self._map(tensor.file), np.uint8)[tensor.start : tensor.stop]
         return data.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
@@ -188,28 +190,11 @@ class Reader:
                         file.close()
                         raise
                     self._files[tensor.file] = file
+            descriptor = self._files[tensor.file].fileno()
             if tensor.columns is None:
-                self._read_bytes(tensor, name, tensor.start + start, buffer)
+                _read_bytes(descriptor, tensor, name, tensor.start + start, buffer)
             else:
-                self._read_columns(tensor, name, start, buffer)
-
-    def _read_bytes(self, tensor: Stored, name: str, offset: int, buffer: np.ndarray) -> None:
-        descriptor, view = self._files[tensor.file].fileno(), memoryview(buffer)
-        while view:
-            if not (count := os.preadv(descriptor, [view], offset)):
-                raise CheckpointError(f"{tensor.file}: ends before {name} does; it has changed since it was opened")
-            view, offset = view[count:], offset + count
-
-    def _read_columns(self, tensor: Stored, name: str, start: int, buffer: np.ndarray) -> None:
-        """Whole rows of a matrix `[N, K]` that lies transposed: a piece of each of K rows of the file."""
-        size, k = DTYPES[tensor.dtype].itemsize, tensor.shape[1]
-        count = buffer.size // (k * size)
-        first = tensor.first_column + start // (k * size)
-        band = np.empty((k, count), f"u{size}")
-        for row in range(k):
-            offset = tensor.start + (row * tensor.columns + first) * size
-            self._read_bytes(tensor, name, offset, band[row].view(np.uint8))
-        buffer.view(f"u{size}").reshape(count, k)[:] = band.T
+                _read_columns(descriptor, tensor, name, start, buffer)
 
     def close(self) -> None:
         """Closes the files that `read_into` opened; what is read after that opens them again."""
@@ -229,6 +214,26 @@ class Reader:
                 with file.open("rb") as f:
                     self._maps[file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         return self._maps[file]
+
+
+def _read_bytes(descriptor: int, tensor: Stored, name: str, offset: int, buffer: np.ndarray) -> None:
+    view = memoryview(buffer)
+    while view:
+        if not (count := os.preadv(descriptor, [view], offset)):
+            raise CheckpointError(f"{tensor.file}: ends before {name} does; it has changed since it was opened")
+        view, offset = view[count:], offset + count
+
+
+def _read_columns(descriptor: int, tensor: Stored, name: str, start: int, buffer: np.ndarray) -> None:
+    """Whole rows of a matrix `[N, K]` that lies transposed: a piece of each of K rows of the file."""
+    size, k = DTYPES[tensor.dtype].itemsize, tensor.shape[1]
+    count = buffer.size // (k * size)
+    first = tensor.first_column + start // (k * size)
+    band = np.empty((k, count), f"u{size}")
+    for row in range(k):
+        offset = tensor.start + (row * tensor.columns + first) * size
+        _read_bytes(descriptor, tensor, name, offset, band[row].view(np.uint8))
+    buffer.view(f"u{size}").reshape(count, k)[:] = band.T
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -114,6 +114,7 @@ def test_experts_that_lie_the_other_way(tmp_path):
             rows = np.empty(2 * array.shape[1] * 2, np.uint8)
             reader.read_into(name, array.shape[1] * 2, rows)  # from the second row on
             assert rows.tobytes() == array[1:3].tobytes()
+    reader.close()
     assert reader.fused[f"{BLOCK}.down_proj"] == [f"{BLOCK}.{e}.down_proj.weight" for e in range(E)]
     assert reader.stored(f"{BLOCK}.down_proj").shape == down.shape  # known, but not listed
     assert f"{BLOCK}.down_proj" not in list(reader)
