@@ -133,6 +133,27 @@ def test_calibrate(tiny_checkpoint, texts, tmp_path):
     assert read_json(*arguments) == json.loads((tmp_path / "scales.json").read_text())
 
 
+def test_quantize_dry_run(tiny_checkpoint, tmp_path):
+    arguments = ("quantize", tiny_checkpoint, tmp_path / "out", "-r", DYNAMIC, "--dry-run")
+    table = invoke(*arguments).stdout
+    assert "model.layers.*.block_sparse_moe.gate.weight" in table and "a router" in table
+    assert "nothing is written yet; about 1 s after JAX has started" in table
+    found = read_json(*arguments)
+    assert list(tmp_path.iterdir()) == []
+    done = read_json(*arguments[:-1])
+    assert done["plan"] == {key: value for key, value in found.items() if key != "expected_seconds"}
+    assert (found["bytes_before"], found["bytes_after"]) == (done["bytes_before"], done["bytes_after"])
+
+
+def test_quantize_names_exceptions(tiny_checkpoint, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(tiny_checkpoint, source)
+    (source / "optimizer.pt").write_bytes(b"x")
+    out = invoke("quantize", source, tmp_path / "out", "-r", DYNAMIC).stdout
+    assert "in bf16 (a router): model.layers.*.block_sparse_moe.gate.weight" in out
+    assert "files left behind (weights that the checkpoint does not count as its own): optimizer.pt" in out
+
+
 def test_eval_side_by_side(tiny_checkpoint, quantized, texts):
     found = read_json("eval", tiny_checkpoint, quantized, "--data", texts, "--recipe", DYNAMIC)["results"]
     assert [r["recipe"] for r in found] == [None, None, DYNAMIC]

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ def loaded(code: str) -> set[str]:
     return {name.split(".")[0] for name in done.stdout.rpartition("loaded:")[2].split()}
 
 
+TINY = str(Path(__file__).parents[1] / "examples" / "tiny_mixtral")
 CLI = "from fp8x.cli import app\ntry:\n    app({})\nexcept SystemExit:\n    pass"
 
 
@@ -29,7 +31,13 @@ def test_nothing_but_typer(arguments):
 
 @pytest.mark.parametrize(
     "code",
-    ["import fp8x.checkpoint, fp8x.calibrate.sidecar, fp8x.models.hf_names", CLI.format(["recipes"])],
+    [
+        "import fp8x; fp8x.plan, fp8x.HOPPER",
+        CLI.format(["recipes"]),
+        CLI.format(["quantize", "missing", "made", "--recipe", "nonsense"]),
+        CLI.format(["quantize", "missing", "made", "--recipe", "mxfp8_bf16"]),
+        CLI.format(["quantize", TINY, "made", "--recipe", "mxfp8_bf16", "--dry-run"]),
+    ],
 )
 def test_nothing_of_jax(code):
     assert not loaded(code) & {"jax", "flax"}

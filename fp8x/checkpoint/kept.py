@@ -27,7 +27,8 @@ _COMPONENTS = {
 }
 _KINDS = [(reason, re.compile(pattern, re.IGNORECASE)) for reason, pattern in _COMPONENTS.items()]
 
-# By the whole name.
+# By the whole name. The first are no linear layers at all, though they have two dims.
+LOOKUPS = re.compile(r"(.*\.)?([^.]*embed[^.]*|wte|wpe|shared|relative_attention_bias|[^.]*norm)", re.IGNORECASE)
 _OUTPUT = re.compile(r"(model\.)?output")
 _SEAM = re.compile(r"(.*\.)?(mtp|nextn)[^.]*\.(.*\.)?(fc|input_proj|embed_proj|proj)")
 _EXPERT = re.compile(r"(.*)\.experts\.(\d+)\..*")

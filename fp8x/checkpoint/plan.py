@@ -15,6 +15,7 @@ import numpy as np
 from fp8x.checkpoint.companions import Companions
 from fp8x.checkpoint.format import Format
 from fp8x.checkpoint.header import DTYPE_NAMES, nbytes
+from fp8x.checkpoint.kept import LOOKUPS
 from fp8x.checkpoint.reader import Reader
 from fp8x.errors import CheckpointError
 from fp8x.recipe import Recipe
@@ -264,7 +265,10 @@ class Plan:
             return "no floats"
         if len(tensor.shape) > 2:
             return f"{len(tensor.shape)} dims; fp8x knows no layer by that name"
-        return "a lookup table, or no linear layer's weight by its name"
+        if not name.endswith(".weight"):
+            return "no linear layer's weight by its name"
+        is_lookup = LOOKUPS.fullmatch(name.removesuffix(".weight"))
+        return "a lookup table or a norm" if is_lookup else "not among the linear layers of this model"
 
     def _dropped(self, name: str) -> Row:
         tensor = self.reader.stored(name)

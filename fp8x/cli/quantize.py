@@ -7,20 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fp8x.cli import calibrate, options, terminal
+from fp8x.cli import calibrate, options, plans, terminal
 from fp8x.cli.loading import load
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from rich.table import Table
 
     from fp8x.calibrate import Sidecar
-    from fp8x.checkpoint import Format, Reader
+    from fp8x.checkpoint.convert import Conversion
     from fp8x.checkpoint.inspect import TensorRow
     from fp8x.checkpoint.kv_cache import KVScales
-    from fp8x.models.convert import Plan
-    from fp8x.recipe import Recipe
+    from fp8x.checkpoint.plan import Plan
 
 SIDECAR = "calibration.json"
 UNQUANTIZED = ("bf16", "f16", "f32")
@@ -64,6 +61,9 @@ def quantize(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read the result back and measure its error, tensor by tensor.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would become of every tensor, field and file, and why.")
+    ] = False,
     num_samples: options.NumSamples = options.NUM_SAMPLES,
     max_length: options.MaxLength = None,
     batch_size: options.BatchSize = options.BATCH_SIZE,
@@ -74,41 +74,50 @@ def quantize(
 ) -> None:
     """Write a checkpoint anew: quantized, in another scheme or format, or dequantized.
 
+    $ fp8x quantize MODEL MODEL-fp8 --recipe e4m3_e4m3_bf16_dynamic --dry-run\n
     $ fp8x quantize MODEL MODEL-mx --recipe mxfp8_mxfp8_bf16 --rule 'layers\\.0\\..*=none'\n
     $ fp8x quantize MODEL MODEL-fp8 --recipe e4m3_e4m3_bf16 --calibrate texts.jsonl --kv-cache tensor\n
     $ fp8x quantize MODEL-fp8 MODEL-bf16 --recipe bf16\n
     $ fp8x quantize MODEL-fp8 MODEL-ct --format compressed-tensors\n
     $ fp8x quantize MODEL-mxfp8 MODEL-hopper --requantize hopper
 
-    No model is built, except to calibrate it: memory stays below half a gigabyte. Where something fails nothing is left
-    of DST, and a DST that is there already is left alone. If it is killed, the same command goes on where it was.
+    Towers, projectors, heads, routers and embeddings stay in 16 bits, and so does, where SRC is in 8 bits, what it has
+    in 16; --rule overrides that. No model is built, except to calibrate it: memory stays below half a gigabyte. Where
+    something fails nothing is left of DST, and a DST that is there already is left alone. If it is killed, the same
+    command goes on where it was.
+
     From 8 bits to others the added error is measured. Scales from --calibrate are in DST/calibration.json too.
     """
-    import fp8x
     from fp8x.calibrate import sidecar
-    from fp8x.checkpoint import Reader
     from fp8x.checkpoint.destination import check_free, check_source
-    from fp8x.checkpoint.inspect import inspect
-    from fp8x.checkpoint.requantize import check_alone
-    from fp8x.models.convert import plan
 
     start = time.monotonic()
     chosen = recipe if recipe is None or recipe in UNQUANTIZED else options.parse_recipe(recipe)
     rules = options.parse_rules(rule)
-    if requantize:
-        check_alone(recipe, rules)
     check_source(source, destination)
     check_free(destination)
-    reader = Reader(source)
     given = None if calibration is None else sidecar.read(calibration)
     kv_scales = _kv_scales(kv_cache, data, given)
-    with terminal.progress("comparing recipes", unit="bytes") as update:
-        planned = plan(
-            *(reader, chosen, format, rules, kv_scales, requantize or None),
-            allow_nonfinite=allow_nonfinite,
-            progress=update,
-        )
+
+    def plan(calibration: "Sidecar | None", requantize: Any) -> "Plan":
+        from fp8x.models.plan import plan
+
+        with terminal.progress("comparing recipes", unit="bytes") as update:
+            return plan(
+                *(source, chosen, format),
+                rules=rules,
+                requantize=requantize,
+                calibration=calibration,
+                kv_cache=kv_scales,
+                allow_nonfinite=allow_nonfinite,
+                progress=update,
+            )
+
+    # Scales of a file are looked at once it is sure that they are of use.
+    planned = plan(None, requantize or None)
     _check(planned, recipe, data, given, kv_scales is not None)
+    if dry_run:
+        return plans.show(planned, source, destination, as_json)
     found = None
     if data is not None and (kv_cache or _needs_calibration(planned)):
         # Scales that the source has are kept, unless a recipe asks for others.
@@ -122,44 +131,45 @@ def quantize(
         calibrate.warn_undersampled(report, min_tokens)
         found = calibrate.sidecar(report, recipe or "none", arguments, samples)
         del model
-    try:
-        with terminal.progress(f"writing {destination.name}", unit="bytes") as update:
-            done = fp8x.convert(
-                source,
-                destination,
-                chosen,
-                format,
-                rules=rules,
-                requantize=planned.requantization,
-                calibration=found or given,
-                allow_nonfinite=allow_nonfinite,
-                beside=None if found is None else {SIDECAR: found.to_json()},
-                progress=update,
-            )
-    except KeyboardInterrupt:
-        terminal.warn(f"interrupted; the same command goes on where it was, or remove .{destination.name}.partial")
-        raise
+    if found or given:
+        planned = plan(found or given, planned.requantization)
+    done = _convert(planned, destination, None if found is None else {SIDECAR: found.to_json()})
     rows = []
     if verify or (planned.source_format is not None and (recipe is not None or requantize)):
+        from fp8x.checkpoint.inspect import inspect
+
         with terminal.progress("reading back", unit="bytes") as update:
             rows = inspect(destination, reference=source, progress=update).rows
     summary = {
         "recipe": recipe,
         "requantized": planned.requantization and planned.requantization.to_json(),
         "format": done.format,
-        "bytes_before": done.bytes_read,
+        "bytes_before": planned.bytes_before,
         "bytes_after": done.bytes_written,
         "bytes_resumed": done.bytes_resumed,
         "conversion_seconds": round(done.seconds, 2),
         "bytes_per_second": round(done.bytes_read / max(done.seconds, 1e-9)),
-        "schemes": _schemes(planned, reader, Reader(destination), rows),
+        "schemes": _schemes(planned, rows),
         "snr_db": {row.name: row.snr for row in rows if row.snr is not None},
         "calibration": found and {key: value for key, value in found.to_json().items() if key != "layers"},
+        "plan": planned.to_json(),
         "seconds": round(time.monotonic() - start, 1),
     }
     if as_json:
         return terminal.show_json(summary)
     _show(summary, source, destination)
+    plans.show_exceptions(planned)
+
+
+def _convert(plan: "Plan", destination: Path, beside: dict[str, Any] | None) -> "Conversion":
+    import fp8x
+
+    try:
+        with terminal.progress(f"writing {destination.name}", unit="bytes") as update:
+            return fp8x.convert(plan, destination, beside=beside, progress=update)
+    except KeyboardInterrupt:
+        terminal.warn(f"interrupted; the same command goes on where it was, or remove .{destination.name}.partial")
+        raise
 
 
 def _kv_scales(kind: str | None, data: Path | None, given: "Sidecar | None") -> "KVScales | None":
@@ -196,22 +206,21 @@ def _check(plan: "Plan", code: str | None, data: Path | None, calibration: "Side
 
 
 def _needs_calibration(plan: "Plan") -> bool:
-    return any(map(options.needs_calibration, plan.recipes.values()))
+    return any(options.needs_calibration(target.recipe) for target in plan.targets.values())
 
 
-def _schemes(plan: "Plan", before: "Reader", after: "Reader", rows: "list[TensorRow]") -> dict[str, Any]:
+def _schemes(plan: "Plan", rows: "list[TensorRow]") -> dict[str, Any]:
     """How many tensors are in each scheme or type, and their bytes; with the mean SNR where it was measured."""
     snrs = {row.name: row.snr for row in rows}
-    sizes = _sizes(before, plan.stored, plan.source_format)
     found: dict[str, dict[str, Any]] = {}
-    for name, size in _sizes(after, plan.recipes, plan.format).items():
-        recipe = plan.recipes.get(name.removesuffix(".weight"))
-        scheme = after.stored(name).dtype.lower() if recipe is None else str(recipe.weight)
-        entry = found.setdefault(scheme, {"tensors": 0, "bytes_before": 0, "bytes_after": 0, "snr_db": []})
+    for row in plan.rows:
+        if row.after is None:
+            continue
+        entry = found.setdefault(str(row.after), {"tensors": 0, "bytes_before": 0, "bytes_after": 0, "snr_db": []})
         entry["tensors"] += 1
-        entry["bytes_before"] += sizes.get(name, 0)  # scales of a KV cache may be new, or of another name
-        entry["bytes_after"] += size
-        if (snr := snrs.get(name)) is not None:
+        entry["bytes_before"] += row.bytes_before
+        entry["bytes_after"] += row.bytes_after
+        if (snr := snrs.get(row.name)) is not None:
             entry["snr_db"].append(snr)
     for entry in found.values():
         entry["snr_db"] = _mean(entry["snr_db"])
@@ -222,16 +231,6 @@ def _mean(snrs: list[float]) -> float | None:
     """Of those that have an error; Inf where none has."""
     finite = [snr for snr in snrs if snr != math.inf]
     return sum(finite) / len(finite) if finite else max(snrs, default=None)
-
-
-def _sizes(reader: "Reader", recipes: "Mapping[str, Recipe | None]", format: "Format | None") -> dict[str, int]:
-    """Bytes of every tensor; a matrix's scales count with it."""
-    found = {name: reader.stored(name).nbytes for name in reader}
-    for prefix, recipe in recipes.items():
-        if recipe is not None:
-            weight, *scales = format.names(prefix, recipe, reader.stored(f"{prefix}.weight").shape, reader)
-            found[weight] += sum(found.pop(name) for name in scales)
-    return found
 
 
 def _show(summary: dict[str, Any], source: Path, destination: Path) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from fp8x.checkpoint import FORMATS, Format, Reader, choose_format, format_of
 from fp8x.checkpoint.companions import find_companions
 from fp8x.checkpoint.format import stored_recipes
 from fp8x.checkpoint.header import FLOAT8, UNQUANTIZED
-from fp8x.checkpoint.kept import why_kept
+from fp8x.checkpoint.kept import LOOKUPS, why_kept
 from fp8x.checkpoint.kv_cache import QUERIES, KVScales, kv_tensors, read_kv_scales
 from fp8x.checkpoint.noted import Noted
 from fp8x.checkpoint.plan import Plan, Target
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
 
 SCALES = ("weight_scale", "weight_scale_inv", "input_scale", "activation_scale")
 FLOAT8_ANY = (*FLOAT8, "F8_E4M3FNUZ")
-
-# Matrices of other models that are no linear layers, by the last part of their name.
-LOOKUPS = re.compile(r"(.*\.)?([^.]*embed[^.]*|wte|wpe|shared|relative_attention_bias|[^.]*norm)", re.IGNORECASE)
 
 
 def plan(

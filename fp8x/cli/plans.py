@@ -1,0 +1,61 @@
+"""What `fp8x quantize` says of a plan: all of it before the work, and what is unlike the rest after it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fp8x.cli import terminal
+
+if TYPE_CHECKING:
+    from fp8x.checkpoint.plan import Plan
+
+MOST = 8  # names of a kind, before the rest is a number
+
+
+def show(plan: "Plan", source: Path, destination: Path, as_json: bool) -> None:
+    """Everything that a plan says, and how long it will take."""
+    from fp8x.checkpoint.estimate import estimate
+
+    expected = estimate(plan, destination)
+    if as_json:
+        return terminal.show_json(plan.to_json() | {"expected_seconds": round(expected.seconds, 1)})
+    table = terminal.table(
+        "tensors", "count", "shape", "from", "to", "before", "after", "why", left=("from", "to", "why")
+    )
+    for row in plan.groups:
+        to = "left out" if row.after is None else str(row.after)
+        sizes = terminal.size(row.bytes_before), terminal.size(row.bytes_after)
+        shape = "×".join(map(str, row.shape)) or "1"
+        table.add_row(row.name, str(row.count), shape, str(row.before or "–"), to, *sizes, row.reason or "")
+    table.add_section()
+    sizes = terminal.size(plan.bytes_before), terminal.size(plan.bytes_after)
+    table.add_row("all", str(len(plan.rows)), "", "", "", *sizes, "")
+    format = plan.format.name if plan.format else "unquantized"
+    seconds = max(expected.seconds, 1)
+    time = f"about {seconds:.0f} s after JAX has started, {expected.limit} slowest"
+    line = f"format {format}; nothing is written yet; {time}"
+    terminal.show(f"{source} → {destination}", table, *_beside(plan), line)
+
+
+def show_exceptions(plan: "Plan") -> None:
+    """What stays in 16 bits where a matrix could be in 8, and what is left out, each with the reason."""
+    reasons: dict[str, list[str]] = {}
+    for row in plan.groups:
+        if row.after is None:
+            reasons.setdefault(f"left out ({row.reason})", []).append(row.name)
+        elif row.reason and len(row.shape) > 1 and plan.format is not None:
+            reasons.setdefault(f"in {row.after} ({row.reason})", []).append(row.name)
+    terminal.show(*(f"{reason}: {_some(names)}" for reason, names in reasons.items()), *_beside(plan))
+
+
+def _beside(plan: "Plan") -> list[str]:
+    """Lines on fields and files."""
+    lines = [f"field left out: {field} ({reason})" for field, reason in plan.left_fields.items()]
+    reasons: dict[str, list[str]] = {}
+    for file, reason in plan.companions.left.items():
+        reasons.setdefault(reason, []).append(file)
+    return lines + [f"files left behind ({reason}): {_some(files)}" for reason, files in reasons.items()]
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
+    return ", ".join(names[:MOST]) + more

@@ -1,0 +1,287 @@
+"""`fp8x.plan`: what stays in 16 bits by default, and that `convert` does what was said."""
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+import fp8x
+from fp8x import RECIPES
+from fp8x.checkpoint import Reader
+from fp8x.checkpoint.plan import Plan
+from fp8x.errors import CheckpointError, RecipeError
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+BLOCK, MX, CHANNEL = "fp8_e4m3fn_bf16_block_scale", "mxfp8_mxfp8_bf16", "e4m3_bf16"
+
+
+def matrix(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(BF16)
+
+
+def directory(path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None, **config):
+    path.mkdir()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"} | (metadata or {}))
+    (path / "config.json").write_text(json.dumps({"model_type": "other", "torch_dtype": "bfloat16"} | config))
+    return path
+
+
+def stored(path) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint; safetensors' own function for numpy knows no 8-bit floats."""
+    reader, found = Reader(path), {}
+    for name in reader:
+        tensor = reader.stored(name)
+        found[name] = reader.read(name, shapes=[tensor.shape], dtypes=[tensor.dtype])
+    return found
+
+
+def kept(plan: Plan) -> dict[str, str]:
+    """The reason of each matrix that stays in 16 bits, by prefix."""
+    return {prefix: target.reason for prefix, target in plan.targets.items() if target.recipe is None}
+
+
+# By what makers of public FP8 checkpoints leave in 16 bits, and what they do not.
+PARTS = {
+    "model.language_model.layers.3.self_attn.q_proj": None,
+    "model.language_model.layers.3.mlp.gate_proj": None,
+    "transformer.h.0.mlp.c_fc": None,
+    "thinker.model.layers.0.mlp.up_proj": None,
+    "mtp.layers.0.self_attn.q_proj": None,
+    "bert.encoder.layer.0.attention.output.dense": None,
+    "model.layers.0.self_attn.indexer.wk": None,
+    "visual.blocks.7.mlp.fc1": "sees images",
+    "model.vision_embed_tokenizer.proj": "sees images",
+    "vision_model.encoder.layers.0.self_attn.k_proj": "sees images",
+    "vpm.encoder.layers.0.mlp.fc1": "sees images",
+    "audio_tower.layers.0.fc2": "hears or speaks",
+    "code2wav.decoder.0.proj": "hears or speaks",
+    "multi_modal_projector.linear_1": "leads into the language model",
+    "model.connector.modality_projection.proj": "leads into the language model",
+    "resampler.attn.out_proj": "leads into the language model",
+    "mlp1.1": "leads into the language model",
+    "lm_head": "a head",
+    "score": "a head",
+    "classifier.dense": "a head",
+    "v_head.summary": "a head",
+    "output": "a head",
+    "model.layers.61.shared_head.head": "a head",
+    "model.layers.0.block_sparse_moe.router.layer": "a router",
+    "model.layers.1.mlp.gate.wg": "a router",
+    "model.layers.1.mlp.shared_expert_gate": "a router",
+    "mtp.fc": "joins layers for multi-token prediction",
+    "model.layers.61.eh_proj": "joins layers for multi-token prediction",
+    "model.layers.0.linear_attn.in_proj_ba": "a recurrence's gates and steps",
+    "base_model.layers.0.q_proj.lora_A.default": "an adapter",
+}  # fmt: skip
+
+
+def test_what_practitioners_keep(tmp_path):
+    source = directory(tmp_path / "a", {f"{name}.weight": matrix(32, 32) for name in PARTS})
+    plan = fp8x.plan(source, CHANNEL)
+    assert kept(plan) == {name: reason for name, reason in PARTS.items() if reason}
+    # A rule overrides a default, and only there.
+    again = fp8x.plan(source, CHANNEL, rules={r"visual\..*": MX, r"mtp\.layers\..*": None})
+    assert again.targets["visual.blocks.7.mlp.fc1"].recipe == RECIPES[MX]
+    assert kept(again)["mtp.layers.0.self_attn.q_proj"] == r"rule 'mtp\\.layers\\..*'"
+    assert kept(again)["vpm.encoder.layers.0.mlp.fc1"] == "sees images"
+
+
+def test_routers_are_known_by_their_shape_too(tmp_path):
+    names = [f"model.layers.0.moe.experts.{e}.up.weight" for e in range(17)]
+    tensors = dict.fromkeys(names, matrix(64, 32))
+    tensors |= {f"model.layers.0.moe.{name}.weight": matrix(rows, 32) for name, rows in (("chooser", 17), ("in", 64))}
+    plan = fp8x.plan(directory(tmp_path / "a", tensors), CHANNEL)
+    assert kept(plan) == {"model.layers.0.moe.chooser": "a router: a row for each of 17 experts"}
+
+
+def test_a_classifier_of_a_known_family(tmp_path):
+    config = json.loads((Path(__file__).parents[1] / "goldens" / "llama" / "config.json").read_text())
+    config["architectures"] = ["LlamaForSequenceClassification"]
+    tensors = {"model.layers.0.self_attn.q_proj.weight": matrix(32, 32), "score.weight": matrix(2, 32)}
+    plan = fp8x.plan(directory(tmp_path / "a", tensors, **config), CHANNEL)
+    assert kept(plan) == {"score": "a head"}
+
+
+def blocks(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """In e4m3, with one float32 scale: a block of 128 holds all of it."""
+    scale = np.float32(np.abs(weight.astype(np.float32)).max() / 448)
+    return (weight.astype(np.float32) / scale).astype(ml_dtypes.float8_e4m3fn), np.full((1, 1), scale, np.float32)
+
+
+BLOCK_CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+
+
+def block_checkpoint(path, **config):
+    codes, scale = blocks(matrix(64, 128))
+    tensors = {f"layers.0.up.weight{suffix}": value for suffix, value in (("", codes), ("_scale_inv", scale))}
+    tensors |= {"layers.0.indexer.wk.weight": matrix(32, 128), "layers.0.norm.weight": matrix(128)}
+    return directory(path, tensors, {"made_by": "someone"}, quantization_config=BLOCK_CONFIG | config)
+
+
+def test_what_was_in_16_bits_stays_so(tmp_path):
+    source = block_checkpoint(tmp_path / "a")
+    assert kept(fp8x.plan(source, MX)) == {"layers.0.indexer.wk": "in 16 or 32 bits in the source"}
+    plan = fp8x.plan(source, MX, rules={r".*\.wk": MX})
+    assert kept(plan) == {}
+    # From 16 bits there is no such maker.
+    fp8x.convert(source, tmp_path / "b", "bf16")
+    assert kept(fp8x.plan(tmp_path / "b", MX)) == {}
+
+
+@pytest.mark.parametrize("code", [CHANNEL, MX, BLOCK, "bf16", None])
+def test_convert_does_what_the_plan_says(tmp_path, code):
+    source = block_checkpoint(tmp_path / "a")
+    plan = fp8x.plan(source, code)
+    sizes = {name: array.nbytes for name, array in stored(source).items()}
+    assert plan.bytes_before == sum(sizes.values())
+    done = fp8x.convert(plan, tmp_path / "b")
+    written = stored(tmp_path / "b")
+    assert done.plan is plan
+    assert plan.bytes_after == done.bytes_written == sum(array.nbytes for array in written.values())
+    names = {"F8_E4M3": "float8_e4m3fn", "BF16": "bfloat16"}
+    for row in plan.rows:
+        expected = "float8_e4m3fn" if isinstance(row.after, fp8x.Scheme) else names[row.after.upper()]
+        assert str(written[row.name].dtype) == expected
+    assert sum(row.count for row in plan.groups) == len(plan.rows) == 3
+
+
+def test_a_plan_prints_and_counts_alike_tensors_once(tmp_path):
+    tensors = {f"layers.{i}.{name}.weight": matrix(64, 32) for i in range(12) for name in ("up", "lm_head")}
+    plan = fp8x.plan(directory(tmp_path / "a", tensors), CHANNEL)
+    up, head = sorted(plan.groups, key=lambda row: row.name, reverse=True)
+    # 64 · 32 codes, and 64 float32 scales.
+    assert (up.name, up.count, up.shape, up.before, str(up.after)) == (
+        "layers.*.up.weight",
+        12,
+        (64, 32),
+        "bf16",
+        "e4m3 1×· f32",
+    )
+    assert (up.bytes_before, up.bytes_after) == (12 * 4096, 12 * (2048 + 256))
+    assert (head.after, head.reason) == ("bf16", "a head")
+    assert "12 × layers.*.lm_head.weight 64×32: bf16 → bf16, 49,152 → 49,152 bytes (a head)" in str(plan)
+    found = json.loads(json.dumps(plan.to_json()))
+    assert [group["after"] for group in found["groups"]] == ["bf16", "e4m3 1×· f32"]
+
+
+def test_a_plan_says_everything(tmp_path):
+    plan = fp8x.plan(block_checkpoint(tmp_path / "a"))
+    with pytest.raises(RecipeError, match="recipe: stands beside a plan, which says it already"):
+        fp8x.convert(plan, tmp_path / "b", CHANNEL)
+
+
+def test_fields_that_are_left_out_are_named(tmp_path):
+    source = block_checkpoint(tmp_path / "a", maker={"name": "x"}, notes=None, extra=1)
+    # Of the same format what fp8x does not know stays.
+    plan = fp8x.plan(source, format="fp8")
+    assert list(plan.left_fields) == ["__metadata__.made_by"]
+    fp8x.convert(plan, tmp_path / "same")
+    config = json.loads((tmp_path / "same" / "config.json").read_text())
+    assert config["quantization_config"].items() >= {"maker": {"name": "x"}, "extra": 1}.items()
+    plan = fp8x.plan(source, MX)
+    assert set(plan.left_fields) == {"__metadata__.made_by", *(f"quantization_config.{k}" for k in ("maker", "extra"))}
+    assert "does not know it, to write it as compressed-tensors" in plan.left_fields["quantization_config.extra"]
+    assert "is not quantized" in fp8x.plan(source, "bf16").left_fields["quantization_config.extra"]
+
+
+def test_fields_of_config_json_stay(tmp_path):
+    own = {"vision_config": {"depth": 2}, "something": [1, None], "rope_scaling": None}
+    source = directory(tmp_path / "a", {"up.weight": matrix(32, 32)}, **own)
+    fp8x.convert(source, tmp_path / "b", CHANNEL)
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in "ab")
+    assert after.pop("quantization_config") and after == before
+
+
+def test_files_that_come_along_and_files_that_do_not(tmp_path):
+    source = block_checkpoint(tmp_path / "a")
+    along = ("tokenizer.model", "README.md", "LICENSE", "video_preprocessor_config.json", "1_Pooling/config.json",
+             "chat_template.jinja", "modeling_own.py", "model.safetensors.txt")  # fmt: skip
+    left = {
+        "pytorch_model.bin": "weights that", "consolidated.safetensors": "weights that", "onnx/model.onnx": "weights",
+        "pytorch_model.bin.index.json": "the index", ".gitattributes": "hidden", "calibration.json": "found for",
+        "figure.png": "a Git LFS pointer",
+    }  # fmt: skip
+    for name in (*along, *left):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("{}" if name != "figure.png" else "version https://git-lfs.github.com/spec/v1\noid")
+    (source / "old").symlink_to(tmp_path)
+    plan = fp8x.plan(source)
+    assert {str(file) for file in plan.companions.files} == set(along)
+    assert plan.companions.left.keys() == {*left, "old"}
+    assert all(
+        plan.companions.left[name].startswith(left[name].split()[0]) or left[name] in plan.companions.left[name]
+        for name in left
+    )
+    fp8x.convert(plan, tmp_path / "b")
+    found = {str(path.relative_to(tmp_path / "b")) for path in (tmp_path / "b").rglob("*") if path.is_file()}
+    assert found == {*along, "config.json", "model.safetensors"}
+
+
+EXPERTS = "model.layers.0.feed_forward.experts"
+
+
+def transposed(path, **more: np.ndarray):
+    tensors = {f"{EXPERTS}.gate_up_proj": matrix(2, 48, 64), f"{EXPERTS}.down_proj": matrix(2, 32, 48), **more}
+    return directory(path, tensors), tensors
+
+
+@pytest.mark.parametrize("code", [CHANNEL, BLOCK, "e5m2_e5m2_bf16"])
+def test_experts_that_lie_transposed(tmp_path, code):
+    source, tensors = transposed(tmp_path / "a")
+    fp8x.convert(source, tmp_path / "b", code)
+    written = stored(tmp_path / "b")
+    gate_up, down = tensors.values()
+    for e in range(2):
+        expected = {"gate_proj": gate_up[e, :, :32].T, "up_proj": gate_up[e, :, 32:].T, "down_proj": down[e].T}
+        for name, array in expected.items():
+            q = fp8x.quantize(np.ascontiguousarray(array), RECIPES[code].weight)
+            found = written[f"{EXPERTS}.{e}.{name}.weight"]
+            assert found.tobytes() == np.asarray(q.data).tobytes()
+    assert not any(name.endswith("gate_up_proj") for name in written)
+
+
+def test_experts_of_which_none_is_quantized_stay_as_they_lie(tmp_path):
+    source, tensors = transposed(tmp_path / "a", **{"model.layers.0.up.weight": matrix(32, 32)})
+    plan = fp8x.plan(source, CHANNEL, rules={rf"{EXPERTS}\..*": None})
+    fp8x.convert(plan, tmp_path / "b")
+    with safe_open(tmp_path / "b" / "model.safetensors", framework="numpy") as file:
+        assert set(file.keys()) == {*tensors, "model.layers.0.up.weight_scale"}
+        for name in (f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"):
+            assert file.get_tensor(name).tobytes() == tensors[name].tobytes()
+    assert next(row.reason for row in plan.rows if row.name.endswith("down_proj")).startswith("rule ")
+    # One expert alone: then all are written one by one.
+    fp8x.convert(source, tmp_path / "c", CHANNEL, rules={rf"{EXPERTS}\.0\..*": None})
+    written = stored(tmp_path / "c")
+    assert written[f"{EXPERTS}.0.down_proj.weight"].tobytes() == tensors[f"{EXPERTS}.down_proj"][0].T.tobytes()
+    assert written[f"{EXPERTS}.1.down_proj.weight"].dtype == ml_dtypes.float8_e4m3fn
+
+
+def test_experts_of_uncertain_layout_are_named(tmp_path):
+    tensors = {f"{EXPERTS}.gate_up_proj": matrix(2, 48, 64), f"{EXPERTS}.gate_up_proj_bias": matrix(2, 64)}
+    source = directory(tmp_path / "a", tensors | {"up.weight": matrix(32, 32)}, model_type="gpt_oss")
+    plan = fp8x.plan(source, CHANNEL)
+    (row,) = [row for row in plan.rows if row.name == f"{EXPERTS}.gate_up_proj"]
+    assert (row.after, row.reason) == (
+        "bf16",
+        "experts in one tensor, with biases; gate and up may alternate row by row",
+    )
+
+
+def test_8_bits_that_nothing_explains(tmp_path):
+    codes, scale = blocks(matrix(64, 128))
+    tensors = {"up.weight": codes, "up.weight_scale_inv": scale, "experts.packed.weight": np.stack([codes, codes])}
+    source = directory(tmp_path / "a", tensors, quantization_config=BLOCK_CONFIG)
+    with pytest.raises(CheckpointError, match=r"experts.packed.weight in .*: is in 8 bits, and fp8x does not know its"):
+        fp8x.plan(source, MX)
+    fp8x.convert(source, tmp_path / "b", format="fp8")  # as it is
+    assert stored(tmp_path / "b")["experts.packed.weight"].tobytes() == codes.tobytes() * 2
+
+
+def test_a_recipe_that_quantizes_nothing(tmp_path):
+    source = directory(tmp_path / "a", {"score.weight": matrix(32, 32), "norm.weight": matrix(32)})
+    with pytest.warns(UserWarning, match=r"nothing in it becomes 8 bits \(a vector or a number; a head\);"):
+        assert fp8x.plan(source, CHANNEL).format is None
