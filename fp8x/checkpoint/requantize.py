@@ -226,19 +226,15 @@ def choose(
     variants = {module: _variants(named, found) for module, found in recipes.items()}
     _check(reader, in_8_bits, stored, variants)
     sums = _Measurement(reader, format, stored, allow_nonfinite).run(in_8_bits, variants, progress)
-    of_all = sum(sums.values())
-    return Requantization(
-        tuple(
-            _choice(module, variants[module], found, best=int(np.argmin((of_all if together else found)[1:])))
-            for module, found in sums.items()
-        )
-    )
+    deciding = dict.fromkeys(sums, sum(sums.values())) if together else sums
+    return Requantization(tuple(_choice(each, variants[each], sums[each], deciding[each]) for each in sums))
 
 
-def _choice(module: str, recipes: Sequence[Recipe], sums: np.ndarray, best: int) -> Choice:
+def _choice(module: str, recipes: Sequence[Recipe], sums: np.ndarray, deciding: np.ndarray) -> Choice:
+    """By the sums that decide: the module's own, or those of all modules."""
     signal, *noises = sums.tolist()
     candidates = [Candidate(recipe, signal, noise) for recipe, noise in zip(recipes, noises, strict=True)]
-    return Choice(module, candidates.pop(best), tuple(candidates))
+    return Choice(module, candidates.pop(int(np.argmin(deciding[1:]))), tuple(candidates))
 
 
 def _variants(recipes: Sequence[Recipe], stored: Collection[Recipe]) -> tuple[Recipe, ...]:

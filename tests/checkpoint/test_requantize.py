@@ -319,6 +319,8 @@ def test_names_of_recipes():
 
 
 CHOOSE = """
+import os
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # a matrix a thread, a thread a core
 from fp8x.checkpoint import Reader
 from fp8x.models.convert import choose_recipes
 size = len(choose_recipes(path, ("hopper", "e5m2_e5m2_bf16")).choices)
@@ -331,4 +333,4 @@ def test_memory_is_that_of_some_rows(tmp_path, tiny_checkpoint):
     for name, path in {"big": tmp_path / "model", "small": tiny_checkpoint}.items():
         fp8x.convert(path, tmp_path / name, "mxfp8_bf16")
     count, growth = measure(CHOOSE, tmp_path / "big", tmp_path / "small")
-    assert count == 12 and growth < 128 * 2**20
+    assert count == 12 and growth < 96 * 2**20  # the source has 108 MB, in float32 432
