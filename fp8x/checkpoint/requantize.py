@@ -254,7 +254,8 @@ def _rules(scheme: Scheme, stored: Collection[Scheme]) -> list[Scheme]:
         return [scheme]
     if len(stored) == 1 and (same := next(iter(stored))).stores_alike(scheme):
         return [same]
-    rules = (scheme.scale_rule,) if scheme.is_mx else ("amax", "pow2")
+    # Where both make the same scales the name that says more, so that modules differ less.
+    rules = (scheme.scale_rule,) if scheme.is_mx else ("pow2", "amax")
     return [dataclasses.replace(scheme, scale_rule=rule) for rule in rules]
 
 
