@@ -272,8 +272,8 @@ def _check(
                 recipe.weight.check_shape(matrix_shape(reader, f"{prefix}.weight"), f"{prefix}.weight")
             if lacking := [prefix for prefix in prefixes if Target(stored[prefix], recipe).needs_calibration]:
                 raise CalibrationError(
-                    f"requantize: {some(lacking)} in {reader.path} without the static activation scales that "
-                    f"{describe(recipe)} needs; name recipes with dynamic activation scales"
+                    f"requantize: {some(lacking)} in {reader.path} without the static activation scales of the recipe "
+                    f"{describe(recipe)}; name recipes with dynamic activation scales"
                 )
 
 
