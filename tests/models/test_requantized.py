@@ -148,7 +148,9 @@ def test_static_scales_are_those_of_the_source(tmp_path):
 
 
 def test_static_scales_that_nobody_knows(mx, tmp_path):
-    message = r"requantize: model.layers.0.self_attn.q_proj is in .*mx without the static activation scales of the recipe "
+    message = (
+        r"requantize: model.layers.0.self_attn.q_proj is in .*mx without the static activation scales of the recipe "
+    )
     with pytest.raises(CalibrationError, match=message + "e4m3_e4m3_bf16, pow2 weights; name recipes with dynamic"):
         fp8x.load(mx, requantize=("hopper", "e4m3_e4m3_bf16"))
     with pytest.raises(CalibrationError, match=message + "e4m3_e4m3_bf16"):
