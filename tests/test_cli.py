@@ -402,6 +402,22 @@ def test_from_8_bits(quantized, tiny_checkpoint, tmp_path):
     assert "--recipe: missing" in error("quantize", tiny_checkpoint, tmp_path / "out")
 
 
+def test_requantize(tiny_checkpoint, tmp_path):
+    invoke("quantize", tiny_checkpoint, tmp_path / "mx", "-r", "mxfp8_mxfp8_bf16")
+    found = read_json("quantize", tmp_path / "mx", tmp_path / "a", "--requantize", "hopper")
+    chosen = found["requantized"]["layers.1.mlp.w13"]
+    assert chosen["recipe"] in (f"{DYNAMIC}, pow2 weights", "fp8_e4m3fn_bf16_block_scale, pow2 weights")
+    assert 25 < chosen["others_snr_db"][DYNAMIC] < 40 and len(chosen["others_snr_db"]) == 3
+    assert found["recipe"] is None and set(found["schemes"]) <= {"bf16", "e4m3 1×· f32 pow2", "e4m3 128×128 f32 pow2"}
+    out = invoke("quantize", tmp_path / "mx", tmp_path / "b", "--requantize", DYNAMIC, "--format", "modelopt").stdout
+    assert f"{DYNAMIC}, pow2 weights" in out and "next best" in out and "recipe chosen by module" in out
+    assert fp8x.load(tmp_path / "a").layers[1].mlp.w13.recipe.weight.scale_rule == "pow2"
+    again = ("quantize", tmp_path / "mx", tmp_path / "c", "--requantize", "hopper")
+    assert "requantize: stands beside recipe" in error(*again, "-r", DYNAMIC)
+    assert "requantize chooses recipes" in error(*again, "--rule", ".*=none")
+    assert "nothing in" in error("quantize", tiny_checkpoint, tmp_path / "c", "--requantize", "hopper")
+
+
 def test_scales_from_a_file(tiny_checkpoint, quantized, tmp_path):
     scales = quantized / "calibration.json"
     invoke("quantize", tiny_checkpoint, tmp_path / "out", "-r", STATIC, "--calibration", scales)

@@ -6,8 +6,8 @@ channels with float32 scales. How much of the source survives depends on the rul
 - `"pow2"` shifts the exponents of codes and keeps their mantissas. What ends below 2^-6, the smallest normal e4m3, is
   rounded to a multiple of 2^-9; all else is exact.
 - `"amax"` (amax / 448) rounds every code anew, except where amax is 448 times a power of two and both rules agree. But
-  its scale is up to half as large, and so are the steps below the smallest normal. It wins where nearly all of a
-  block's energy that can be lost lies there: a few large values, exact multiples of each other, over a floor of small.
+  its scale is down to half as large, and so are the steps below the smallest normal. It wins where that counts for
+  more: in a block with little but some large values and a floor of tiny ones.
 
 So both are tried, and measured. No other power of two needs to be. A larger one is never better, whatever the source:
 of the numbers that it can hold, those within the smaller one's reach are among the smaller one's. A smaller one clips.
@@ -228,19 +228,15 @@ def choose(
     variants = {module: _variants(named, found) for module, found in recipes.items()}
     _check(reader, in_8_bits, stored, variants)
     sums = _Measurement(reader, format, stored, allow_nonfinite).run(in_8_bits, variants, progress)
-    of_all = sum(sums.values())
-    return Requantization(
-        tuple(
-            _choice(module, variants[module], found, best=int(np.argmin((of_all if together else found)[1:])))
-            for module, found in sums.items()
-        )
-    )
+    deciding = dict.fromkeys(sums, sum(sums.values())) if together else sums
+    return Requantization(tuple(_choice(each, variants[each], sums[each], deciding[each]) for each in sums))
 
 
-def _choice(module: str, recipes: Sequence[Recipe], sums: np.ndarray, best: int) -> Choice:
+def _choice(module: str, recipes: Sequence[Recipe], sums: np.ndarray, deciding: np.ndarray) -> Choice:
+    """By the sums that decide: the module's own, or those of all modules."""
     signal, *noises = sums.tolist()
     candidates = [Candidate(recipe, signal, noise) for recipe, noise in zip(recipes, noises, strict=True)]
-    return Choice(module, candidates.pop(best), tuple(candidates))
+    return Choice(module, candidates.pop(int(np.argmin(deciding[1:]))), tuple(candidates))
 
 
 def _variants(recipes: Sequence[Recipe], stored: Collection[Recipe]) -> tuple[Recipe, ...]:
@@ -260,7 +256,8 @@ def _rules(scheme: Scheme, stored: Collection[Scheme]) -> list[Scheme]:
         return [scheme]
     if len(stored) == 1 and (same := next(iter(stored))).stores_alike(scheme):
         return [same]
-    rules = (scheme.scale_rule,) if scheme.is_mx else ("amax", "pow2")
+    # Where both make the same scales the name that says more, so that modules differ less.
+    rules = (scheme.scale_rule,) if scheme.is_mx else ("pow2", "amax")
     return [dataclasses.replace(scheme, scale_rule=rule) for rule in rules]
 
 
@@ -277,8 +274,8 @@ def _check(
                 recipe.weight.check_shape(matrix_shape(reader, f"{prefix}.weight"), f"{prefix}.weight")
             if lacking := [prefix for prefix in prefixes if Target(stored[prefix], recipe).needs_calibration]:
                 raise CalibrationError(
-                    f"requantize: {some(lacking)} in {reader.path} without the static activation scales that "
-                    f"{describe(recipe)} needs; name recipes with dynamic activation scales"
+                    f"requantize: {some(lacking)} in {reader.path} without the static activation scales of the recipe "
+                    f"{describe(recipe)}; name recipes with dynamic activation scales"
                 )
 
 

@@ -138,7 +138,7 @@ class TestByHand:
             assert choice.chosen.recipe == first and len(choice.others) == 3
         zeros = write_mx(tmp_path / "zeros", (np.zeros((2, 32)), [[0], [1]]))
         (choice,) = fp8x.choose_recipes(zeros).choices
-        assert choice.chosen.recipe == BLOCK and choice.chosen.snr == math.inf
+        assert choice.chosen.recipe == BLOCK_POW2 and choice.chosen.snr == math.inf
 
     def test_modules_choose_for_themselves(self, tmp_path):
         rows_of = np.stack([group([256.0]), group([1.125, 20.0])])
@@ -182,7 +182,7 @@ def test_errors_are_those_of_the_files(tmp_path, monkeypatch, spread):
     columns = Recipe(Scheme("e4m3", block=(None, 32)), per_row(), "dynamic")
     (choice,) = fp8x.choose_recipes(path, ("hopper", tensor, columns, "mxfp8_bf16")).choices
     assert choice.chosen.recipe == fp8x.recipe("mxfp8_bf16") and choice.chosen.noise == 0
-    assert [each.recipe.weight.scale_rule for each in choice.others] == ["amax", "pow2"] * 4
+    assert [each.recipe.weight.scale_rule for each in choice.others] == ["pow2", "amax"] * 4
     for index, each in enumerate(choice.others):
         if each.recipe.weight.block == columns.weight.block:  # no format holds it
             found = fp8x.quantize(jnp.asarray(truth, jnp.float32), each.recipe.weight)
@@ -319,6 +319,8 @@ def test_names_of_recipes():
 
 
 CHOOSE = """
+import os
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # a matrix a thread, a thread a core
 from fp8x.checkpoint import Reader
 from fp8x.models.convert import choose_recipes
 size = len(choose_recipes(path, ("hopper", "e5m2_e5m2_bf16")).choices)
@@ -331,4 +333,4 @@ def test_memory_is_that_of_some_rows(tmp_path, tiny_checkpoint):
     for name, path in {"big": tmp_path / "model", "small": tiny_checkpoint}.items():
         fp8x.convert(path, tmp_path / name, "mxfp8_bf16")
     count, growth = measure(CHOOSE, tmp_path / "big", tmp_path / "small")
-    assert count == 12 and growth < 128 * 2**20
+    assert count == 12 and growth < 96 * 2**20  # the source has 108 MB, in float32 432
