@@ -6,8 +6,8 @@ channels with float32 scales. How much of the source survives depends on the rul
 - `"pow2"` shifts the exponents of codes and keeps their mantissas. What ends below 2^-6, the smallest normal e4m3, is
   rounded to a multiple of 2^-9; all else is exact.
 - `"amax"` (amax / 448) rounds every code anew, except where amax is 448 times a power of two and both rules agree. But
-  its scale is up to half as large, and so are the steps below the smallest normal. It wins where nearly all of a
-  block's energy that can be lost lies there: a few large values, exact multiples of each other, over a floor of small.
+  its scale is down to half as large, and so are the steps below the smallest normal. It wins where that counts for
+  more: in a block with little but some large values and a floor of tiny ones.
 
 So both are tried, and measured. No other power of two needs to be. A larger one is never better, whatever the source:
 of the numbers that it can hold, those within the smaller one's reach are among the smaller one's. A smaller one clips.
@@ -272,8 +272,8 @@ def _check(
                 recipe.weight.check_shape(matrix_shape(reader, f"{prefix}.weight"), f"{prefix}.weight")
             if lacking := [prefix for prefix in prefixes if Target(stored[prefix], recipe).needs_calibration]:
                 raise CalibrationError(
-                    f"requantize: {some(lacking)} in {reader.path} without the static activation scales that "
-                    f"{describe(recipe)} needs; name recipes with dynamic activation scales"
+                    f"requantize: {some(lacking)} in {reader.path} without the static activation scales of the recipe "
+                    f"{describe(recipe)}; name recipes with dynamic activation scales"
                 )
 
 

@@ -110,9 +110,7 @@ class MeshLoader(Loader):
         data = _stacked(names, lambda prefix: self._checked(f"{prefix}.weight", matrix(prefix)[0].data))
         scale = _stacked(names, lambda prefix: matrix(prefix)[0].scale.__getitem__)
         weight = place_stored(data, scale, layer, split, self.mesh)
-        if not layer.recipe.is_static:
-            return weight, None
-        return weight, _largest(matrix(prefix)[1] for _, prefix in flat(names))
+        return weight, _input_scale(layer, stored, (matrix(prefix)[1] for _, prefix in flat(names)))
 
     def _requantized(
         self, layer: QuantizedLayer, split: LayerSplit, names: Names, stored: Recipe
@@ -123,9 +121,7 @@ class MeshLoader(Loader):
         read = _stacked(names, lambda prefix: self._checked(f"{prefix}.weight", _Dequantized(matrix(prefix)[0])))
         placed = place(read, shape, np.dtype(np.float32), dims, self.mesh)
         weight = quantize_placed(placed, layer.weight_scheme, shape, dims, self.mesh)
-        if not layer.recipe.needs_calibration:
-            return weight, _uncalibrated(layer)
-        return weight, _largest(matrix(prefix)[1] for _, prefix in flat(names))
+        return weight, _input_scale(layer, stored, (matrix(prefix)[1] for _, prefix in flat(names)))
 
     def _checked(self, name: str, view: "np.ndarray | _Dequantized") -> Read:
         def read(index: tuple[slice, ...]) -> np.ndarray:
@@ -162,8 +158,11 @@ class _Dequantized:
         return np.asarray(dequantized(whole))[tuple(inner)]
 
 
-def _largest(scales: Iterable[np.ndarray]) -> np.ndarray:
-    """One scale that quantizes what all experts read, those on other devices too."""
+def _input_scale(layer: QuantizedLayer, stored: Recipe, scales: Iterable[np.ndarray]) -> np.ndarray | None:
+    """The static activation scale of a layer, from those that are stored for its matrices."""
+    if not layer.recipe.is_static or (layer.recipe != stored and not layer.recipe.needs_calibration):
+        return _uncalibrated(layer)
+    # One scale quantizes what all experts read, those on other devices too.
     return functools.reduce(np.maximum, scales)
 
 

@@ -58,6 +58,7 @@ def test_loading_equals_sharding_and_saving_equals_the_unsharded_model(name, cod
         ("mxfp8", "hopper", {"expert": 3, "tensor": 2}),
         ("fp8_block_ragged", "hopper", {"tensor": 2}),  # boundaries cut the blocks of 48×40 that the source has
         ("hf_block_static", "e4m3_e4m3_bf16", {"tensor": 2, "data": 2}),
+        ("mxfp8", "e5m2_e5m2_bf16", {"tensor": 2}),
         ("compressed_tensors_channel", ["mxfp8_bf16", "e4m3_e4m3_bf16_dynamic"], {"expert": 3}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
