@@ -31,6 +31,7 @@ from fp8x.checkpoint.plan import Plan, Spec, Target
 from fp8x.checkpoint.reader import CONFIG, DTYPE_NAMES, DTYPES, Reader
 from fp8x.checkpoint.resumable import ResumableWriter
 from fp8x.errors import CalibrationError, CheckpointError, some
+from fp8x.programs import kept_programs
 from fp8x.scheme import Scheme
 from fp8x.version import __version__
 
@@ -111,7 +112,8 @@ def run(
         total = sum(job.bytes for job in jobs)
         work = _Work(writer, progress, total - sum(job.bytes for job in todo), total)
         resumed = sum(nbytes(*spec) for name, spec in specs.items() if writer.has(name))
-        work.run(todo)
+        with kept_programs():
+            work.run(todo)
         writer.add_json(CONFIG, plan.config)
         for name, value in beside.items():
             writer.add_json(name, value)
