@@ -145,9 +145,15 @@ def convert_tensors(
         [(prefix, *map(repr, (t.stored, t.recipe)), _hex(t.input_scale)) for prefix, t in targets.items()],
         [(name, _hex(array)) for name, array in (added or {}).items()],
     ]
-    with ResumableWriter(path, specs, identity, max_shard_bytes=max_shard_bytes) as writer:
+    name, total = None if format is None else format.name, sum(job.bytes for job in jobs)
+    unfinished = ResumableWriter(path, specs, identity, max_shard_bytes=max_shard_bytes)
+    if unfinished.is_complete:
+        unfinished.tidy()
+        if progress is not None:
+            progress(total, total)
+        return Conversion(name, 0, unfinished.bytes, unfinished.bytes, time.monotonic() - start)
+    with unfinished as writer:
         todo = [job for job in jobs if not all(map(writer.has, job.specs))]
-        total = sum(job.bytes for job in jobs)
         work = _Work(writer, progress, total - sum(job.bytes for job in todo), total)
         resumed = sum(nbytes(*spec) for name, spec in specs.items() if writer.has(name))
         work.run(todo)
@@ -155,7 +161,6 @@ def convert_tensors(
         for name, value in (beside or {}).items():
             writer.add_json(name, value)
         writer.copy_companions(reader.path)
-    name = None if format is None else format.name
     read = sum(job.bytes for job in todo)
     return Conversion(name, read, writer.bytes, resumed, time.monotonic() - start)
 
