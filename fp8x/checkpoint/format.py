@@ -12,8 +12,9 @@ import jax
 import numpy as np
 
 from fp8x.array import ScaledArray
+from fp8x.checkpoint.finite import CHUNK_BYTES
 from fp8x.checkpoint.header import UNQUANTIZED
-from fp8x.checkpoint.reader import DTYPE_NAMES, DTYPES, Reader
+from fp8x.checkpoint.reader import DTYPE_NAMES, DTYPES, Reader, Slices
 from fp8x.errors import CheckpointError
 from fp8x.recipe import Recipe
 from fp8x.scheme import E8M0, FLOAT32, Scheme
@@ -38,6 +39,9 @@ class TensorSpec:
 
     def read(self, prefix: str, reader: Reader) -> np.ndarray:
         return reader.read(self.name(prefix, reader), shapes=self.shapes, dtypes=self.dtypes)
+
+    def slices(self, prefix: str, reader: Reader) -> Slices:
+        return reader.slices(self.name(prefix, reader), shapes=self.shapes, dtypes=self.dtypes)
 
     def write(self, prefix: str, array: jax.Array | np.ndarray) -> dict[str, np.ndarray]:
         """The array's bytes, unchanged, in this tensor's type and shape."""
@@ -148,22 +152,36 @@ class Format(abc.ABC):
             CheckpointError: a tensor is missing, of another shape or type, or a scale that is no scale.
             ShapeError: a matrix that the scheme does not fit.
         """
+        scale, input_scale = self.scales(prefix, recipe, shape, reader, allow_nonfinite=allow_nonfinite)
+        return ScaledArray(self.layout(recipe, shape).weight.read(prefix, reader), scale, recipe.weight), input_scale
+
+    def scales(
+        self,
+        prefix: str,
+        recipe: Recipe,
+        shape: tuple[int, int],
+        reader: Reader,
+        *,
+        allow_nonfinite: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """`decode` without the codes, for who reads these some rows at a time; arguments and errors as there."""
         layout, scheme = self.layout(recipe, shape), recipe.weight
         scheme.check_shape(shape, f"{prefix}.weight")
+        reader.check(layout.weight.name(prefix, reader), shapes=layout.weight.shapes, dtypes=layout.weight.dtypes)
         scale = as_scale(layout.weight_scale.read(prefix, reader), scheme.scale_dtype)
         name = layout.weight_scale.name(prefix, reader)
         _check_scale(scale, name, reader, allow_nonfinite)
-        weight = ScaledArray(layout.weight.read(prefix, reader), scale.reshape(scheme.scale_shape(shape)), scheme)
-        if count := _lost_blocks(weight):
+        scale = scale.reshape(scheme.scale_shape(shape))
+        if count := _lost_blocks(layout.weight.slices(prefix, reader), scale, scheme):
             raise CheckpointError(
                 f"{name} in {reader.stored(name).file}: {count} of {scale.size} scales are 0, but their blocks of "
                 f"{prefix}.weight are not: their values are lost"
             )
         if layout.input_scale is None:
-            return weight, None
+            return scale, None
         input_scale = as_scale(layout.input_scale.read(prefix, reader), FLOAT32)
         _check_scale(input_scale, layout.input_scale.name(prefix, reader), reader)
-        return weight, input_scale.reshape(recipe.activation.scale_shape((1, shape[1])))
+        return scale, input_scale.reshape(recipe.activation.scale_shape((1, shape[1])))
 
 
 def stored_recipes(
@@ -212,14 +230,17 @@ def _check_scale(scale: np.ndarray, name: str, reader: Reader, allow_nonfinite: 
         raise CheckpointError(f"{name} in {reader.stored(name).file}: {count} of {scale.size} scales are {what}")
 
 
-def _lost_blocks(weight: ScaledArray) -> int:
+def _lost_blocks(weight: Slices, scale: np.ndarray, scheme: Scheme) -> int:
     """How many blocks `[n, k]` of a matrix have scale 0 over values other than 0. Other blocks are not looked at."""
-    if weight.scheme.is_mx or (weight.scale != 0).all():
+    if scheme.is_mx or (scale != 0).all():
         return 0
-    rows, columns = weight.scheme.block_of(weight.shape)
-    codes = weight.data.view(np.uint8)
-    # -0 is a zero too.
-    return sum(
-        bool((codes[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns] & 0x7F).any())
-        for i, j in np.argwhere(weight.scale == 0)
-    )
+    (n, k), (rows, columns) = weight.shape, scheme.block_of(weight.shape)
+    lost, step = np.zeros(scale.shape, bool), max(CHUNK_BYTES // max(k, 1), 1)
+    for i in np.flatnonzero((scale == 0).any(axis=1)):
+        stop = min((i + 1) * rows, n)
+        for start in range(i * rows, stop, step):
+            # -0 is a zero too.
+            is_nonzero = (weight[start : min(start + step, stop), :].view(np.uint8) & 0x7F).any(axis=0)
+            for j in np.flatnonzero(scale[i] == 0):
+                lost[i, j] |= is_nonzero[j * columns : (j + 1) * columns].any()
+    return int(lost.sum())

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import Format, Reader
-from fp8x.checkpoint.header import UNQUANTIZED
+from fp8x.checkpoint.header import DTYPE_NAMES, UNQUANTIZED
 from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import Names, param_names
 from fp8x.models.loading import Loader, flat, get
@@ -102,18 +102,21 @@ class MeshLoader(Loader):
     def _stored(self, layer: QuantizedLayer, split: LayerSplit, names: Names) -> tuple[ScaledArray, np.ndarray | None]:
         """A weight in 8 bits, and its static activation scale."""
         shape = layer.weight.shape
-        matrix = functools.cache(lambda prefix: self._views(prefix, layer.recipe, shape[-2:]))
-        data = _stacked(names, lambda prefix: self._checked(f"{prefix}.weight", matrix(prefix)[0].data))
-        scale = _stacked(names, lambda prefix: matrix(prefix)[0].scale.__getitem__)
+        scales = functools.cache(lambda prefix: self._scales(prefix, layer.recipe, shape[-2:]))
+        dtype = DTYPE_NAMES[layer.recipe.weight.dtype]
+        data = _stacked(names, lambda prefix: self._checked(f"{prefix}.weight", shape[-2:], [dtype]))
+        scale = _stacked(names, lambda prefix: scales(prefix)[0].__getitem__)
         weight = place_stored(data, scale, layer, split, self.mesh)
         if not layer.recipe.is_static:
             return weight, None
         # One scale quantizes what all experts read, those on other devices too.
-        return weight, functools.reduce(np.maximum, [matrix(prefix)[1] for _, prefix in flat(names)])
+        return weight, functools.reduce(np.maximum, [scales(prefix)[1] for _, prefix in flat(names)])
 
-    def _checked(self, name: str, view: np.ndarray) -> Read:
+    def _checked(self, name: str, shape: tuple[int, ...], dtypes: Iterable[str]) -> Read:
+        slices = self.reader.slices(name, shapes=[shape], dtypes=dtypes)
+
         def read(index: tuple[slice, ...]) -> np.ndarray:
-            part = view[index]
+            part = slices[index]
             self._check_finite(name, part)
             return part
 
@@ -121,7 +124,7 @@ class MeshLoader(Loader):
 
     def _part_of(self, name: str, shape: tuple[int, ...], dtype: np.dtype | None = None) -> Read:
         """Reads of an unquantized tensor, in the model's type unless another is given."""
-        read = self._checked(name, self.reader.read(name, shapes=[shape], dtypes=UNQUANTIZED))
+        read = self._checked(name, shape, UNQUANTIZED)
         return lambda index: np.asarray(jnp.asarray(read(index)).astype(dtype or self.dtype))
 
 
