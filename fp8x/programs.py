@@ -25,8 +25,9 @@ def kept_programs() -> Iterator[None]:
     Programs lie in `~/.cache/fp8x` (`$XDG_CACHE_HOME`), in a directory for each kind of processor, or where the
     environment variable FP8X_PROGRAMS says; empty, it keeps none. Nothing is kept where that can't be written.
     """
-    directory = _directory()
-    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache or not directory:
+    is_wanted = jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache
+    directory = _directory() if is_wanted else None
+    if directory is None:
         yield
         return
     settings = _SETTINGS | {"jax_compilation_cache_dir": str(directory)}

@@ -4,13 +4,9 @@ Each matrix is read into a buffer, quantized there some rows at a time, in a cor
 once, by one thread a core: nobody waits for a reader or a writer.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import math
-import mmap
-import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
@@ -27,9 +23,11 @@ from fp8x.checkpoint.finite import count_nonfinite, is_finite, nonfinite_error
 from fp8x.checkpoint.fnuz import Translation
 from fp8x.checkpoint.format import Layout
 from fp8x.checkpoint.header import UNQUANTIZED, nbytes
+from fp8x.checkpoint.parts import StoredMatrix
 from fp8x.checkpoint.plan import Plan, Spec, Target
-from fp8x.checkpoint.reader import CONFIG, DTYPE_NAMES, DTYPES, Reader
+from fp8x.checkpoint.reader import CONFIG, DTYPE_NAMES, Reader
 from fp8x.checkpoint.resumable import ResumableWriter
+from fp8x.checkpoint.threads import Threads
 from fp8x.errors import CalibrationError, CheckpointError, some
 from fp8x.programs import kept_programs
 from fp8x.scheme import Scheme
@@ -37,8 +35,6 @@ from fp8x.version import __version__
 
 if TYPE_CHECKING:
     from fp8x.checkpoint.requantize import Requantization
-
-MAX_THREADS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,13 +103,19 @@ def run(
         [(prefix, *map(repr, (t.stored, t.recipe)), _hex(t.input_scale)) for prefix, t in plan.targets.items()],
         [(name, _hex(array)) for name, array in plan.added.items()],
     ]
-    with ResumableWriter(path, specs, identity, max_shard_bytes=max_shard_bytes) as writer:
+    total = sum(job.bytes for job in jobs)
+    unfinished = ResumableWriter(path, specs, identity, max_shard_bytes=max_shard_bytes)
+    if unfinished.is_complete:
+        unfinished.tidy()
+        if progress is not None:
+            progress(total, total)
+        return Conversion(plan, 0, unfinished.bytes, unfinished.bytes, time.monotonic() - start)
+    with unfinished as writer:
         todo = [job for job in jobs if not all(map(writer.has, job.specs))]
-        total = sum(job.bytes for job in jobs)
         work = _Work(writer, progress, total - sum(job.bytes for job in todo), total)
         resumed = sum(nbytes(*spec) for name, spec in specs.items() if writer.has(name))
         with kept_programs():
-            work.run(todo)
+            work.run(functools.partial(job.run, work) for job in todo)
         writer.add_json(CONFIG, plan.config)
         for name, value in beside.items():
             writer.add_json(name, value)
@@ -191,7 +193,7 @@ class _Copy:
 
     def run(self, work: "_Work") -> None:
         dtype = self.reader.stored(self.name).dtype
-        step = self._step()
+        step = self.reader.stored(self.name).step(rows.CHUNK_BYTES)
         for start in range(0, self.bytes, step):
             buffer = work.buffer(min(step, self.bytes - start))
             self.reader.read_into(self.name, start, buffer)
@@ -199,14 +201,6 @@ class _Copy:
                 _refuse(self.reader, self.name, work)
             work.writer.write(self.name, start, buffer)
             work.advance(buffer.size)
-
-    def _step(self) -> int:
-        """Bytes at a time: whole rows of what lies transposed."""
-        tensor = self.reader.stored(self.name)
-        if tensor.columns is None:
-            return rows.CHUNK_BYTES
-        row = max(tensor.shape[1] * DTYPES[tensor.dtype].itemsize, 1)
-        return max(rows.CHUNK_BYTES // row, 1) * row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,29 +284,17 @@ class _Matrix:
         if recipe is None:
             self.reader.check(self.name, shapes=[tensor.shape], dtypes=UNQUANTIZED)
             return _Stored()
-        matrix = self.plan.source_format.open(
+        found = self.plan.source_format.scales(
             self.prefix, recipe, tensor.shape, self.reader, allow_nonfinite=self.plan.allow_nonfinite
         )
-        return _Stored(np.array(matrix.scale), matrix.scheme, matrix.input_scale, matrix.translation)
+        return _Stored(found.scale, recipe.weight, found.input_scale, found.translation)
 
     def _parts(
         self, work: "_Work", stored: "_Stored", scheme: Scheme | None = None
     ) -> Iterator[tuple[slice, np.ndarray | ScaledArray]]:
-        """Some rows at a time, in whole blocks: zeros beyond the end, which change no amax. Valid until the next."""
-        tensor = self.reader.stored(self.name)
-        (n, k), dtype = tensor.shape, DTYPES[tensor.dtype]
-        for part in rows.chunks(n, k, stored.scheme, scheme):
-            buffer = work.buffer((part.stop - part.start) * k * dtype.itemsize)
-            filled = (min(part.stop, n) - part.start) * k * dtype.itemsize
-            self.reader.read_into(self.name, part.start * k * dtype.itemsize, buffer[:filled])
-            buffer[filled:] = 0
-            data = buffer.view(dtype).reshape(part.stop - part.start, k)
-            if stored.translation is not None:
-                data = stored.translation.rows(part, data)
-            if stored.scheme is None:
-                yield part, data
-            else:
-                yield part, ScaledArray(data, rows.scale_rows(stored.scale, stored.scheme, part), stored.scheme)
+        """Some rows at a time, in whole blocks."""
+        matrix = StoredMatrix(self.reader, self.name, stored.scale, stored.scheme, stored.translation)
+        return matrix.parts(work, scheme)
 
     def _amax(self, work: "_Work", stored: "_Stored", scheme: Scheme) -> np.ndarray:
         """Of blocks that hold every row."""
@@ -370,8 +352,9 @@ class _Matrix:
 def _refuse(reader: Reader, name: str, work: "_Work") -> None:
     """Raises for a tensor that holds NaN or Inf, with their number in all of it."""
     tensor, count = reader.stored(name), 0
-    for start in range(0, tensor.nbytes, rows.CHUNK_BYTES):
-        buffer = work.buffer(min(rows.CHUNK_BYTES, tensor.nbytes - start))
+    step = tensor.step(rows.CHUNK_BYTES)
+    for start in range(0, tensor.nbytes, step):
+        buffer = work.buffer(min(step, tensor.nbytes - start))
         reader.read_into(name, start, buffer)
         count += count_nonfinite(buffer, tensor.dtype)
     raise nonfinite_error(name, tensor.file, count, math.prod(tensor.shape))
@@ -387,57 +370,12 @@ class _Stored:
     translation: Translation | None = None
 
 
-class _Work:
-    """Runs jobs on all cores, and counts their bytes."""
+class _Work(Threads):
+    """Threads, and where they write."""
 
     def __init__(self, writer: ResumableWriter, progress: Callable[[int, int], None] | None, done: int, total: int):
-        self.writer, self._progress, self._done, self._total = writer, progress, done, total
-        self._lock, self._is_stopped = threading.Lock(), False
-        self._local = threading.local()
-
-    def run(self, jobs: Iterable["_Addition | _Copy | _Matrix"]) -> None:
-        """Until all are done or one fails; then the others stop at their next rows."""
-        threads = min(len(os.sched_getaffinity(0)), MAX_THREADS)
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            try:
-                futures = [pool.submit(self._run, job) for job in jobs]
-                for future in concurrent.futures.as_completed(futures):
-                    future.result()
-            except BaseException:
-                self._is_stopped = True
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-
-    def _run(self, job: "_Addition | _Copy | _Matrix") -> None:
-        # Also where there is a GPU: the files are here, and it is the disk that everything waits for.
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            job.run(self)
-
-    def buffer(self, size: int) -> np.ndarray:
-        """This thread's buffer of bytes. Aligned to pages: what is aligned JAX computes from without a copy."""
-        found = getattr(self._local, "buffer", None)
-        if found is None or found.size < size:
-            found = self._local.buffer = np.frombuffer(mmap.mmap(-1, max(size, mmap.PAGESIZE)), np.uint8)
-        return found[:size]
-
-    def scratch(self, shape: tuple[int, ...], dtype: str = "uint8") -> jax.Array:
-        """An array whose memory may be overwritten: this thread's last result, if it fits."""
-        kept = self._local.__dict__.pop("scratch", None)
-        if kept is not None and (kept.shape, kept.dtype) == (shape, np.dtype(dtype)):
-            return kept
-        return jax.device_put(np.empty(shape, dtype))
-
-    def keep_scratch(self, array: jax.Array) -> None:
-        self._local.scratch = array
-
-    def advance(self, count: int) -> None:
-        """`count` more bytes of the source are done."""
-        if self._is_stopped:
-            raise concurrent.futures.CancelledError
-        if self._progress is not None:
-            with self._lock:
-                self._done += count
-                self._progress(self._done, self._total)
+        super().__init__(progress, done, total)
+        self.writer = writer
 
 
 def _hex(array: np.ndarray | None) -> str | None:

@@ -1,11 +1,8 @@
 """What everything that writes a directory has to see to: that nothing is there, that errors say where, companions."""
 
 import contextlib
-import fcntl
 import json
 import os
-import re
-import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fp8x.checkpoint.companions import check_companions
+from fp8x.checkpoint.leftovers import leftovers
 from fp8x.errors import CheckpointError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -58,45 +56,6 @@ def _is_within(path: Path, directory: Path) -> bool:
             if os.path.samestat(parent.stat(), there):
                 return True
     return False
-
-
-def partial(path: Path) -> Path:
-    """Where `ResumableWriter` writes what will be `path`."""
-    return path.with_name(f".{path.name}.partial")
-
-
-def temporary(path: Path) -> Path:
-    """A new place for `Writer` to write what will be `path`."""
-    return path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
-
-
-def leftovers(path: Path) -> list[Path]:
-    """What either writer has left beside `path`, or is writing there now."""
-    pattern = re.compile(re.escape(f".{path.name}.tmp-") + "[0-9a-f]{8}")
-    try:
-        beside = list(path.parent.iterdir())
-    except OSError:
-        return []
-    return sorted(other for other in beside if other == partial(path) or pattern.fullmatch(other.name))
-
-
-def lock(directory: Path) -> int:
-    """Locks a directory until the descriptor is closed.
-
-    Raises:
-        BlockingIOError: another process holds it.
-        FileNotFoundError: another process has removed it.
-        OSError: it can't be locked.
-    """
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(descriptor), directory.stat()):
-            raise FileNotFoundError(f"{directory}: another has taken its place")
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:

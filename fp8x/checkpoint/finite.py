@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fp8x.checkpoint.header import DTYPES
 from fp8x.errors import CheckpointError
 
 CHUNK_BYTES = 1 << 20  # stays in cache between the two maxima
@@ -46,6 +47,20 @@ def is_finite(data: np.ndarray, dtype: str) -> bool:
         if part.max() >= first | sign or (first < sign and part.view(f"i{size}").max() >= first):
             return False
     return True
+
+
+def extent(data: np.ndarray, dtype: str) -> tuple[float, int]:
+    """The largest finite magnitude, and how many NaN and Inf there are, of a type that `is_finite` knows."""
+    size, first = _FIRST_NONFINITE[dtype]
+    bits = data.reshape(-1).view(f"u{size}")
+    # Of negative and of positive numbers, as in `is_finite`.
+    largest = max(int(bits.max(initial=0)) - (1 << (8 * size - 1)), int(bits.view(f"i{size}").max(initial=0)), 0)
+    count = 0
+    if largest >= first:
+        magnitudes = bits & bits.dtype.type(2 ** (8 * size - 1) - 1)
+        is_finite = magnitudes < first
+        count, largest = int((~is_finite).sum()), int(magnitudes.max(initial=0, where=is_finite))
+    return float(np.array(largest, bits.dtype).view(DTYPES[dtype])), count
 
 
 def count_nonfinite(data: np.ndarray, dtype: str) -> int:

@@ -16,12 +16,13 @@ Types: https://onnx.ai/onnx/technical/float8.html.
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Bool
 
 from fp8x.checkpoint.header import DTYPES
+from fp8x.checkpoint.reader import Slices
 from fp8x.scheme import MIN_SCALE, Scheme
 
 E4M3FN, E4M3FNUZ = DTYPES["F8_E4M3"], DTYPES["F8_E4M3FNUZ"]
@@ -65,9 +66,7 @@ class Translation:
         return blocks.repeat(rows, 0)[:n].repeat(columns, 1)[:, :k]
 
 
-def translation(
-    codes: np.ndarray, scale: np.ndarray, scheme: Scheme, name: str, release: Callable[[int, int], None]
-) -> tuple[Translation, np.ndarray]:
+def translation(codes: Slices, scale: np.ndarray, scheme: Scheme, name: str) -> tuple[Translation, np.ndarray]:
     """How a matrix `[N, K]` in e4m3fnuz becomes e4m3fn, and the scales that it has there.
 
     Reads all of `codes`, at most twice, some rows at a time. Warns of elements that have to be rounded.
@@ -75,22 +74,19 @@ def translation(
     Arguments:
         scale: of the scheme, `[R, C]`, float32 or float8_e8m0fnu.
         name: the matrix's, for the warning.
-        release: is called with the bytes of `codes` that were read, from where to where.
     """
     (n, k), rounded = codes.shape, 0
     result = Translation(~_can_be_halved(scale), scheme.block_of((n, k)))
-    parts = list(_row_blocks(result.block[0], n, k)) if codes.size else []
+    parts = list(_row_blocks(result.block[0], n, k)) if n * k else []
     for first, rows in parts:
-        found = _any_in_blocks((codes[rows].view(np.uint8) & 0x7F) == 0x7F, result.block)
+        found = _any_in_blocks((codes[rows, :].view(np.uint8) & 0x7F) == 0x7F, result.block)
         result.by_value[first : first + len(found)] |= found
-        release(rows.start * k, rows.stop * k)
     for first, rows in parts if result.by_value.any() else ():
-        part = codes[rows].view(np.uint8)
+        part = codes[rows, :].view(np.uint8)
         rounded += int((np.take(_IS_ROUNDED, part) & result._wide(first, part.shape)).sum())
-        release(rows.start * k, rows.stop * k)
     if rounded:
         warnings.warn(
-            f"{name}: {rounded} of {codes.size} values in e4m3fnuz lie between two of e4m3fn, in blocks whose largest "
+            f"{name}: {rounded} of {n * k} values in e4m3fnuz lie between two of e4m3fn, in blocks whose largest "
             "value lets no scale be halved; they are rounded to nearest even",
             stacklevel=4,
         )

@@ -5,15 +5,15 @@ Everything is by Hugging Face prefix: `model.layers.0.self_attn.q_proj` has the 
 
 import abc
 import dataclasses
-import functools
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fp8x.checkpoint.finite import CHUNK_BYTES
 from fp8x.checkpoint.fnuz import Translation, translation
 from fp8x.checkpoint.header import UNQUANTIZED
-from fp8x.checkpoint.reader import DTYPE_NAMES, DTYPES, Reader
+from fp8x.checkpoint.reader import DTYPE_NAMES, DTYPES, Reader, Slices
 from fp8x.errors import CheckpointError
 from fp8x.recipe import Recipe
 from fp8x.scheme import E8M0, FLOAT32, Scheme
@@ -44,6 +44,9 @@ class TensorSpec:
     def read(self, prefix: str, reader: Reader) -> np.ndarray:
         return reader.read(self.name(prefix, reader), shapes=self.shapes, dtypes=self.dtypes)
 
+    def slices(self, prefix: str, reader: Reader) -> Slices:
+        return reader.slices(self.name(prefix, reader), shapes=self.shapes, dtypes=self.dtypes)
+
     def write(self, prefix: str, array: "jax.Array | np.ndarray") -> dict[str, np.ndarray]:
         """The array's bytes, unchanged, in this tensor's type and shape."""
         dtype = DTYPES[self.dtypes[0]]
@@ -60,31 +63,18 @@ class Layout:
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredMatrix:
-    """One matrix `[N, K]` as a checkpoint holds it.
+class MatrixScales:
+    """What belongs to the codes of a matrix `[N, K]`.
 
     Attributes:
-        codes: its elements, a view of the file.
-        scheme: its scheme.
-        scale: what its elements are multiplied by, once they are in the scheme's type.
+        scale: what they are multiplied by, once they are in the scheme's type.
         input_scale: the static activation scale, float32 `[1, groups]`, or None.
-        translation: how the elements come to the scheme's type, where they are in another.
+        translation: how they come to the scheme's type, where they are in another.
     """
 
-    codes: np.ndarray
-    scheme: Scheme
     scale: np.ndarray
     input_scale: np.ndarray | None
     translation: Translation | None
-
-    @property
-    def weight(self) -> "ScaledArray":
-        """The whole matrix: as stored, or translated."""
-        from fp8x.array import ScaledArray  # imported late: it is made of JAX, which a plan does not need
-
-        rows = slice(0, len(self.codes))
-        data = self.codes if self.translation is None else self.translation.rows(rows, self.codes)
-        return ScaledArray(data, self.scale, self.scheme)
 
 
 class Format(abc.ABC):
@@ -188,10 +178,15 @@ class Format(abc.ABC):
             CheckpointError: a tensor is missing, of another shape or type, or a scale that is no scale.
             ShapeError: a matrix that the scheme does not fit.
         """
-        matrix = self.open(prefix, recipe, shape, reader, allow_nonfinite=allow_nonfinite)
-        return matrix.weight, matrix.input_scale
+        from fp8x.array import ScaledArray  # imported late: it is made of JAX, which a plan does not need
 
-    def open(
+        found = self.scales(prefix, recipe, shape, reader, allow_nonfinite=allow_nonfinite)
+        codes = self.layout(recipe, shape).weight.read(prefix, reader)
+        if found.translation is not None:
+            codes = found.translation.rows(slice(0, shape[0]), codes)
+        return ScaledArray(codes, found.scale, recipe.weight), found.input_scale
+
+    def scales(
         self,
         prefix: str,
         recipe: Recipe,
@@ -199,15 +194,16 @@ class Format(abc.ABC):
         reader: Reader,
         *,
         allow_nonfinite: bool = False,
-    ) -> StoredMatrix:
-        """What `decode` gives, before elements of another type are translated; arguments and errors as there."""
+    ) -> MatrixScales:
+        """`decode` without the codes, for who reads these some rows at a time; arguments and errors as there."""
         layout, scheme = self.layout(recipe, shape), recipe.weight
         scheme.check_shape(shape, f"{prefix}.weight")
+        reader.check(layout.weight.name(prefix, reader), shapes=layout.weight.shapes, dtypes=layout.weight.dtypes)
         name = layout.weight_scale.name(prefix, reader)
         scale = as_scale(layout.weight_scale.read(prefix, reader), scheme.scale_dtype)
         scale = self.unpacked_scale(scale, scheme.scale_shape(shape))
         _check_scale(scale, name, reader, allow_nonfinite)
-        codes = layout.weight.read(prefix, reader)
+        codes = layout.weight.slices(prefix, reader)
         if count := _lost_blocks(codes, scale, scheme):
             raise CheckpointError(
                 f"{name} in {reader.stored(name).file}: {count} of {scale.size} scales are 0, but their blocks of "
@@ -215,15 +211,13 @@ class Format(abc.ABC):
             )
         translated = None
         if codes.dtype != scheme.dtype:
-            name = f"{prefix}.weight"
-            release = functools.partial(reader.release, name)
-            translated, scale = translation(codes, scale, scheme, f"{name} in {reader.path}", release)
+            translated, scale = translation(codes, scale, scheme, f"{prefix}.weight in {reader.path}")
         input_scale = None
         if layout.input_scale is not None:
             input_scale = as_scale(layout.input_scale.read(prefix, reader), FLOAT32)
             _check_scale(input_scale, layout.input_scale.name(prefix, reader), reader)
             input_scale = input_scale.reshape(recipe.activation.scale_shape((1, shape[1])))
-        return StoredMatrix(codes, scheme, scale, input_scale, translated)
+        return MatrixScales(scale, input_scale, translated)
 
     def unpacked_scale(self, scale: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         """Scales of `shape`, from the order in which the format stores them."""
@@ -277,14 +271,17 @@ def _check_scale(scale: np.ndarray, name: str, reader: Reader, allow_nonfinite: 
         raise CheckpointError(f"{name} in {reader.stored(name).file}: {count} of {scale.size} scales are {what}")
 
 
-def _lost_blocks(codes: np.ndarray, scale: np.ndarray, scheme: Scheme) -> int:
+def _lost_blocks(weight: Slices, scale: np.ndarray, scheme: Scheme) -> int:
     """How many blocks `[n, k]` of a matrix have scale 0 over values other than 0. Other blocks are not looked at."""
     if scheme.is_mx or (scale != 0).all():
         return 0
-    rows, columns = scheme.block_of(codes.shape)
-    codes = codes.view(np.uint8)
-    # -0 is a zero too.
-    return sum(
-        bool((codes[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns] & 0x7F).any())
-        for i, j in np.argwhere(scale == 0)
-    )
+    (n, k), (rows, columns) = weight.shape, scheme.block_of(weight.shape)
+    lost, step = np.zeros(scale.shape, bool), max(CHUNK_BYTES // max(k, 1), 1)
+    for i in np.flatnonzero((scale == 0).any(axis=1)):
+        stop = min((i + 1) * rows, n)
+        for start in range(i * rows, stop, step):
+            # -0 is a zero too.
+            is_nonzero = (weight[start : min(start + step, stop), :].view(np.uint8) & 0x7F).any(axis=0)
+            for j in np.flatnonzero(scale[i] == 0):
+                lost[i, j] |= is_nonzero[j * columns : (j + 1) * columns].any()
+    return int(lost.sum())

@@ -73,6 +73,11 @@ class Stored:
         """Of the tensor."""
         return nbytes(self.dtype, self.shape)
 
+    def step(self, size: int) -> int:
+        """How many bytes to read at a time, about `size`: whole rows of what lies transposed."""
+        row = 1 if self.columns is None else max(nbytes(self.dtype, self.shape[1:]), 1)
+        return max(size // row, 1) * row
+
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor; `dtype` by safetensors' name."""

@@ -1,12 +1,13 @@
-"""`Reader`: the tensors of a Hugging Face directory, memory-mapped and checked before anyone computes with them."""
+"""`Reader`: the tensors of a Hugging Face directory, checked before anyone computes with them."""
 
 import contextlib
-import io
-import mmap
+import itertools
+import math
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LEGACY = "hf_quant_config.json"
 DESCRIPTION = "fp8x.json"  # in the place of config.json, where the model is no Hugging Face one
+
+PIECE = 1 << 23  # bytes of one call to the system, between which Ctrl-C is heard
 
 
 class Reader:
@@ -51,8 +54,7 @@ class Reader:
     def __init__(self, path: str | Path, *, config: str = CONFIG):
         self.path = Path(path).expanduser().absolute()
         self._tensors: dict[str, Stored] = {}
-        self._maps: dict[Path, mmap.mmap] = {}
-        self._files: dict[Path, io.FileIO] = {}
+        self._files: dict[Path, _File] = {}
         self._lock = threading.Lock()
         self._identities: dict[Path, tuple[int, ...]] = {}
         with _explained(self.path):
@@ -126,7 +128,7 @@ class Reader:
         return tensor
 
     def read(self, name: str, *, shapes: Iterable[tuple[int, ...]], dtypes: Iterable[str]) -> np.ndarray:
-        """A tensor, as a read-only view of its file; in rare files one that is not aligned to its type.
+        """A tensor, in memory of its own. (A mapped file that is truncated meanwhile would end the process: SIGBUS.)
 
         Arguments:
             shapes: what fits.
@@ -134,35 +136,13 @@ class Reader:
 
         Raises:
             CheckpointError: no such tensor, or one of another shape or type; a file that has changed since its header
-                was read. (One that is truncated while a view of it is in use ends the process: SIGBUS.)
+                was read.
         """
-        tensor = self.check(name, shapes=shapes, dtypes=dtypes)
-        if tensor.start == tensor.stop:
-            return np.empty(tensor.shape, DTYPES[tensor.dtype])
-        if tensor.columns is not None:
-            buffer = np.empty(tensor.nbytes, np.uint8)
-            with _explained(tensor.file), tensor.file.open("rb", buffering=0) as file:
-                self._check_unchanged(tensor.file, os.fstat(file.fileno()))
-                _read_columns(file.fileno(), tensor, name, 0, buffer)
-            return buffer.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
-        data = np.frombuffer(self._map(tensor.file), np.uint8)[tensor.start : tensor.stop]
-        return data.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+        return self.slices(name, shapes=shapes, dtypes=dtypes)[...]
 
-    def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
-        """Takes a tensor's bytes, or `start` to `stop` of them, out of this process's resident memory.
-
-        To be called once they are used: pages of a mapped file count until then. Views stay valid; they read the file
-        again, mostly from the system's page cache.
-        """
-        tensor = self.stored(name)
-        if tensor.file not in self._maps or tensor.columns is not None:
-            return
-        first = tensor.start + start
-        last = tensor.stop if stop is None else tensor.start + stop
-        # Outwards to whole pages: nothing is lost, since the mapping is read-only.
-        first -= first % mmap.PAGESIZE
-        if first < last:
-            self._maps[tensor.file].madvise(mmap.MADV_DONTNEED, first, last - first)
+    def slices(self, name: str, *, shapes: Iterable[tuple[int, ...]], dtypes: Iterable[str]) -> "Slices":
+        """A tensor of which only what is asked for is read, `slices[:128, 64:]`; arguments and errors are `read`'s."""
+        return Slices(self, name, self.check(name, shapes=shapes, dtypes=dtypes))
 
     @property
     def identity(self) -> list[tuple[str, ...]]:
@@ -171,10 +151,10 @@ class Reader:
         return sorted((os.path.realpath(file), *map(str, self._identities[file])) for file in files)
 
     def read_into(self, name: str, start: int, buffer: np.ndarray) -> None:
-        """Fills a writable uint8 buffer with a tensor's bytes from `start` on; from several threads at once if need be.
+        """Fills a writable array, contiguous and of any type, with a tensor's bytes from `start` on.
 
-        For what is read once: it costs less than the pages of a mapped file. `close` closes the files. Of a matrix that
-        lies transposed, these have to be whole rows.
+        From several threads at once if need be. The file stays open until `close`, or until nobody has the reader. Of a
+        matrix that lies transposed, these have to be whole rows.
 
         Raises:
             CheckpointError: no such tensor, or a file that has changed since its header was read.
@@ -183,57 +163,103 @@ class Reader:
         with _explained(tensor.file):
             with self._lock:
                 if tensor.file not in self._files:
-                    file = tensor.file.open("rb", buffering=0)
-                    try:
-                        self._check_unchanged(tensor.file, os.fstat(file.fileno()))
-                    except CheckpointError:
-                        file.close()
-                        raise
-                    self._files[tensor.file] = file
-            descriptor = self._files[tensor.file].fileno()
+                    self._files[tensor.file] = _File(tensor.file)
+                file = self._files[tensor.file]
             if tensor.columns is None:
-                _read_bytes(descriptor, tensor, name, tensor.start + start, buffer)
+                _read_bytes(file, tensor, name, tensor.start + start, buffer)
             else:
-                _read_columns(descriptor, tensor, name, start, buffer)
+                _read_columns(file, tensor, name, start, buffer)
+            # Afterwards: what was written before or meanwhile shows, a file in its place is none of ours.
+            self._check_unchanged(tensor.file, os.fstat(file.descriptor))
 
     def close(self) -> None:
-        """Closes the files that `read_into` opened; what is read after that opens them again."""
+        """Closes the files; what is read after that opens them again."""
         with self._lock:
-            for file in self._files.values():
-                file.close()
             self._files.clear()
+
+    def check_there(self, name: str) -> None:
+        """Raises CheckpointError unless the file of a tensor is still the one whose header was read."""
+        file = self.stored(name).file
+        with _explained(file):
+            self._check_unchanged(file, file.stat())
 
     def _check_unchanged(self, file: Path, status: os.stat_result) -> None:
         if _identity(status) != self._identities[file]:
             raise CheckpointError(f"{file}: has changed since the checkpoint was opened; open it again")
 
-    def _map(self, file: Path) -> mmap.mmap:
-        with _explained(file):
-            self._check_unchanged(file, file.stat())
-            if file not in self._maps:
-                with file.open("rb") as f:
-                    self._maps[file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._maps[file]
+
+class _File:
+    """An open file, closed with the last reference: no thread reads from a descriptor that is another's by now."""
+
+    def __init__(self, path: Path):
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self):
+        os.close(self.descriptor)
 
 
-def _read_bytes(descriptor: int, tensor: Stored, name: str, offset: int, buffer: np.ndarray) -> None:
-    view = memoryview(buffer)
+class Slices:
+    """A stored tensor of which only what is asked for is read, each time anew.
+
+    Attributes:
+        name: in the checkpoint.
+        shape: of the whole.
+        dtype: numpy's.
+    """
+
+    def __init__(self, reader: Reader, name: str, tensor: Stored):
+        self._reader, self.name = reader, name
+        self.shape, self.dtype = tensor.shape, DTYPES[tensor.dtype]
+
+    def __getitem__(self, index: EllipsisType | tuple[slice, ...]) -> np.ndarray:
+        """A range of each dim, or `...` for everything: an array in memory of its own.
+
+        Rows are read whole and cut, some at a time: on a disk that costs no more than to read parts of them.
+        """
+        self._reader.check_there(self.name)
+        if index is ... or not self.shape:
+            return self._filled(aligned(self.shape, self.dtype), 0)
+        rows, *rest = (range(n)[part] for n, part in itertools.zip_longest(self.shape, index, fillvalue=slice(None)))
+        width, shape = math.prod(self.shape[1:]) * self.dtype.itemsize, (len(rows), *map(len, rest))
+        if shape[1:] == self.shape[1:]:
+            return self._filled(aligned(shape, self.dtype), rows.start * width)
+        out, step = aligned(shape, self.dtype), max(PIECE // max(width, 1), 1)
+        part = aligned((min(step, len(rows)), *self.shape[1:]), self.dtype)
+        for start in range(0, len(rows), step):
+            piece = self._filled(part[: len(rows) - start], (rows.start + start) * width)
+            out[start : start + step] = piece[(slice(None), *(slice(each.start, each.stop) for each in rest))]
+        return out
+
+    def _filled(self, array: np.ndarray, start: int) -> np.ndarray:
+        self._reader.read_into(self.name, start, array)
+        return array
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Room for an array that `jax.device_put` takes over on CPU as it is: it copies what is not aligned to 64 bytes."""
+    size, align = math.prod(shape) * np.dtype(dtype).itemsize, 64
+    room = np.empty(size + align, np.uint8)
+    start = -room.ctypes.data % align
+    return room[start : start + size].view(dtype).reshape(shape)
+
+
+def _read_bytes(file: _File, tensor: Stored, name: str, offset: int, buffer: np.ndarray) -> None:
+    view = memoryview(buffer.reshape(-1).view(np.uint8))
     while view:
-        if not (count := os.preadv(descriptor, [view], offset)):
+        if not (count := os.preadv(file.descriptor, [view[:PIECE]], offset)):
             raise CheckpointError(f"{tensor.file}: ends before {name} does; it has changed since it was opened")
         view, offset = view[count:], offset + count
 
 
-def _read_columns(descriptor: int, tensor: Stored, name: str, start: int, buffer: np.ndarray) -> None:
+def _read_columns(file: _File, tensor: Stored, name: str, start: int, buffer: np.ndarray) -> None:
     """Whole rows of a matrix `[N, K]` that lies transposed: a piece of each of K rows of the file."""
     size, k = DTYPES[tensor.dtype].itemsize, tensor.shape[1]
-    count = buffer.size // (k * size)
+    rows = buffer.reshape(-1).view(f"u{size}").reshape(-1, k)
     first = tensor.first_column + start // (k * size)
-    band = np.empty((k, count), f"u{size}")
+    band = np.empty((k, len(rows)), rows.dtype)
     for row in range(k):
-        offset = tensor.start + (row * tensor.columns + first) * size
-        _read_bytes(descriptor, tensor, name, offset, band[row].view(np.uint8))
-    buffer.view(f"u{size}").reshape(count, k)[:] = band.T
+        _read_bytes(file, tensor, name, tensor.start + (row * tensor.columns + first) * size, band[row])
+    rows[:] = band.T
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -19,13 +19,10 @@ just past 448, and clipping may win a little; here nothing is ever clipped.)
 The choice looks at weights alone. What the activations of a recipe lose depends on the data.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import math
-import os
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,13 +31,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fp8x import numerics
-from fp8x.array import ScaledArray
 from fp8x.checkpoint import rows
-from fp8x.checkpoint.convert import MAX_THREADS
 from fp8x.checkpoint.finite import nonfinite_error
-from fp8x.checkpoint.format import Format, StoredMatrix
+from fp8x.checkpoint.format import Format
+from fp8x.checkpoint.parts import StoredMatrix
 from fp8x.checkpoint.plan import Target, matrix_shape
-from fp8x.checkpoint.reader import DTYPES, Reader
+from fp8x.checkpoint.reader import Reader
+from fp8x.checkpoint.threads import Threads
 from fp8x.errors import CalibrationError, CheckpointError, RecipeError, RuleError, some
 from fp8x.recipe import HOPPER, Recipe, as_recipe, check_stored, describe
 from fp8x.scheme import SCALE_RULES, Scheme
@@ -297,63 +294,47 @@ class _Measurement:
         """By module: the sum of squares of its values, and of the errors in each recipe; float64 `[1 + recipes]`."""
         prefixes = [(prefix, variants[module]) for module, found in modules.items() for prefix in found]
         total = sum(self.reader.stored(f"{prefix}.weight").nbytes for prefix, _ in prefixes)
-        advance = _counted(progress, total)
-        threads = min(len(os.sched_getaffinity(0)), MAX_THREADS)
-        with contextlib.closing(self.reader), concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            measured = pool.map(lambda job: self._measure(*job, advance), prefixes)
-            # In one order, so that sums are the same everywhere.
-            return {module: sum(next(measured) for _ in found) for module, found in modules.items()}
+        threads = Threads(progress, 0, total)
+        with contextlib.closing(self.reader):
+            measured = iter(threads.run(functools.partial(self._sums, *job, threads) for job in prefixes))
+        # In one order, so that sums are the same everywhere.
+        return {module: sum(next(measured) for _ in found) for module, found in modules.items()}
 
-    def _measure(self, prefix: str, recipes: Sequence[Recipe], advance: Callable[[int], None]) -> np.ndarray:
+    def _sums(self, prefix: str, recipes: Sequence[Recipe], threads: Threads) -> np.ndarray:
         """Of one matrix."""
-        # Also where there is a GPU: the files are here, and a choice has to be the same in all processes.
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            return self._sums(prefix, [recipe.weight for recipe in recipes], advance)
-
-    def _sums(self, prefix: str, schemes: Sequence[Scheme], advance: Callable[[int], None]) -> np.ndarray:
-        name, source = f"{prefix}.weight", self._source(prefix)
-        scales = {scheme: self._scale(source, name, scheme) for scheme in schemes if scheme.block[0] is None}
-        sums, nonfinite = np.zeros(1 + len(schemes)), 0
-        for truth, nbytes in self._parts(source, name, schemes):
+        source, schemes = self._source(prefix), [recipe.weight for recipe in recipes]
+        scales = {scheme: self._scale(source, scheme, threads) for scheme in schemes if scheme.block[0] is None}
+        sums, nonfinite, k = np.zeros(1 + len(schemes)), 0, source.shape[1]
+        for part, truth in self._parts(source, schemes, threads):
             nonfinite += truth.size - np.count_nonzero(np.isfinite(truth))
             sums[0] += _distance(np.zeros_like(truth), truth)
             for index, scheme in enumerate(schemes, 1):
                 if scheme != source.scheme:  # else its bytes stay
                     found = np.asarray(_requantized(truth, scales.get(scheme), scheme))
                     sums[index] += _distance(found, truth)
-            advance(nbytes)
+            threads.advance((min(part.stop, source.shape[0]) - part.start) * k)
         if nonfinite and not self.allow_nonfinite:
-            raise nonfinite_error(name, self.reader.stored(name).file, nonfinite, source.codes.size)
+            file = self.reader.stored(source.name).file
+            raise nonfinite_error(source.name, file, nonfinite, math.prod(source.shape))
         return sums
 
     def _source(self, prefix: str) -> StoredMatrix:
-        """A stored matrix: a view of its file, and a copy of its scales."""
         recipe, shape = self.stored[prefix], self.reader.stored(f"{prefix}.weight").shape
-        found = self.format.open(prefix, recipe, shape, self.reader)
-        source = dataclasses.replace(found, scale=np.array(found.scale))
-        for name in self.format.names(prefix, recipe, shape, self.reader):
-            self.reader.release(name)
-        return source
+        found = self.format.scales(prefix, recipe, shape, self.reader, allow_nonfinite=self.allow_nonfinite)
+        return StoredMatrix(self.reader, f"{prefix}.weight", found.scale, recipe.weight, found.translation)
 
     def _parts(
-        self, source: StoredMatrix, name: str, schemes: Sequence[Scheme]
-    ) -> Iterator[tuple[Float[np.ndarray, "n k"], int]]:
-        """The dequantized source, some rows at a time, in whole blocks of all these schemes, and the bytes read. Zeros
-        beyond the end, which add nothing."""
-        (n, k), dtype = source.codes.shape, DTYPES[self.reader.stored(name).dtype]
-        for part in rows.chunks(n, k, source.scheme, *schemes):
-            data = np.zeros((part.stop - part.start, k), dtype)
-            there = data[: n - part.start].view(np.uint8).reshape(-1)
-            self.reader.read_into(name, part.start * k, there)
-            if source.translation is not None:
-                data = source.translation.rows(part, data)
-            scale = rows.scale_rows(source.scale, source.scheme, part)
-            yield np.asarray(_dequantized(ScaledArray(data, scale, source.scheme))), there.nbytes
+        self, source: StoredMatrix, schemes: Sequence[Scheme], threads: Threads
+    ) -> Iterator[tuple[slice, Float[np.ndarray, "n k"]]]:
+        """The dequantized source, some rows at a time, in whole blocks of all these schemes. Zeros beyond the end,
+        which add nothing."""
+        for part, values in source.parts(threads, *schemes):
+            yield part, np.asarray(_dequantized(values))
 
-    def _scale(self, source: StoredMatrix, name: str, scheme: Scheme) -> Array:
+    def _scale(self, source: StoredMatrix, scheme: Scheme, threads: Threads) -> Array:
         """The scales of blocks that hold every row."""
-        amax = np.zeros(scheme.scale_shape(source.codes.shape), np.float32)
-        for truth, _ in self._parts(source, name, [scheme]):
+        amax = np.zeros(scheme.scale_shape(source.shape), np.float32)
+        for _, truth in self._parts(source, [scheme], threads):
             amax = np.maximum(amax, rows.block_amax(truth, scheme))
         return rows.compute_scale(amax, scheme)
 
@@ -377,16 +358,3 @@ def _distance(x: Float[np.ndarray, "n k"], truth: Float[np.ndarray, "n k"]) -> f
         difference = np.subtract(x[part][is_finite], truth[part][is_finite], dtype=np.float64)
         total += float(np.square(difference, out=difference).sum())
     return total
-
-
-def _counted(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
-    """Takes the bytes that are read, from any thread."""
-    lock, done = threading.Lock(), 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        with lock:
-            done += count
-            progress(done, total)
-
-    return advance if progress is not None else lambda count: None

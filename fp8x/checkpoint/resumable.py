@@ -3,11 +3,13 @@
 So tensors come in any order, in pieces, from several threads, and what a killed run has finished is known to the next.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import threading
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,14 @@ from fp8x.checkpoint.destination import (
     check_free,
     explained,
     fsync,
-    lock,
     write_json,
 )
 from fp8x.checkpoint.header import make_header, nbytes
+from fp8x.checkpoint.leftovers import described, lock, partial, sweep
 from fp8x.checkpoint.reader import INDEX, SINGLE
 from fp8x.errors import CheckpointError
+
+FINISHED = "finished"  # says in the working directory that all is there, before the destination has its name
 
 Specs = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor name -> dtype by safetensors' name, shape
 
@@ -42,7 +46,8 @@ class ResumableWriter:
 
     Files lie in `.NAME.partial` beside the destination. Each gets its final name when its last byte is on disk; the
     directory gets its own at the end. An exception inside the block removes everything; being killed, or a
-    KeyboardInterrupt, leaves the finished files to the next run with the same `identity`.
+    KeyboardInterrupt, leaves the finished files to the next run with the same `identity`. What other runs have left,
+    of a `Writer` too, is removed with a warning (`leftovers.py`).
 
     Arguments:
         path: the directory to make; it may exist if it is empty.
@@ -52,6 +57,8 @@ class ResumableWriter:
 
     Attributes:
         work: where the files lie until they are all there.
+        is_complete: whether a run with the same `identity` has finished `path` and was killed right after: nothing is
+            to be done but to call `tidy`.
 
     Raises:
         CheckpointError: `path` exists and is not an empty directory (it stays untouched), can't be written, is being
@@ -60,8 +67,7 @@ class ResumableWriter:
 
     def __init__(self, path: str | Path, specs: Specs, identity: Any, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES):
         self.path = Path(os.path.realpath(Path(path).expanduser()))
-        check_free(self.path)
-        self.work = self.path.with_name(f".{self.path.name}.partial")
+        self.work = partial(self.path)
         self._out = self.work / "out"
         self._shards = _deal(specs, max_shard_bytes)
         self._shard_of = {name: shard for shard in self._shards for name in shard.offsets}
@@ -69,6 +75,10 @@ class ResumableWriter:
             json.dumps([identity, list(specs.items()), max_shard_bytes], default=str).encode()
         ).hexdigest()
         self._lock = threading.Lock()
+        self.is_complete = finished_plan(self.path) == self._plan
+        if not self.is_complete:
+            self._remove_empty()
+            check_free(self.path)
 
     @property
     def bytes(self) -> int:
@@ -82,6 +92,7 @@ class ResumableWriter:
             self._descriptor = self._take()
         try:
             with explained(self.path):
+                sweep(self.path, keep=self.work)
                 self._continue()
                 self._check_space()
         except BaseException:
@@ -156,13 +167,31 @@ class ResumableWriter:
         if self._descriptor is not None:
             os.close(self._descriptor)
 
+    def _remove_empty(self) -> None:
+        """All that is left of a run that was killed when it had removed everything else."""
+        with contextlib.suppress(OSError):
+            descriptor = lock(self.work)  # else it may be another's, who has just made it
+            try:
+                self.work.rmdir()
+            finally:
+                os.close(descriptor)
+
     def _continue(self) -> None:
         """Takes over what a run with the same plan has finished, and removes anything else."""
-        plan = self.work / "plan"
-        if not (plan.is_file() and plan.read_text() == self._plan):
+        plan, is_begun = self.work / "plan", any(self.work.iterdir())
+        is_ours = plan.is_file() and plan.read_text() == self._plan
+        if is_begun and self._descriptor is None:
+            self._without_locks(is_ours)
+        if not is_ours:
             if self._out.exists():
+                what, is_empty = described(self.work), not any(self._out.iterdir())
                 shutil.rmtree(self._out)
+                if not is_empty:
+                    warnings.warn(
+                        f"{self.path}: removed what a run with other arguments had left: {what}", stacklevel=4
+                    )
             plan.write_text(self._plan)
+        (self.work / FINISHED).unlink(missing_ok=True)
         self._out.mkdir(exist_ok=True)
         sizes = {shard.file: shard.size for shard in self._shards}
         for file in self._out.iterdir():
@@ -170,6 +199,13 @@ class ResumableWriter:
                 file.unlink()
         for shard in self._shards:
             shard.is_taken_over = shard.is_finished = (self._out / shard.file).is_file()
+
+    def _without_locks(self, is_ours: bool) -> None:
+        """Where nobody knows whether another process is writing."""
+        what = f"{described(self.work)} is what another run has left, or is writing: this file system has no locks"
+        if not is_ours:
+            raise CheckpointError(f"{self.path}: {what}; remove it if no process is writing there, or write elsewhere")
+        warnings.warn(f"{self.path}: {what}; it is taken for the former, and the run goes on there", stacklevel=5)
 
     def _check_space(self) -> None:
         needed = sum(shard.size for shard in self._shards if not shard.is_finished)
@@ -192,9 +228,41 @@ class ResumableWriter:
                 fsync(file)
         fsync(self._out)
         check_free(self.path)
+        write_json(self.work / FINISHED, {"plan": self._plan, "files": _files(self._out)})
+        fsync(self.work / FINISHED)
+        fsync(self.work)
         os.rename(self._out, self.path)
         fsync(self.path.parent)
-        shutil.rmtree(self.work, ignore_errors=True)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Removes what is left beside a complete destination; what says that it is complete last."""
+        with contextlib.suppress(OSError):
+            for file in self.work.iterdir():
+                if file.name != FINISHED:
+                    shutil.rmtree(file) if file.is_dir() else file.unlink()
+            (self.work / FINISHED).unlink()
+            self.work.rmdir()
+
+
+def finished_plan(path: Path) -> str | None:
+    """The plan of the run that has made `path` and was killed before it had removed its working directory; else None.
+
+    Files keep their number, size and time when the directory that they lie in is renamed, so no other directory of that
+    name is taken for the one that the run has made.
+    """
+    path = Path(os.path.realpath(path.expanduser()))
+    try:
+        found = json.loads((partial(path) / FINISHED).read_text())
+        return found["plan"] if found["files"] == _files(path) else None
+    except (OSError, ValueError, KeyError, TypeError):  # none, or half of one
+        return None
+
+
+def _files(directory: Path) -> dict[str, list[int]]:
+    """What tells the files of a directory from others of their names."""
+    found = {file.name: file.lstat() for file in directory.iterdir()}
+    return {name: [stat.st_ino, stat.st_size, stat.st_mtime_ns] for name, stat in sorted(found.items())}
 
 
 class _Shard:

@@ -1,9 +1,6 @@
 """`Writer`: a Hugging Face directory that is there completely or not at all."""
 
-import contextlib
 import os
-import re
-import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,10 +14,10 @@ from fp8x.checkpoint.destination import (
     check_free,
     explained,
     fsync,
-    lock,
     write_json,
 )
 from fp8x.checkpoint.header import DTYPE_NAMES, make_header
+from fp8x.checkpoint.leftovers import lock, sweep, temporary
 from fp8x.checkpoint.reader import INDEX, SINGLE
 from fp8x.errors import CheckpointError
 
@@ -36,7 +33,7 @@ class Writer:
             writer.add_json("config.json", config)
 
     An exception inside the block removes what was written; what a killed process left is removed by the next writer of
-    the same `path`.
+    the same `path`, a `ResumableWriter` too, with a warning (`leftovers.py`).
 
     Arguments:
         path: the directory to make; it may exist if it is empty.
@@ -68,7 +65,7 @@ class Writer:
     def __enter__(self) -> "Writer":
         with explained(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _sweep(self.path)
+            sweep(self.path)
             self._temporary, self._lock = _make_temporary(self.path)
         return self
 
@@ -145,24 +142,14 @@ class Writer:
 def _make_temporary(path: Path) -> tuple[Path, int | None]:
     """A hidden sibling of `path`, and the descriptor of a lock on it that lasts as long as this process."""
     while True:
-        temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
-        temporary.mkdir()
+        directory = temporary(path)
+        directory.mkdir()
         try:
-            return temporary, lock(temporary)
+            return directory, lock(directory)
         except (BlockingIOError, FileNotFoundError):
             pass  # a sweeping writer came between
         except OSError:
-            return temporary, None  # a file system without locks; nobody sweeps there
-
-
-def _sweep(path: Path) -> None:
-    """Removes the hidden siblings of `path` whose writers are dead."""
-    pattern = re.compile(re.escape(f".{path.name}.tmp-") + "[0-9a-f]{8}")
-    for left in [other for other in path.parent.iterdir() if pattern.fullmatch(other.name)]:
-        with contextlib.suppress(OSError):  # held by a living writer, or no directory
-            descriptor = lock(left)
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(descriptor)
+            return directory, None  # a file system without locks; nobody sweeps there
 
 
 def _shard_name(number: int) -> str:

@@ -90,12 +90,14 @@ def quantize(
     """
     from fp8x.calibrate import sidecar
     from fp8x.checkpoint.destination import check_free, check_source
+    from fp8x.checkpoint.resumable import finished_plan
 
     start = time.monotonic()
     chosen = recipe if recipe is None or recipe in UNQUANTIZED else options.parse_recipe(recipe)
     rules = options.parse_rules(rule)
     check_source(source, destination)
-    check_free(destination)
+    if finished_plan(destination) is None:  # else `convert` finds out whether this command has finished it
+        check_free(destination)
     given = None if calibration is None else sidecar.read(calibration)
     kv_scales = _kv_scales(kv_cache, data, given)
 

@@ -1,6 +1,5 @@
 """`Loader`: fills an abstract decoder from a checkpoint, matrix by matrix."""
 
-import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,9 +14,10 @@ from fp8x import numerics
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import Format, Reader
 from fp8x.checkpoint.finite import count_nonfinite, is_finite, nonfinite_error
-from fp8x.checkpoint.format import stored_recipes, weight_spec
+from fp8x.checkpoint.format import MatrixScales, stored_recipes, weight_spec
 from fp8x.checkpoint.header import DTYPE_NAMES, UNQUANTIZED
 from fp8x.checkpoint.kv_cache import QUERIES, read_kv_scales
+from fp8x.checkpoint.reader import aligned
 from fp8x.checkpoint.requantize import Requantize, choose
 from fp8x.errors import CheckpointError, ShapeError, some
 from fp8x.models.config import DecoderConfig
@@ -167,12 +167,11 @@ class Loader:
             # Scales across experts: the layer has to be whole before it is quantized.
             weight = numerics.quantize_weight(self._stack(names, shape), scheme, name=path, allow_nonfinite=True)
             return GroupedLinear.from_arrays(weight, recipe)
-        data, scale = _empty(shape, scheme.dtype), _empty(scheme.scale_shape(shape), scheme.scale_dtype)
+        data, scale = aligned(shape, scheme.dtype), aligned(scheme.scale_shape(shape), scheme.scale_dtype)
         input_scale = None
         stored = self.stored[path]
         for index, prefix in flat(names):
-            weight, given = self._matrix(prefix, stored, recipe, shape[-2:])
-            data[index], scale[index] = weight.data, weight.scale
+            given = self._fill(prefix, stored, recipe, data[index], scale[index])
             if given is not None:
                 # One scale quantizes what all experts read. Where they differ the largest clips none, as in vLLM.
                 input_scale = np.array(given) if input_scale is None else np.maximum(input_scale, given)
@@ -185,38 +184,51 @@ class Loader:
         bias = get(self.model, path).bias
         return Linear.from_arrays(weight, recipe, bias=None if bias is None else bias[...], input_scale=input_scale)
 
-    def _matrix(
-        self, prefix: str, stored: Recipe | None, recipe: Recipe, shape: tuple[int, ...]
-    ) -> tuple[ScaledArray, np.ndarray | None]:
-        """One matrix in 8 bits, and its static activation scale: as stored (views of the file), or quantized now."""
+    def _fill(
+        self, prefix: str, stored: Recipe | None, recipe: Recipe, data: np.ndarray, scale: np.ndarray
+    ) -> np.ndarray | None:
+        """Puts one matrix in 8 bits into its place, as stored or quantized now; gives its static activation scale."""
         name = f"{prefix}.weight"
         if stored is None:
-            array = self._array(name, shape)
             # Non-finite values are settled: `_array` has looked.
-            return numerics.quantize_weight(array, recipe.weight, name=name, allow_nonfinite=True), None
-        weight, input_scale = self._views(prefix, stored, shape)
-        if stored.weight == recipe.weight:
-            self._check_finite(name, weight.data)
-        else:
-            array = dequantized(weight)
-            self._check_finite(name, array)
+            array = self._array(name, data.shape)
             weight = numerics.quantize_weight(array, recipe.weight, name=name, allow_nonfinite=True)
-        return weight, input_scale if recipe == stored or recipe.needs_calibration else None
+            data[...], scale[...] = weight.data, weight.scale
+            return None
+        found = self._scales(prefix, stored, data.shape)
+        if stored.weight != recipe.weight:
+            codes = self._codes(prefix, stored, found, data.shape)
+            array = dequantized(ScaledArray(codes, found.scale, stored.weight))
+            self._check_finite(name, np.asarray(array))
+            weight = numerics.quantize_weight(array, recipe.weight, name=name, allow_nonfinite=True)
+            data[...], scale[...] = weight.data, weight.scale
+        elif found.translation is not None:
+            data[...], scale[...] = self._codes(prefix, stored, found, data.shape), found.scale
+            self._check_finite(name, data)
+        else:
+            scale[...] = found.scale
+            self.reader.check_there(name)
+            self.reader.read_into(name, 0, data)
+            self._check_finite(name, data)
+        return found.input_scale if recipe == stored or recipe.needs_calibration else None
 
-    def _views(self, prefix: str, recipe: Recipe, shape: tuple[int, ...]) -> tuple[ScaledArray, np.ndarray | None]:
-        """One matrix as stored in 8 bits, and its static activation scale."""
-        weight, input_scale = self.format.decode(
-            prefix, recipe, shape, self.reader, allow_nonfinite=self.allow_nonfinite
-        )
-        if input_scale is not None and not (input_scale > 0).all():
+    def _codes(self, prefix: str, stored: Recipe, found: MatrixScales, shape: tuple[int, ...]) -> np.ndarray:
+        """The codes of one matrix in 8 bits, in the scheme's type."""
+        codes = weight_spec(stored, shape).read(prefix, self.reader)
+        return codes if found.translation is None else found.translation.rows(slice(0, shape[0]), codes)
+
+    def _scales(self, prefix: str, stored: Recipe, shape: tuple[int, ...]) -> MatrixScales:
+        """What is stored beside the codes of one matrix in 8 bits."""
+        found = self.format.scales(prefix, stored, shape, self.reader, allow_nonfinite=self.allow_nonfinite)
+        if found.input_scale is not None and not (found.input_scale > 0).all():
             raise CheckpointError(
                 f"{prefix}: its static activation scale in {self.reader.path} is 0, which quantizes nothing"
             )
-        return weight, input_scale
+        return found
 
     def _stack(self, names: Names, shape: tuple[int, ...]) -> Array:
         """The experts' matrices in one array."""
-        stack = _empty(shape, self.dtype)
+        stack = aligned(shape, self.dtype)
         for index, prefix in flat(names):
             stack[index] = self._array(f"{prefix}.weight", shape[-2:])
         return jax.device_put(stack)
@@ -234,9 +246,8 @@ class Loader:
         return [f"{prefix}.weight"] if recipe is None else self.format.names(prefix, recipe, shape, self.reader)
 
     def _finish(self, *names: str) -> None:
-        """Tensors are copied: their pages may go."""
+        """Tensors are read."""
         for name in names:
-            self.reader.release(name)
             self._read_bytes += self.reader.stored(name).nbytes
         if self._progress is not None:
             self._progress(self._read_bytes, self._total_bytes)
@@ -265,14 +276,6 @@ def check_counts(reader: Reader, config: DecoderConfig) -> None:
 
 # In float32: from there convert goes to other 8 bits, too.
 dequantized = jax.jit(numerics.dequantize)
-
-
-def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Room for an array that `jax.device_put` takes over on CPU as it is: it copies what is not aligned to 64 bytes."""
-    size, align = math.prod(shape) * np.dtype(dtype).itemsize, 64
-    room = np.empty(size + align, np.uint8)
-    start = -room.ctypes.data % align
-    return room[start : start + size].view(dtype).reshape(shape)
 
 
 def get(model: nnx.Module, path: str):

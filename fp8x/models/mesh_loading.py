@@ -12,7 +12,9 @@ from jax.sharding import Mesh
 
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import Format, Reader
+from fp8x.checkpoint.format import MatrixScales, weight_spec
 from fp8x.checkpoint.header import UNQUANTIZED
+from fp8x.checkpoint.reader import Slices
 from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import Names, flat, param_names
 from fp8x.models.loading import Loader, dequantized, get
@@ -21,6 +23,7 @@ from fp8x.nn.linear import Linear
 from fp8x.nn.quantized import QuantizedLayer
 from fp8x.nn.walk import set_module
 from fp8x.recipe import Recipe
+from fp8x.scheme import Scheme
 from fp8x.sharding.layers import place_quantized, place_stored, place_weight
 from fp8x.sharding.model import finish
 from fp8x.sharding.place import Read, place, put, quantize_placed
@@ -106,24 +109,37 @@ class MeshLoader(Loader):
     ) -> tuple[ScaledArray, np.ndarray | None]:
         """A weight that stays as it is stored, and its static activation scale."""
         shape = layer.weight.shape
-        matrix = functools.cache(lambda prefix: self._views(prefix, stored, shape[-2:]))
-        data = _stacked(names, lambda prefix: self._checked(f"{prefix}.weight", matrix(prefix)[0].data))
-        scale = _stacked(names, lambda prefix: matrix(prefix)[0].scale.__getitem__)
+        scales = functools.cache(lambda prefix: self._scales(prefix, stored, shape[-2:]))
+        view = functools.cache(lambda prefix: self._view(prefix, stored, scales(prefix), shape[-2:]))
+        data = _stacked(names, lambda prefix: self._checked(f"{prefix}.weight", view(prefix)))
+        scale = _stacked(names, lambda prefix: scales(prefix).scale.__getitem__)
         weight = place_stored(data, scale, layer, split, self.mesh)
-        return weight, _input_scale(layer, stored, (matrix(prefix)[1] for _, prefix in flat(names)))
+        return weight, _input_scale(layer, stored, (scales(prefix).input_scale for _, prefix in flat(names)))
 
     def _requantized(
         self, layer: QuantizedLayer, split: LayerSplit, names: Names, stored: Recipe
     ) -> tuple[ScaledArray, np.ndarray | None]:
         """A weight from the 8 bits that are stored to others, and its static activation scale."""
         shape, dims = layer.weight.shape, split.dims(layer.weight.ndim)
-        matrix = functools.cache(lambda prefix: self._views(prefix, stored, shape[-2:]))
-        read = _stacked(names, lambda prefix: self._checked(f"{prefix}.weight", _Dequantized(matrix(prefix)[0])))
+        scales = functools.cache(lambda prefix: self._scales(prefix, stored, shape[-2:]))
+
+        @functools.cache
+        def view(prefix: str) -> _Dequantized:
+            codes = self._view(prefix, stored, scales(prefix), shape[-2:])
+            return _Dequantized(codes, scales(prefix).scale, stored.weight)
+
+        read = _stacked(names, lambda prefix: self._checked(f"{prefix}.weight", view(prefix)))
         placed = place(read, shape, np.dtype(np.float32), dims, self.mesh)
         weight = quantize_placed(placed, layer.weight_scheme, shape, dims, self.mesh)
-        return weight, _input_scale(layer, stored, (matrix(prefix)[1] for _, prefix in flat(names)))
+        return weight, _input_scale(layer, stored, (scales(prefix).input_scale for _, prefix in flat(names)))
 
-    def _checked(self, name: str, view: "np.ndarray | _Dequantized") -> Read:
+    def _view(self, prefix: str, stored: Recipe, found: MatrixScales, shape: tuple[int, ...]) -> Slices | np.ndarray:
+        """The codes of one matrix in 8 bits, in the scheme's type; whole where they have to be translated."""
+        if found.translation is not None:
+            return self._codes(prefix, stored, found, shape)
+        return weight_spec(stored, shape).slices(prefix, self.reader)
+
+    def _checked(self, name: str, view: "Slices | np.ndarray | _Dequantized") -> Read:
         def read(index: tuple[slice, ...]) -> np.ndarray:
             part = view[index]
             self._check_finite(name, part)
@@ -133,7 +149,7 @@ class MeshLoader(Loader):
 
     def _part_of(self, name: str, shape: tuple[int, ...], dtype: np.dtype | None = None) -> Read:
         """Reads of an unquantized tensor, in the model's type unless another is given."""
-        read = self._checked(name, self.reader.read(name, shapes=[shape], dtypes=UNQUANTIZED))
+        read = self._checked(name, self.reader.slices(name, shapes=[shape], dtypes=UNQUANTIZED))
         return lambda index: np.asarray(jnp.asarray(read(index)).astype(dtype or self.dtype))
 
 
@@ -141,12 +157,13 @@ class MeshLoader(Loader):
 class _Dequantized:
     """A stored matrix whose parts are in float32."""
 
-    stored: ScaledArray
+    codes: Slices | np.ndarray
+    scale: np.ndarray
+    scheme: Scheme
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-        data, scale, scheme = self.stored.data, self.stored.scale, self.stored.scheme
         outer, of_scales, inner = [], [], []
-        for where, size, block in zip(index, data.shape, scheme.block, strict=True):
+        for where, size, block in zip(index, self.codes.shape, self.scheme.block, strict=True):
             part = range(size)[where]
             # Outwards to whole blocks; one that spans the dim is cut anywhere.
             first, last = (part.start, part.stop) if block is None else (part.start // block, -(-part.stop // block))
@@ -154,7 +171,7 @@ class _Dequantized:
             outer.append(slice(start, min(last * (block or 1), size)))
             of_scales.append(slice(None) if block is None else slice(first, last))
             inner.append(slice(part.start - start, part.stop - start))
-        whole = ScaledArray(data[tuple(outer)], scale[tuple(of_scales)], scheme)
+        whole = ScaledArray(self.codes[tuple(outer)], self.scale[tuple(of_scales)], self.scheme)
         return np.asarray(dequantized(whole))[tuple(inner)]
 
 

@@ -121,7 +121,6 @@ def load_into(
     arrays, done, total = {}, 0, sum(reader.stored(name).nbytes for name in expected)
     for name, leaf in expected.items():
         arrays[name] = _read(reader, name, leaf, shardings[name], description.keys.get(name))
-        reader.release(name)
         done += reader.stored(name).nbytes
         if progress is not None:
             progress(done, total)
@@ -309,15 +308,14 @@ def _kind(dtype: str, shape: tuple) -> str:
 
 def _read(reader: Reader, name: str, leaf: Leaf, sharding: Sharding | None, key: str | None) -> jax.Array | np.ndarray:
     stored = reader.stored(name)
-    view = reader.read(name, shapes=[stored.shape], dtypes=[stored.dtype])
+    slices = reader.slices(name, shapes=[stored.shape], dtypes=[stored.dtype])
     if key is not None:
-        return jax.device_put(jax.random.wrap_key_data(jnp.array(view), impl=key), sharding)
+        return jax.device_put(jax.random.wrap_key_data(jnp.array(slices[...]), impl=key), sharding)
     if isinstance(leaf, np.ndarray | np.generic):
-        return np.array(view)
+        return slices[...]
     if sharding is None:
-        return jnp.array(view)
-    # Copies: on CPU an array would go on reading the file that it was made from.
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.array(view[index]))
+        return jnp.array(slices[...])
+    return jax.make_array_from_callback(leaf.shape, sharding, slices.__getitem__)
 
 
 def _install(

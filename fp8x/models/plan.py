@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from fp8x.checkpoint.requantize import Requantization, Requantize
 
 SCALES = ("weight_scale", "weight_scale_inv", "input_scale", "activation_scale")
-FLOAT8_ANY = (*FLOAT8, "F8_E4M3FNUZ")
 
 
 def plan(
@@ -266,7 +265,7 @@ def _check(found: Plan, recipe: Recipe | str | None, is_changed: bool) -> None:
         return
     for name in found.copied:
         tensor = found.reader.stored(name)
-        if tensor.dtype in FLOAT8_ANY and len(tensor.shape) > 1:
+        if tensor.dtype in FLOAT8 and len(tensor.shape) > 1:
             why = found.reader.whole.get(name, "it is no matrix of a linear layer that config.json calls quantized")
             raise CheckpointError(
                 f"{name} in {tensor.file}: is in 8 bits, and fp8x does not know its scales ({why}); without a recipe "
@@ -301,7 +300,7 @@ def _matrices(reader: Reader) -> list[str]:
     return [
         name
         for name, tensor in ((name, reader.stored(f"{name}.weight")) for name in names)
-        if len(tensor.shape) == 2 and tensor.dtype in UNQUANTIZED + FLOAT8_ANY and not LOOKUPS.fullmatch(name)
+        if len(tensor.shape) == 2 and tensor.dtype in UNQUANTIZED + FLOAT8 and not LOOKUPS.fullmatch(name)
     ]
 
 

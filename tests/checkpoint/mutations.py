@@ -14,6 +14,10 @@ VALUES = [
 ]  # fmt: skip
 
 
+# What stands in a file's place, or before it.
+DOWNLOADS = [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b"<!DOCTYPE html>", b"Entry not found"]
+
+
 def mutate(files: Files, rng: random.Random) -> Files:
     """One to three mutations of some of the files."""
     files = dict(files)
@@ -23,6 +27,12 @@ def mutate(files: Files, rng: random.Random) -> Files:
             del files[name]
             if not files:
                 break
+        elif rng.random() < 0.02:
+            files[name] = rng.choice(DOWNLOADS) + files[name] * rng.randrange(2)
+        elif rng.random() < 0.02:
+            files[f"{name}.incomplete"] = files.pop(name)
+        elif name.endswith(".safetensors") and rng.random() < 0.1:
+            files[name] = _codes(files[name], rng)
         elif name.endswith(".json"):
             files[name] = rng.choice([_json, _json, _json, _bytes])(files[name], rng)
         else:
@@ -56,6 +66,16 @@ def _bytes(content: bytes, rng: random.Random) -> bytes:
             return content + rng.randbytes(rng.randrange(1, 100))
         case _:
             return content[:at] + rng.choice([b"{", b"}", b"[", b'"', b",", b"9", b"\0", b"\xff"]) + content[at:]
+
+
+def _codes(content: bytes, rng: random.Random) -> bytes:
+    """Some bytes of tensors that are no numbers, or scales that are none."""
+    begin = 8 + int.from_bytes(content[:8], "little")
+    if begin >= len(content):
+        return content
+    values, at = bytearray(content), rng.randrange(begin, len(content))
+    values[at : at + rng.choice([1, 2, 4, 64])] = bytes([rng.choice([0, 0x7F, 0x80, 0xFF])]) * rng.choice([1, 2, 4, 64])
+    return bytes(values[: len(content)]).ljust(len(content), b"\0")
 
 
 def _near_the_begin(content: bytes, rng: random.Random) -> bytes:

@@ -111,7 +111,7 @@ def test_tensors_that_no_layer_holds(tmp_path):
     (tmp_path / "a").mkdir()
     rows = np.zeros((3, 4), ml_dtypes.float8_e5m2)
     rows.view(np.uint8)[2, 3] = 0x7C
-    save_file({"fc.weight": np.ones((4, 64), np.float16), "conv": rows}, tmp_path / "a" / "model.safetensors")
+    save_file({"fc.weight": np.ones((16, 64), np.float16), "conv": rows}, tmp_path / "a" / "model.safetensors")
     (tmp_path / "a" / "config.json").write_text(json.dumps({"model_type": "other"}))
     with pytest.raises(CheckpointError, match=r"conv in .*: holds 1 NaN or Inf of 12 values"):
         fp8x.convert(tmp_path / "a", tmp_path / "b", "e4m3_f16")

@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,6 +15,7 @@ from safetensors.numpy import save_file
 from synthetic import write_mixtral
 
 import fp8x
+from fp8x.checkpoint import rows, threads
 from fp8x.checkpoint.inspect import TensorRow, inspect, merge_experts
 from fp8x.errors import CheckpointError
 from fp8x.models.hub import load, save
@@ -126,16 +130,85 @@ def test_a_reference_that_does_not_fit(tiny_checkpoint, quantized, tmp_path):
         inspect(quantized, recipe="e4m3_bf16")
 
 
+@pytest.mark.parametrize("code", ["e4m3_bf16", "e4m3_e4m3_bf16", "e5m2_e5m2_bf16", "mxfp8_bf16"])
+def test_numbers_by_hand(tmp_path, code):
+    """In float64, by ml_dtypes and numpy alone; with NaN and Inf, which count for themselves and in no amax."""
+    w = weights(96, 128)
+    w[3, 5], w[90, 1] = np.nan, -np.inf
+    path = write(tmp_path / "c", {"a.weight": w, "b.bias": w[3:4].reshape(8, 4, 4)})
+    recipe = code if "e5m2" in code else fp8x.Recipe(fp8x.recipe(code).weight)  # no scales to calibrate
+    fp8x.convert(path, tmp_path / "q", recipe, allow_nonfinite=True)
+    (row, bias), plain = inspect(tmp_path / "q").rows, inspect(path).rows
+    reader = fp8x.checkpoint.Reader(tmp_path / "q")
+    name = next(name for name in reader if "a.weight_" in name)
+    codes, scale = (
+        reader.read(each, shapes=[reader.stored(each).shape], dtypes=[reader.stored(each).dtype])
+        for each in ("a.weight", name)
+    )
+    scale = 2.0 ** (scale.astype(np.float64) - 127) if scale.dtype == np.uint8 else scale.astype(np.float64)
+    scale = np.broadcast_to(
+        scale.reshape(-1, 1) if scale.ndim < 2 else np.repeat(scale, 128 // scale.shape[1], 1), w.shape
+    )
+    values = codes.astype(np.float64) * scale
+    assert row.nonfinite == 1 == np.isnan(values).sum(), "Inf became the largest finite value"
+    assert row.amax == pytest.approx(np.nanmax(np.abs(values)), rel=1e-7)
+    finite = np.abs(w.astype(np.float64)[np.isfinite(w.astype(np.float64))])
+    assert (plain[0].amax, plain[0].nonfinite) == (finite.max(), 2)
+    assert (bias.amax, bias.nonfinite, bias.shape) == (plain[1].amax, 1, (8, 4, 4))
+
+
+def test_any_number_of_threads_gives_the_same_numbers(tiny_checkpoint, quantized, monkeypatch):
+    found = []
+    for number in (1, 2, 7):
+        monkeypatch.setattr(threads, "MAX_THREADS", number)
+        monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: range(8))
+        found.append(inspect(quantized, reference=tiny_checkpoint).rows)
+    assert found[0] == found[1] == found[2]
+
+
+def test_no_flax_is_imported():
+    """Nor is it by what stands between: the package itself is replaced by an empty one."""
+    program = f"""
+import sys, types
+package = types.ModuleType("fp8x")
+package.__path__ = [{str(Path(fp8x.__file__).parent)!r}]
+sys.modules["fp8x"] = package
+import fp8x.checkpoint.inspect, fp8x.checkpoint.convert
+print(sorted(name for name in sys.modules if name.split(".")[0] == "flax"))
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
+
+
 INSPECT = """
+import jax, numpy as np
+from fp8x.checkpoint import Reader
 from fp8x.checkpoint.inspect import inspect
-size = inspect(path, recipe="e4m3_e4m3_bf16").bytes
+size = inspect(path{options}).bytes
 """
 
 
-@pytest.mark.slow
-def test_memory_is_that_of_some_rows(tmp_path, tiny_checkpoint):
-    assert write_mixtral(tmp_path / "model", 1024, 2048) > 200 * 2**20
-    _, growth = measure(INSPECT, tmp_path / "model", tiny_checkpoint)
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        pytest.param(', recipe="e4m3_e4m3_bf16"', marks=pytest.mark.slow),
+        pytest.param(', recipe="mxfp8_bf16"', marks=pytest.mark.slow),
+        pytest.param(", reference=path", marks=pytest.mark.slow),
+    ],
+)
+def test_memory_is_that_of_some_rows(tmp_path, tiny_checkpoint, options):
+    """Of 200 MB in matrices, and in one vector."""
+    if options:
+        assert write_mixtral(tmp_path / "model", 1024, 2048) > 200 * 2**20
+    else:
+        write(tmp_path / "model", {"v": np.ones(100 * 2**20, ml_dtypes.bfloat16), "c": weights(2, 3, 4)})
+    if "reference" in options:
+        fp8x.convert(tmp_path / "model", tmp_path / "mx", "mxfp8_bf16")
+        options = f', reference={str(tmp_path / "model")!r} if "mx" in str(path) else path'
+        _, growth = measure(INSPECT.replace("{options}", options), tmp_path / "mx", tiny_checkpoint)
+    else:
+        _, growth = measure(INSPECT.replace("{options}", options), tmp_path / "model", tiny_checkpoint)
     assert growth < 128 * 2**20
 
 
@@ -146,7 +219,7 @@ def test_rows_are_measured_in_parts(tmp_path, monkeypatch):
         recipe = fp8x.Recipe(fp8x.Scheme("e4m3", block=scheme))
         whole = inspect(path, recipe=recipe).rows
         with monkeypatch.context() as patch:
-            patch.setattr(fp8x.checkpoint.inspect, "CHUNK", 4000)
+            patch.setattr(rows, "CHUNK_BYTES", 4000)
             parts = inspect(path, recipe=recipe).rows
         assert [(row.name, row.scheme, row.amax, row.bytes) for row in parts] == [
             (row.name, row.scheme, row.amax, row.bytes) for row in whole

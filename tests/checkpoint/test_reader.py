@@ -2,8 +2,10 @@
 
 import json
 import os
-import re
+import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import fp8x
 from fp8x.checkpoint import Reader
 from fp8x.checkpoint.reader import DTYPES, INDEX, SINGLE
 from fp8x.errors import CheckpointError
@@ -47,7 +50,6 @@ def fails(path, *parts: str) -> None:
 def test_every_type_comes_back_byte_by_byte(single, dtype):
     array = Reader(single).read(dtype, shapes=[(2, 3)], dtypes=[dtype])
     assert array.dtype == DTYPES[dtype] and array.tobytes() == tensor(dtype).tobytes()
-    assert not array.flags.writeable
 
 
 def test_scalars_and_empty_tensors(single):
@@ -63,27 +65,116 @@ def test_index(sharded):
     assert reader.stored("b").file.name == "model-2.safetensors"
 
 
-def resident(file: Path) -> int:
-    """Bytes of a mapped file in this process's memory."""
-    mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
-    (mapping,) = [m for m in mappings if str(file) in m]
-    return 1024 * int(re.search(r"Rss:\s+(\d+)", mapping)[1])
+SLICES = [
+    (slice(None), slice(None)),
+    (slice(2, 5), slice(None)),
+    (slice(None), slice(1, 3)),
+    (slice(3, 7), slice(0, 2)),
+    (slice(6, None), slice(-1, None)),
+    (slice(3, 3), slice(None)),
+    (slice(None), slice(2, 2)),
+    (slice(1, 4),),
+]
 
 
-@pytest.mark.own_process
-def test_released_pages_leave_memory_and_can_be_read_again(single):
-    values = np.arange(4 * 2**20, dtype=np.float32)
-    save_file({"a": values, "b": values[:10]}, single / SINGLE)
+@pytest.mark.parametrize("piece", [1, 12, 10**6])
+def test_slices_are_those_of_the_array(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(fp8x.checkpoint.reader, "PIECE", piece)
+    tensors = {"m": tensor(shape=(7, 3)), "s": tensor(shape=()), "v": tensor(shape=(7,)), "c": tensor(shape=(7, 3, 2))}
+    save_file(tensors, tmp_path / SINGLE)
+    (tmp_path / "config.json").write_text("{}")
+    reader = Reader(tmp_path)
+    found = {name: reader.slices(name, shapes=[array.shape], dtypes=["F32"]) for name, array in tensors.items()}
+    for index in SLICES:
+        for name in "mc":
+            part = found[name][index]
+            assert (
+                np.array_equal(part, tensors[name][index]) and part.flags.c_contiguous and part.flags.owndata is False
+            )
+        assert np.array_equal(found["v"][index[:1]], tensors["v"][index[:1]])
+    assert found["s"][()] == tensors["s"] and found["s"][...].shape == ()
+    assert all(np.array_equal(found[name][...], array) for name, array in tensors.items())
+    assert (found["m"].shape, found["m"].dtype) == ((7, 3), np.float32)
+
+
+def test_arrays_are_of_their_own_and_aligned(single):
+    """So JAX takes them over on CPU as they are, and nobody sees what others write."""
     reader = Reader(single)
-    reader.release("a")  # nothing is mapped yet
-    array = reader.read("a", shapes=[values.shape], dtypes=["F32"])
-    total = array.sum()
-    assert resident(single / SINGLE) > 16 * 2**20
-    reader.release("a", 0, 8 * 2**20)
-    assert 5 * 2**20 < resident(single / SINGLE) <= 9 * 2**20  # the system may unmap a huge page as a whole
-    reader.release("a")
-    assert resident(single / SINGLE) < 2**17
-    assert array.sum() == total
+    for dtype in DTYPES:
+        first, second = (reader.read(dtype, shapes=[(2, 3)], dtypes=[dtype]) for _ in range(2))
+        assert first.ctypes.data % 64 == 0
+        first.view(np.uint8)[...] = 77
+        assert second.tobytes() == tensor(dtype).tobytes()
+
+
+def test_files_are_closed_with_the_reader(single):
+    def opened() -> int:
+        return sum(
+            os.path.realpath(f"/proc/self/fd/{number}") == str(single / SINGLE)
+            for number in os.listdir("/proc/self/fd")
+        )
+
+    reader = Reader(single)
+    slices = reader.slices("F32", shapes=[(2, 3)], dtypes=["F32"])
+    slices[...]
+    assert opened() == 1
+    reader.close()
+    assert opened() == 0
+    assert slices[...].sum() == 15 and opened() == 1
+    del reader, slices
+    assert opened() == 0
+
+
+TRUNCATED = """
+import os, sys
+from pathlib import Path
+import fp8x
+from fp8x.checkpoint import Reader
+from fp8x.checkpoint.inspect import inspect
+from fp8x.errors import CheckpointError
+
+source, copy = Path(sys.argv[1]), Path(sys.argv[2])
+file = copy / "model.safetensors"
+content = (source / "model.safetensors").read_bytes()
+
+def refused(work, *arguments, **options):
+    try:
+        work(*arguments, **options)
+    except CheckpointError as error:
+        print(work.__name__, error)
+    else:
+        print(work.__name__, "is through")
+    file.write_bytes(content)
+
+def truncate(*_):
+    os.truncate(file, len(content) // 2)
+
+reader = Reader(copy)
+names = sorted(reader, key=lambda name: reader.stored(name).start)
+def read(name):
+    reader.read(name, shapes=[reader.stored(name).shape], dtypes=[reader.stored(name).dtype])
+read(names[0])
+truncate()
+refused(read, names[-1])
+refused(fp8x.load, copy, progress=truncate)
+refused(fp8x.load, copy, "e4m3_bf16", progress=truncate)
+refused(fp8x.convert, copy, copy.parent / "out", "e4m3_bf16", progress=truncate)
+refused(inspect, copy, progress=truncate)
+refused(inspect, copy, recipe="e4m3_bf16", progress=truncate)
+"""
+
+
+def test_a_file_that_is_truncated_in_use_is_an_error_and_no_signal(tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "a")
+    command = [sys.executable, "-c", TRUNCATED, str(tiny_checkpoint), str(tmp_path / "a")]
+    run = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["read", "load", "load", "convert", "inspect", "inspect"]
+    assert all(
+        "model.safetensors: has changed since" in line or "has changed since it was" in line for line in lines
+    ), lines
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_unexpected_tensor(single):

@@ -303,7 +303,7 @@ def test_what_does_not_fit(tmp_path):
         fp8x.convert(tmp_path / "plain", out, requantize="hopper")
     odd = tmp_path / "odd"
     odd.mkdir()
-    save_file({"fc.weight": np.ones((4, 33), np.float32)}, odd / "model.safetensors")
+    save_file({"fc.weight": np.ones((16, 33), np.float32)}, odd / "model.safetensors")
     (odd / "config.json").write_text(json.dumps({"model_type": "other", "dtype": "bfloat16"}))
     fp8x.convert(odd, tmp_path / "odd8", CHANNEL_CODE)
     with pytest.raises(ShapeError, match=r"fc.weight: .*33, which 32 does not divide"):

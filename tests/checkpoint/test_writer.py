@@ -146,7 +146,8 @@ def test_what_a_killed_writer_left_is_swept(tmp_path):
             process.kill()
     assert left.exists()
     (tmp_path / "out" / "model.safetensors").unlink()
-    write(tmp_path / "out")
+    with pytest.warns(UserWarning, match=rf"removed what a run that was killed had left: {left} \([\d,]+ bytes\)"):
+        write(tmp_path / "out")
     assert listing(tmp_path) == [".out.tmp-not-ours", "out"]
 
 
@@ -183,7 +184,8 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     left.mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(fcntl, "flock", unsupported)
-        write(tmp_path / "out")
+        with pytest.warns(UserWarning, match=rf"no locks, so what another run has left stays: {left} \(0 bytes\)"):
+            write(tmp_path / "out")
     assert listing(tmp_path) == [left.name, "out"], "nobody knows whether its writer lives"
     (tmp_path / "empty").mkdir()
     shutil.rmtree(tmp_path / "out")

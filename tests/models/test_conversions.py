@@ -205,7 +205,8 @@ def test_another_source_of_the_same_name_size_and_time_is_another(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         fp8x.convert(tmp_path / "a" / "m", tmp_path / "out", "e4m3_f16", max_shard_bytes=5000, progress=interrupt)
-    done = fp8x.convert(tmp_path / "b" / "m", tmp_path / "out", "e4m3_f16", max_shard_bytes=5000)
+    with pytest.warns(UserWarning, match="removed what a run with other arguments had left"):
+        done = fp8x.convert(tmp_path / "b" / "m", tmp_path / "out", "e4m3_f16", max_shard_bytes=5000)
     assert done.bytes_resumed == 0
     assert all(value[2] != bytes(4096) for name, value in contents(tmp_path / "out").items() if name.endswith("weight"))
 

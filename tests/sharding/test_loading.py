@@ -2,7 +2,6 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import ClassVar
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ from meshes import mesh_of
 
 import fp8x
 from fp8x.checkpoint import Reader
+from fp8x.checkpoint.reader import Slices
 from fp8x.errors import CheckpointError, MeshError
 from fp8x.sharding import shard
 
@@ -69,26 +69,15 @@ def test_requantizing_on_a_mesh_equals_sharding(name, requantize, axes):
     assert_same(fp8x.load(path, mesh=mesh, requantize=requantize), shard(model, mesh))
 
 
-class Counting(np.ndarray):
-    """A view that counts the bytes of what is taken from it."""
-
-    taken: ClassVar = Counter()
-
-    def __getitem__(self, index):
-        part = np.asarray(self)[index]
-        self.taken[self.tensor] += part.nbytes
-        return part
-
-
 def test_a_process_reads_what_its_devices_hold(monkeypatch):
     """Half of the devices stand for a process: experts 0 and 1, and half of all else that is split."""
     mesh = mesh_of(expert=2, tensor=2)
-    mine, read, make = set(mesh.devices[0].flat), Reader.read, jax.make_array_from_callback
+    mine, make, taken = set(mesh.devices[0].flat), jax.make_array_from_callback, Counter()
 
-    def counted(self, tensor, **options):
-        view = read(self, tensor, **options).view(Counting)
-        view.tensor = tensor
-        return view
+    def counted(self, index, getitem=Slices.__getitem__):
+        part = getitem(self, index)
+        taken[self.name] += part.nbytes
+        return part
 
     def of_this_process(shape, sharding, part):
         indices = sharding.devices_indices_map(shape)
@@ -96,9 +85,8 @@ def test_a_process_reads_what_its_devices_hold(monkeypatch):
         nothing = np.zeros_like(next(iter(parts.values())))
         return make(shape, sharding, lambda index: parts.get(str(index), nothing))
 
-    monkeypatch.setattr(Reader, "read", counted)
+    monkeypatch.setattr(Slices, "__getitem__", counted)
     monkeypatch.setattr(jax, "make_array_from_callback", of_this_process)
-    Counting.taken.clear()
     fp8x.load(GOLDENS / "mixtral", "e4m3_e4m3_bf16_dynamic", mesh)
     reader = Reader(GOLDENS / "mixtral")
     for tensor in reader:
@@ -106,11 +94,11 @@ def test_a_process_reads_what_its_devices_hold(monkeypatch):
             share = 1 if int(tensor.split(".experts.")[1][0]) < 2 else 0
         else:
             share = 0.5 if any(name in tensor for name in ("q_proj", "o_proj", "embed_tokens", "lm_head")) else 1
-        assert Counting.taken[tensor] == share * reader.stored(tensor).nbytes, tensor
+        assert taken[tensor] == share * reader.stored(tensor).nbytes, tensor
 
 
 def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_read(monkeypatch):
-    monkeypatch.setattr(Reader, "release", None)  # called after every tensor
+    monkeypatch.setattr(Reader, "read_into", None)
     with pytest.raises(MeshError, match="axis 'expert' has 3 devices, which do not divide the model's 4 experts"):
         fp8x.load(GOLDENS / "mixtral", mesh=mesh_of(expert=3))
     with pytest.raises(MeshError, match="mesh: 'tensor=2' is no Mesh"):

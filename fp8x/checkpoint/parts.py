@@ -1,0 +1,54 @@
+"""`StoredMatrix`: a matrix of a checkpoint, read some rows at a time into a thread's buffer."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from fp8x.array import ScaledArray
+from fp8x.checkpoint import rows
+from fp8x.checkpoint.fnuz import Translation
+from fp8x.checkpoint.reader import DTYPES, Reader
+from fp8x.checkpoint.threads import Threads
+from fp8x.scheme import Scheme
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix `[N, K]` as it lies in a file.
+
+    Attributes:
+        reader, name: where it is.
+        scale, scheme: of its codes; None where it is in 16 or 32 bits.
+        translation: how its codes come to the scheme's type, where they are in another.
+    """
+
+    reader: Reader
+    name: str
+    scale: np.ndarray | None = None
+    scheme: Scheme | None = None
+    translation: Translation | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.reader.stored(self.name).shape
+
+    def parts(
+        self, threads: Threads, *schemes: Scheme | None, use: str = "values"
+    ) -> Iterator[tuple[slice, np.ndarray | ScaledArray]]:
+        """Some rows at a time, in whole blocks of these schemes and its own: zeros beyond the end, which change no
+        amax. Valid until the next.
+        """
+        (n, k), dtype = self.shape, DTYPES[self.reader.stored(self.name).dtype]
+        for part in rows.chunks(n, k, self.scheme, *schemes):
+            buffer = threads.buffer((part.stop - part.start) * k * dtype.itemsize, use)
+            filled = (min(part.stop, n) - part.start) * k * dtype.itemsize
+            self.reader.read_into(self.name, part.start * k * dtype.itemsize, buffer[:filled])
+            buffer[filled:] = 0
+            data = buffer.view(dtype).reshape(part.stop - part.start, k)
+            if self.scheme is None:
+                yield part, data
+            else:
+                if self.translation is not None:
+                    data = self.translation.rows(part, data)
+                yield part, ScaledArray(data, rows.scale_rows(self.scale, self.scheme, part), self.scheme)
