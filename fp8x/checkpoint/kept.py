@@ -6,6 +6,7 @@ or a sound, whatever leads from there into the language model, heads, routers, a
 Rules override all of it.
 """
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -25,7 +26,8 @@ _COMPONENTS = {
     "a recurrence's gates and steps": r"dt_proj|x_proj|in_proj_(ba|a|b)|ba_proj",
     "weighs what an indexer finds": r"weights_proj",
 }
-_KINDS = [(reason, re.compile(pattern, re.IGNORECASE)) for reason, pattern in _COMPONENTS.items()]
+_REASONS = list(_COMPONENTS)
+_PATTERNS = [re.compile(pattern, re.IGNORECASE) for pattern in _COMPONENTS.values()]
 
 # By the whole name. The first are no linear layers at all, though they have two dims.
 LOOKUPS = re.compile(r"(.*\.)?([^.]*embed[^.]*|wte|wpe|shared|relative_attention_bias|[^.]*norm)", re.IGNORECASE)
@@ -51,10 +53,9 @@ def why_kept(matrices: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
 
 
 def _why(prefix: str, shape: tuple[int, ...], experts: int | None) -> str | None:
-    parts = prefix.split(".")
-    for reason, pattern in _KINDS:
-        if any(pattern.fullmatch(part) for part in parts):
-            return reason
+    kinds = [kind for part in prefix.split(".") if (kind := _kind(part)) is not None]
+    if kinds:
+        return _REASONS[min(kinds)]
     if _OUTPUT.fullmatch(prefix):
         return "a head"
     if _SEAM.fullmatch(prefix):
@@ -64,6 +65,12 @@ def _why(prefix: str, shape: tuple[int, ...], experts: int | None) -> str | None
     if shape[0] < SMALLEST and math.prod(shape):
         return f"fewer than {SMALLEST} rows"
     return None
+
+
+@functools.lru_cache(10_000)  # models have many layers and experts, and few words
+def _kind(part: str) -> int | None:
+    """Which of the reasons a component of a name is, if any."""
+    return next((index for index, pattern in enumerate(_PATTERNS) if pattern.fullmatch(part)), None)
 
 
 def _count_experts(prefixes: Iterable[str]) -> dict[str, int]:

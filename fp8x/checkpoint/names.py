@@ -4,6 +4,7 @@ A model has tens of thousands of experts' matrices, so a name is looked up in se
 """
 
 import fnmatch
+import functools
 import re
 from collections.abc import Callable, Collection, Iterable
 
@@ -30,13 +31,16 @@ def _shortest(name: str, taken: Collection[str]) -> str:
 
 def _generalized(name: str) -> list[str]:
     """Patterns with any number for every number of a name, and for its last. Two names share one that matches both."""
-    parts = [re.escape(part) for part in name.split(".")]
+    parts = [_escaped(part) for part in name.split(".")]
     numbers = [index for index, part in enumerate(parts) if part.isdecimal()]
     return [
         r"\.".join(r"\d+" if index in indices else part for index, part in enumerate(parts)) + "$"
         for indices in (numbers, numbers[-1:])
         if indices
     ]
+
+
+_escaped = functools.lru_cache(10_000)(re.escape)
 
 
 def listed(entries: Iterable[str]) -> Matcher:

@@ -46,7 +46,8 @@ def plan(
 ) -> Plan:
     """What `fp8x.convert` would do with a checkpoint; `fp8x.convert(plan, dst)` does it.
 
-    Reads headers and config.json alone (and all matrices where `requantize` has to choose), and takes under a second.
+    Reads headers and config.json alone (and all matrices where `requantize` has to choose): a matter of a second, or of
+    ten for a terabyte in 50,000 matrices.
     Print it, or look at `groups`: a row for all tensors that differ in numbers alone, with their types and bytes before
     and after, and the reason where they stay in 16 bits. Static activation scales may still be missing in a plan.
 
@@ -60,7 +61,7 @@ def plan(
     """
     reader = Reader(src)
     source_format = format_of(reader.config)
-    modules = _modules(reader)
+    modules = modules_of(reader)
     stored = stored_by_prefix(reader, modules, source_format)
     _check_scales(reader, stored, source_format)
     if calibration is not None and not isinstance(calibration, Sidecar):
@@ -111,11 +112,6 @@ def stored_by_prefix(
     if source_format is None:
         return dict.fromkeys(prefixes)
     return stored_recipes(source_format, reader, prefixes, dtype_of(reader.config))
-
-
-def modules_of(reader: Reader) -> dict[str, list[str]]:
-    """The prefixes of every module that holds matrices, by path."""
-    return _modules(reader)
 
 
 def dtype_of(config: Mapping[str, Any]) -> np.dtype:
@@ -273,7 +269,8 @@ def _check(found: Plan, recipe: Recipe | str | None, is_changed: bool) -> None:
             )
 
 
-def _modules(reader: Reader) -> dict[str, list[str]]:
+def modules_of(reader: Reader) -> dict[str, list[str]]:
+    """The prefixes of every module that holds matrices, by path: as `fp8x.load` has it where it knows the model."""
     by_name = {prefix: [prefix] for prefix in _matrices(reader)}
     # A classifier or a reward model of a family has its own head, and no `lm_head`.
     (architecture, *_) = reader.config.get("architectures") or ("ForCausalLM",)
