@@ -15,7 +15,6 @@ from fp8x.checkpoint import FORMATS, Reader, choose_format, format_of
 from fp8x.checkpoint.inspect import inspect
 from fp8x.checkpoint.names import whole_names
 from fp8x.errors import CheckpointError
-from fp8x.models.convert import plan
 from fp8x.models.loading import get
 from fp8x.recipe import Recipe
 from fp8x.scheme import KV_SCHEMES, mx, per_row, per_tensor
@@ -209,7 +208,8 @@ def test_the_config_of_torchao_does_not_say_which_pattern_counts():
 
 
 def test_descriptions_of_torchao():
-    recipes = plan(Reader(GOLDENS / "torchao_mixed")).stored
+    targets = fp8x.plan(GOLDENS / "torchao_mixed").targets
+    recipes = {prefix: target.stored for prefix, target in targets.items()}
     assert recipes["model.layers.1.self_attn.o_proj"] == CHANNEL
     assert recipes["model.layers.1.mlp.up_proj"] == Recipe(per_row()) and recipes["lm_head"] is None
 
