@@ -288,8 +288,10 @@ def _check(found: Plan, recipe: Recipe | str | None, is_changed: bool) -> None:
 def _modules(reader: Reader) -> dict[str, list[str]]:
     by_name = {prefix: [prefix] for prefix in _matrices(reader)}
     # A classifier or a reward model of a family has its own head, and no `lm_head`.
-    (architecture, *_) = reader.config.get("architectures") or ("ForCausalLM",)
-    if reader.config.get("model_type") not in FAMILIES or not str(architecture).endswith("ForCausalLM"):
+    stated = reader.config.get("architectures")
+    architecture = stated[0] if isinstance(stated, list) and stated else "ForCausalLM"
+    family = str(reader.config.get("model_type"))
+    if family not in FAMILIES or not str(architecture).endswith("ForCausalLM"):
         return by_name
     try:
         config = DecoderConfig.from_hf(reader.config)
