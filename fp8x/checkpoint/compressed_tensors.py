@@ -75,8 +75,8 @@ class CompressedTensors(Format):
         common = fields.one_of("format", FLOAT, NAIVE, MXFP8, MIXED)
         fields.one_of("quantization_status", "compressed", default="compressed")
         for name in ("sparsity_config", "transform_config"):
-            # Both change what the stored weights mean.
-            if fields.get(name, None):
+            # Both change what the stored weights mean, but for zeros that are stored like all else.
+            if (stated := fields.peek(name)) and not _is_dense(stated):
                 raise fields.error(name, "none: fp8x reads quantization alone")
         added = fields.object(KEY, {})
         targets: dict[str, Recipe] = {}
@@ -124,6 +124,11 @@ class CompressedTensors(Format):
             TensorSpec((".weight_scale",), shapes, dtypes),
             TensorSpec((".input_scale",), ((1,), ()), SCALE_DTYPES) if recipe.is_static else None,
         )
+
+
+def _is_dense(sparsity: Any) -> bool:
+    """Whether a `sparsity_config` describes zeros alone (`config/dense.py` of the library)."""
+    return isinstance(sparsity, dict) and sparsity.get("format") == "dense" and "targets" not in sparsity
 
 
 def _group(groups: Fields, name: str) -> Fields:

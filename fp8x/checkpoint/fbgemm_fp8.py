@@ -44,7 +44,7 @@ class FbgemmFp8(Format):
 
     def from_config(self, config: Mapping[str, Any], prefixes: Iterable[str], out_dtype: np.dtype) -> Recipes:
         fields = Fields(config, "quantization_config")
-        bound = fields.get("activation_scale_ub", 1200.0)
+        bound = fields.peek("activation_scale_ub", 1200.0)
         if isinstance(bound, bool) or not isinstance(bound, int | float) or not bound > 0:
             raise fields.error("activation_scale_ub", "a positive number")
         warn_of_bound(f"config.json: quantization_config.activation_scale_ub is {bound!r}")

@@ -1,6 +1,5 @@
 """Typed access to the fields of a `quantization_config`, or of other JSON, with the field's path in every error."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from fp8x.errors import CheckpointError
@@ -13,7 +12,7 @@ class Fields:
     """An object inside a file. `where` is its path there, for errors."""
 
     def __init__(self, value: Any, where: str, file: str = "config.json"):
-        if not isinstance(value, Mapping):
+        if not isinstance(value, dict):
             raise CheckpointError(f"{file}: {where} is {value!r}, expected an object")
         self.value = value
         self.where = where
@@ -25,6 +24,10 @@ class Fields:
         if value is _MISSING:
             raise CheckpointError(f"{self.file}: {self.where} has no {name}")
         return value
+
+    def peek(self, name: str, default: Any = None) -> Any:
+        """A field that is looked at, but means something that fp8x has not: `Noted` still names it as unread."""
+        return dict.get(self.value, name, default)
 
     def one_of(self, name: str, *fits: Any, default: Any = _MISSING) -> Any:
         """A field that has to be one of `fits`."""

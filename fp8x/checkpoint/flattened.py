@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8x.checkpoint.header import parse_object
+from fp8x.checkpoint.noted import Noted
 from fp8x.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 METHOD = "torchao"
 
+_NAMES, _TYPE = "tensor_names", '{"_type": "'
 _DATA = re.compile(r"(?P<module>(?:.*\.)?)_(?P<parameter>\w+)_qdata")
 
 
@@ -68,7 +70,16 @@ def unflattened(tensors: Mapping[str, "Stored"], metadata: Mapping[Path, Any]) -
     return result
 
 
+def undescribed(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a file's `__metadata__` torchao has not written: it describes every tensor, and lists the names."""
+    return {
+        key: value
+        for key, value in metadata.items()
+        if key != _NAMES and not (isinstance(value, str) and value.startswith(_TYPE))
+    }
+
+
 def _description(name: str, file: Path, text: Any) -> Mapping[str, Any]:
     if not isinstance(text, str):
         raise CheckpointError(f"{name} in {file}: no file's __metadata__ has a description of it, which torchao writes")
-    return parse_object(text.encode(errors="replace"), f"{file}: __metadata__ of {name}")
+    return Noted(parse_object(text.encode(errors="replace"), f"{file}: __metadata__ of {name}"))

@@ -14,6 +14,7 @@ from fp8x.checkpoint.finite import CHUNK_BYTES
 from fp8x.checkpoint.fnuz import Translation, translation
 from fp8x.checkpoint.header import UNQUANTIZED
 from fp8x.checkpoint.reader import DTYPE_NAMES, DTYPES, Reader, Slices
+from fp8x.checkpoint.unread import unread_parts
 from fp8x.errors import CheckpointError
 from fp8x.recipe import Recipe
 from fp8x.scheme import E8M0, FLOAT32, Scheme
@@ -157,6 +158,15 @@ class Format(abc.ABC):
         specs = (layout.weight, layout.weight_scale, layout.input_scale)
         return [spec.name(prefix, reader) for spec in specs if spec is not None]
 
+    def unread(self, prefix: str, recipe: Recipe, shape: tuple[int, int], reader: Reader) -> dict[str, str]:
+        """Tensors of a matrix that `decode` does not read and that mean nothing, with the reason.
+
+        Raises:
+            CheckpointError: one that says that the matrix has other values than `decode` gives.
+        """
+        names = self.names(prefix, recipe, shape, reader)
+        return unread_parts(prefix, names, recipe.weight.block[-1], reader)
+
     def decode(
         self,
         prefix: str,
@@ -198,6 +208,7 @@ class Format(abc.ABC):
         """`decode` without the codes, for who reads these some rows at a time; arguments and errors as there."""
         layout, scheme = self.layout(recipe, shape), recipe.weight
         scheme.check_shape(shape, f"{prefix}.weight")
+        self.unread(prefix, recipe, shape, reader)
         reader.check(layout.weight.name(prefix, reader), shapes=layout.weight.shapes, dtypes=layout.weight.dtypes)
         name = layout.weight_scale.name(prefix, reader)
         scale = as_scale(layout.weight_scale.read(prefix, reader), scheme.scale_dtype)

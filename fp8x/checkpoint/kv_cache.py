@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from fp8x.checkpoint.format import SCALE_DTYPES, Format, as_scale
+from fp8x.checkpoint.noted import noted_unless
 from fp8x.checkpoint.reader import Reader
 from fp8x.errors import CheckpointError, some
 from fp8x.scheme import FLOAT32, KV_HEAD, KV_SCHEMES, Scheme, is_kv_static
@@ -77,7 +78,10 @@ def read_kv_scales(reader: Reader, format: Format | None) -> KVScales | None:
     """
     declared, is_unknown = None, False
     try:
-        declared = None if format is None else format.kv_scheme(reader.config["quantization_config"])
+        if format is not None:
+            config = reader.config["quantization_config"]
+            with noted_unless(config, CheckpointError):
+                declared = format.kv_scheme(config)
     except CheckpointError as error:
         is_unknown = True
         warnings.warn(f"{error}; keys and values stay in the model's type", stacklevel=4)

@@ -224,6 +224,25 @@ class Plan:
             if target.recipe is not None:
                 target.recipe.weight.check_shape(shape, f"{prefix}.weight")
 
+    def check_names(self) -> None:
+        """
+        Raises:
+            CheckpointError: the destination would hold two tensors of one name.
+        """
+        sources = {
+            name: f"part of {prefix}.weight, as {self.format.name if self.format else 'it is'} stores it"
+            for prefix in self.targets
+            if f"{prefix}.weight" not in self._parts_of_whole
+            for name in self.specs(prefix)
+        }
+        for name, source in (
+            *((name, "a scale of the KV cache") for name in self.added),
+            *((name, f"the tensor of that name in {self.reader.stored(name).file}") for name in self.copied),
+        ):
+            if name in sources:
+                raise CheckpointError(f"{name}: would be written twice, as {sources[name]}, and as {source}")
+            sources[name] = source
+
     @functools.cached_property
     def _parts_of_whole(self) -> frozenset[str]:
         return frozenset(part for name in self.whole for part in self.reader.fused[name])
@@ -236,6 +255,7 @@ class Plan:
         names = [name]
         if target.stored is not None:
             names = self.source_format.names(prefix, target.stored, shape, self.reader)
+            names = [each for each in names if each not in self.dropped]
         specs = self.specs(prefix)
         return Row(
             name,

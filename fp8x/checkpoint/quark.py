@@ -67,7 +67,7 @@ class Quark(Format):
         export.one_of("weight_format", "real_quantized", default="real_quantized")
         export.one_of("pack_method", "reorder", "order", default="reorder")
         _check_algorithms(fields)
-        if fields.get("softmax_quant_spec", None) is not None:
+        if fields.peek("softmax_quant_spec") is not None:
             warnings.warn(
                 "config.json: quantization_config.softmax_quant_spec: attention weights are quantized there; fp8x "
                 "multiplies them in the type of the model",

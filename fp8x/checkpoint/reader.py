@@ -13,18 +13,20 @@ from typing import Any
 import numpy as np
 
 from fp8x.checkpoint.downloads import HEAD, check_download, unfinished
-from fp8x.checkpoint.flattened import is_flattened, unflattened
+from fp8x.checkpoint.flattened import is_flattened, undescribed, unflattened
 from fp8x.checkpoint.fused import unfused
 from fp8x.checkpoint.header import DTYPE_NAMES as DTYPE_NAMES
 from fp8x.checkpoint.header import DTYPES as DTYPES
 from fp8x.checkpoint.header import Stored as Stored
 from fp8x.checkpoint.header import parse_object, read_header
+from fp8x.checkpoint.noted import Noted
 from fp8x.errors import CheckpointError
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LEGACY = "hf_quant_config.json"
+QUANTIZATION, OLDER = "quantization_config", "compression_config"  # in config.json
 DESCRIPTION = "fp8x.json"  # in the place of config.json, where the model is no Hugging Face one
 
 PIECE = 1 << 23  # bytes of one call to the system, between which Ctrl-C is heard
@@ -42,10 +44,11 @@ class Reader:
 
     Attributes:
         path: the directory, absolute.
-        config: that file, parsed, with older places of `quantization_config` in that field.
+        config: that file, parsed, with older places of `quantization_config` in that field, which notes what is read.
         fused: by the name of each tensor of several experts, the names of their matrices.
         whole: the tensors of experts that are not taken apart, with the reason.
         metadata: what the files' headers say besides the framework's name, where it is of no use to fp8x.
+        unread: what else the directory says and nobody reads, by file or dotted field, with the reason.
 
     Raises:
         CheckpointError: anything is missing, truncated or contradicts itself; the message names file and tensor.
@@ -61,22 +64,27 @@ class Reader:
             if not self.path.is_dir():
                 found = "is a file" if self.path.exists() else "does not exist"
                 raise CheckpointError(f"{self.path}: {found}; give a directory with {config} and {SINGLE}")
-            self.config: dict[str, Any] = _read_config(self.path) if config == CONFIG else read_json(self.path / config)
-            listed = _listed_files(self.path)
+            self.unread: dict[str, str] = {}
+            self.config: dict[str, Any] = (
+                _read_config(self.path, self.unread) if config == CONFIG else read_json(self.path / config)
+            )
+            listed = _listed_files(self.path, self.unread)
         files = dict.fromkeys(listed.values()) if listed else [self.path / SINGLE]
         metadata = {file: self._open(file) for file in files}
         for name, file in listed.items():
             if name not in self._tensors or self._tensors[name].file != file:
                 raise CheckpointError(f"{self.path / INDEX}: says that {file.name} holds {name}, but it does not")
         said = [found for found in metadata.values() if isinstance(found, Mapping)]
-        self.metadata = {key: value for found in said for key, value in found.items() if key != "format"}
+        self.metadata = {
+            key: value for found in said for key, value in found.items() if (key, value) != ("format", "pt")
+        }
         self.fused: Mapping[str, list[str]] = {}
         self.whole: Mapping[str, str] = {}
         self._fused_tensors: dict[str, Stored] = {}
         if config == CONFIG:
             if is_flattened(self.config):
                 self._tensors = unflattened(self._tensors, metadata)
-                self.metadata = {}
+                self.metadata = undescribed(self.metadata)
             found = unfused(self._tensors, self.config.get("model_type"))
             self.fused, self.whole = found.parts, found.whole
             self._fused_tensors = {name: self._tensors[name] for name in self.fused}
@@ -287,20 +295,31 @@ def _hint(file: Path) -> str:
     return f"a Hugging Face directory has {CONFIG} beside its safetensors files"
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    config = read_json(path / CONFIG)
-    # First names: compressed-tensors of 2024, and ModelOpt before 0.31.
-    older = config.pop("compression_config", None)
-    if older is None and (path / LEGACY).is_file():
-        older = {"quant_method": "modelopt"} | read_json(path / LEGACY)
-    if older is not None and config.get("quantization_config") is None:
-        config["quantization_config"] = older
+def _read_config(path: Path, unread: dict[str, str]) -> dict[str, Any]:
+    """config.json; adds to `unread` what says the same a second time, in an older place."""
+    config, found = read_json(path / CONFIG), None
+    older = [OLDER] if config.get(OLDER) is not None else []  # compressed-tensors of 2024
+    older += [LEGACY] if (path / LEGACY).is_file() else []  # ModelOpt, before 0.31 alone
+    if config.get(QUANTIZATION) is None and older:
+        first, *older = older
+        config[QUANTIZATION] = config[OLDER] if first == OLDER else _read_legacy(path)
+        found = first
+    config.pop(OLDER, None)
+    unread |= dict.fromkeys(older, f"{found or QUANTIZATION} says how the source is quantized, and counts")
+    if isinstance(config.get(QUANTIZATION), Mapping):
+        config[QUANTIZATION] = Noted(config[QUANTIZATION])
     return config
 
 
-def _listed_files(path: Path) -> dict[str, Path]:
-    """What the index says: tensor name -> file. Empty where one file holds everything."""
+def _read_legacy(path: Path) -> dict[str, Any]:
+    return {"quant_method": "modelopt"} | read_json(path / LEGACY)
+
+
+def _listed_files(path: Path, unread: dict[str, str]) -> dict[str, Path]:
+    """What the index says: tensor name -> file. Empty where one file holds everything. Adds to `unread` what else."""
     if (path / SINGLE).is_file():
+        if (path / INDEX).is_file():
+            unread[INDEX] = f"{SINGLE} holds everything"
         return {}
     if not (path / INDEX).is_file():
         for file in (path / SINGLE, path / INDEX):
@@ -316,7 +335,8 @@ def _listed_files(path: Path) -> dict[str, Path]:
                 "torchao 0.15 does so for torchao's tensors too)"
             )
         raise CheckpointError(f"{path}: has neither {SINGLE} nor {INDEX}; {found}")
-    weight_map = read_json(path / INDEX).get("weight_map")
+    index = read_json(path / INDEX)
+    weight_map = index.pop("weight_map", None)
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise CheckpointError(f"{path / INDEX}: has no weight_map, an object of tensor name -> file name")
     for name, file in weight_map.items():
@@ -328,6 +348,9 @@ def _listed_files(path: Path) -> dict[str, Path]:
         if not (path / file).is_file():
             name = next(name for name, other in weight_map.items() if other == file)
             raise CheckpointError(f"{path / INDEX}: {name!a} lies in {file!a}, which {_absence(path / file)}")
+    said = index.pop("metadata", {})
+    further = {f"metadata.{key}" for key in said if key != "total_size"} if isinstance(said, Mapping) else {"metadata"}
+    unread |= {f"{INDEX}.{key}": "the index is written anew" for key in (*index, *sorted(further))}
     return {name: path / file for name, file in weight_map.items()}
 
 

@@ -167,4 +167,4 @@ def _bounds(described: Fields) -> list[tuple[str, Any]]:
     if data.get("act_quant_kwargs", None) is None:
         return []
     given = data.object("act_quant_kwargs").object("_data")
-    return [(name, given.get(name)) for name in ("hp_value_lb", "hp_value_ub") if given.get(name, None) is not None]
+    return [(name, given.peek(name)) for name in ("hp_value_lb", "hp_value_ub") if given.peek(name) is not None]

@@ -1,6 +1,6 @@
 """`plan`: what `convert` will do with a checkpoint, known from headers and config alone. Imports no JAX to say so."""
 
-import contextlib
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -13,13 +13,13 @@ import numpy as np
 from fp8x.calibrate import sidecar
 from fp8x.calibrate.sidecar import Sidecar
 from fp8x.checkpoint import FORMATS, Format, Reader, choose_format, format_of
-from fp8x.checkpoint.companions import find_companions
+from fp8x.checkpoint.companions import Companions, find_companions
 from fp8x.checkpoint.format import stored_recipes
 from fp8x.checkpoint.header import FLOAT8, UNQUANTIZED
 from fp8x.checkpoint.kept import LOOKUPS, why_kept
 from fp8x.checkpoint.kv_cache import QUERIES, KVScales, kv_tensors, read_kv_scales
-from fp8x.checkpoint.noted import Noted
-from fp8x.checkpoint.plan import Plan, Target
+from fp8x.checkpoint.plan import Plan, Target, matrix_shape
+from fp8x.checkpoint.reader import INDEX, LEGACY
 from fp8x.errors import CheckpointError, ConfigError, RuleError, some
 from fp8x.models.config import DecoderConfig
 from fp8x.models.families import FAMILIES
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fp8x.checkpoint.requantize import Requantization, Requantize
 
 SCALES = ("weight_scale", "weight_scale_inv", "input_scale", "activation_scale")
+KV_FIELDS = ("kv_cache_scheme", "kv_cache_quant_algo")  # mean nothing where the scales do not come along
 
 
 def plan(
@@ -77,12 +78,16 @@ def plan(
     else:
         recipes, reasons = _recipes(reader, modules, stored, recipe, rules)
     out_dtype = OUT_DTYPES[recipe] if isinstance(recipe, str) and recipe in OUT_DTYPES else dtype_of(reader.config)
-    chosen, kept_kv, dropped = _keys_and_values(reader, source_format, format, recipes, kv_cache, out_dtype)
+    is_changed = recipe is not None or requantize is not None
+    chosen, kept_kv, dropped = _keys_and_values(reader, source_format, format, recipes, kv_cache, out_dtype, is_changed)
     scales = {} if calibration is None else _static_scales(calibration, modules, recipes, reader)
     targets = {
         prefix: Target(stored[prefix], recipes[prefix], scales.get(prefix), reasons.get(prefix)) for prefix in stored
     }
+    dropped |= _unread_parts(reader, source_format, targets)
     config, left_fields = _config(reader, source_format, chosen, recipes, out_dtype, kept_kv)
+    beside = {} if chosen is None else chosen.beside(config["quantization_config"])
+    companions, fields = _beside(reader, beside)
     found = Plan(
         reader=reader,
         modules=modules,
@@ -91,16 +96,16 @@ def plan(
         format=chosen,
         out_dtype=out_dtype,
         config=config,
-        beside={} if chosen is None else chosen.beside(config["quantization_config"]),
+        beside=beside,
         dropped=dropped,
         added={} if kept_kv is None else kv_tensors(kept_kv, chosen),
         whole=tuple(_whole(reader, targets)),
-        left_fields=left_fields,
-        companions=find_companions(reader.path, reader.files),
+        left_fields=left_fields | fields,
+        companions=companions,
         requantization=requantization,
         allow_nonfinite=allow_nonfinite,
     )
-    _check(found, recipe, recipe is not None or requantize is not None)
+    _check(found, recipe, is_changed)
     return found
 
 
@@ -209,12 +214,14 @@ def _keys_and_values(
     recipes: Mapping[str, Recipe | None],
     kv_cache: KVScales | None,
     out_dtype: np.dtype,
+    is_changed: bool,
 ) -> tuple[Format | None, KVScales | None, dict[str, str]]:
     """The destination's format, the scales of a KV cache that it holds, and the tensors that are left out for these."""
     used = [recipe for recipe in recipes.values() if recipe is not None]
     stored, is_new = read_kv_scales(reader, source_format), kv_cache is not None
-    # Where nothing else is quantized, no format declares the source's unasked.
-    if not is_new and stored is not None and stored.scheme is not None and (used or format is not None):
+    # Where nothing else is quantized, no format declares them unasked that the source has not.
+    is_declared = not is_changed and source_format is not None and source_format.holds_kv_alone
+    if not is_new and stored is not None and stored.scheme is not None and (used or format or is_declared):
         kv_cache = stored
     if format is not None and not used and kv_cache is None:
         raise CheckpointError(f"format: {format!r} does not fit: nothing is quantized; leave the format out")
@@ -232,6 +239,8 @@ def _keys_and_values(
     if not is_new:
         stored.warn_of_missing(reader)
     reason = "calibrated anew" if is_new else f"written in the words of {chosen.name}"
+    if not is_new and stored.scheme is None:
+        reason = "of a KV cache that fp8x does not know"
     return chosen, kv_cache, dict.fromkeys(stored.names, reason)
 
 
@@ -254,18 +263,21 @@ def _check(found: Plan, recipe: Recipe | str | None, is_changed: bool) -> None:
         ShapeError: a matrix that its recipe does not fit.
     """
     found.check_shapes()
+    found.check_names()
     if found.format is None and isinstance(recipe, Recipe | str) and recipe not in OUT_DTYPES:
         why = "; ".join(dict.fromkeys(row.reason for row in found.groups if row.reason)) or "it holds no matrix"
         warnings.warn(f"{found.path}: nothing in it becomes 8 bits ({why}); rules override defaults", stacklevel=3)
-    if found.source_format is None or (found.source_format is found.format and not is_changed):
+    if found.source_format is found.format and not is_changed:
         return
-    for name in found.copied:
+    matrices = [f"{prefix}.weight" for prefix, target in found.targets.items() if target.is_copied]
+    for name in (*found.copied, *matrices):
         tensor = found.reader.stored(name)
         if tensor.dtype in FLOAT8 and len(tensor.shape) > 1:
             why = found.reader.whole.get(name, "it is no matrix of a linear layer that config.json calls quantized")
+            alike = "without a recipe" + (f" and as {found.source_format.name!r}" if found.source_format else "")
             raise CheckpointError(
-                f"{name} in {tensor.file}: is in 8 bits, and fp8x does not know its scales ({why}); without a recipe "
-                f"and as {found.source_format.name!r} it is copied as it is"
+                f"{name} in {tensor.file}: is in 8 bits, and fp8x does not know its scales ({why}); {alike} it is "
+                "copied as it is"
             )
 
 
@@ -273,8 +285,10 @@ def modules_of(reader: Reader) -> dict[str, list[str]]:
     """The prefixes of every module that holds matrices, by path: as `fp8x.load` has it where it knows the model."""
     by_name = {prefix: [prefix] for prefix in _matrices(reader)}
     # A classifier or a reward model of a family has its own head, and no `lm_head`.
-    (architecture, *_) = reader.config.get("architectures") or ("ForCausalLM",)
-    if reader.config.get("model_type") not in FAMILIES or not str(architecture).endswith("ForCausalLM"):
+    stated = reader.config.get("architectures")
+    architecture = stated[0] if isinstance(stated, list) and stated else "ForCausalLM"
+    family = str(reader.config.get("model_type"))
+    if family not in FAMILIES or not str(architecture).endswith("ForCausalLM"):
         return by_name
     try:
         config = DecoderConfig.from_hf(reader.config)
@@ -297,7 +311,7 @@ def _matrices(reader: Reader) -> list[str]:
     return [
         name
         for name, tensor in ((name, reader.stored(f"{name}.weight")) for name in names)
-        if len(tensor.shape) == 2 and tensor.dtype in UNQUANTIZED + FLOAT8 and not LOOKUPS.fullmatch(name)
+        if len(tensor.shape) == 2 and tensor.dtype in (*UNQUANTIZED, *FLOAT8) and not LOOKUPS.fullmatch(name)
     ]
 
 
@@ -327,6 +341,31 @@ def _calibrated_kv(found: Sidecar, reader: Reader) -> KVScales:
     return KVScales(found.kv_cache, {f"model.{path}": pair for path, pair in found.kv_scales.items()})
 
 
+def _unread_parts(reader: Reader, source_format: Format | None, targets: Mapping[str, Target]) -> dict[str, str]:
+    """Tensors of matrices in 8 bits that the destination does not hold, with the reason."""
+    found: dict[str, str] = {}
+    for prefix, target in targets.items():
+        if target.stored is None:
+            continue
+        shape = matrix_shape(reader, f"{prefix}.weight")
+        found |= source_format.unread(prefix, target.stored, shape, reader)
+        if target.stored.is_static and (target.recipe is None or not target.recipe.is_static):
+            is_dynamic = target.recipe is not None and target.recipe.activation is not None
+            reason = "activations become dynamic" if is_dynamic else "activations are not quantized any more"
+            *_, name = source_format.names(prefix, target.stored, shape, reader)
+            found[name] = reason
+    return found
+
+
+def _beside(reader: Reader, beside: Mapping[str, object]) -> tuple[Companions, dict[str, str]]:
+    """The files beside the weights, and fields in those that are written anew which come along with neither."""
+    found, unread = find_companions(reader.path, reader.files), dict(reader.unread)
+    left = {name: unread.pop(name) for name in (LEGACY, INDEX) if name in unread}
+    if LEGACY not in left and LEGACY not in beside and (reader.path / LEGACY).is_file():
+        left[LEGACY] = "read as quantization_config of config.json"
+    return dataclasses.replace(found, left={**found.left, **left}), unread
+
+
 def _config(
     reader: Reader,
     source_format: Format | None,
@@ -338,32 +377,46 @@ def _config(
     """The destination's config.json, and the fields of the source's that it lacks, with the reason."""
     source = reader.config
     config = {key: value for key, value in source.items() if key != "quantization_config"}
-    named = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    if named in config and dtype_of(config) != out_dtype:
-        config[named] = str(out_dtype)
-    unread = {} if source_format is None else _unread(reader, source_format)
+    if dtype_of(config) != out_dtype:
+        config |= dict.fromkeys(
+            [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"], str(out_dtype)
+        )
+    unread = {} if source_format is None else dict(source["quantization_config"].unread())
     if format is not None:
         # An `lm_head` that is tied is still a matrix to others, which must not look for its scales.
-        written = format.to_config({"lm_head": None, **recipes}, out_dtype)
+        written = format.to_config({"lm_head": None, **_kept_whole(reader), **recipes}, out_dtype)
         if kv_cache is not None:
             written |= _kv_fields(source, source_format, format, kv_cache)
         if format is source_format:
             # What fp8x does not know there stays as it is, as far as it stands by itself.
-            written = {key: unread.pop(key) for key in list(unread) if key not in written and "." not in key} | written
+            own = [key for key in unread if key not in written and key not in KV_FIELDS and "." not in key]
+            written = {key: unread.pop(key) for key in own} | written
         config["quantization_config"] = written
     reason = "the result is not quantized" if format is None else f"fp8x does not know it, to write it as {format.name}"
-    left = {f"quantization_config.{path}": reason for path in unread}
-    return config, left | {f"__metadata__.{key}": "files are headed anew" for key in reader.metadata}
+    paths = [*(f"quantization_config.{path}" for path in unread), *_undescribed(reader)]
+    return config, dict.fromkeys(paths, reason) | {
+        f"__metadata__.{key}": "files are headed anew" for key in reader.metadata
+    }
 
 
-def _unread(reader: Reader, source_format: Format) -> dict[str, Any]:
-    """Fields of `quantization_config` that its format does not read, by dotted path."""
-    noted = Noted(reader.config["quantization_config"])
-    noted.get("quant_method")
-    source_format.from_config(noted, [], dtype_of(reader.config))
-    with contextlib.suppress(CheckpointError):  # of another kind than fp8x knows: `read_kv_scales` warns of it
-        source_format.kv_scheme(noted)
-    return dict(noted.unread())
+def _undescribed(reader: Reader) -> list[str]:
+    """Fields of torchao's descriptions that say something of a tensor and that nobody reads."""
+    described = (reader.stored(name).description for name in reader)
+    return list(
+        dict.fromkeys(
+            f"__metadata__.*.{path}"
+            for each in described
+            if each
+            for path, _ in each.unread()
+            if not path.endswith("._type")
+        )
+    )
+
+
+def _kept_whole(reader: Reader) -> dict[str, None]:
+    """The modules of experts that stay in one tensor, for lists of what is not quantized."""
+    names = (name.removesuffix(".weight") for name in reader.whole)
+    return {name.rpartition(".")[0] if name.endswith("_proj") else name: None for name in names}
 
 
 def _kv_fields(

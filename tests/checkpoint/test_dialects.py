@@ -208,8 +208,8 @@ def test_the_config_of_torchao_does_not_say_which_pattern_counts():
 
 
 def test_descriptions_of_torchao():
-    plan = fp8x.plan(GOLDENS / "torchao_mixed")
-    recipes = {prefix: target.stored for prefix, target in plan.targets.items()}
+    targets = fp8x.plan(GOLDENS / "torchao_mixed").targets
+    recipes = {prefix: target.stored for prefix, target in targets.items()}
     assert recipes["model.layers.1.self_attn.o_proj"] == CHANNEL
     assert recipes["model.layers.1.mlp.up_proj"] == Recipe(per_row()) and recipes["lm_head"] is None
 

@@ -1,7 +1,9 @@
 """Broken checkpoints, by the hundred: nothing but the documented errors, at once, and in little memory."""
 
+import json
 import random
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -58,10 +60,38 @@ def files_of(base: str, path: Path) -> Files:
     return {file.name: file.read_bytes() for file in (path / "base").iterdir()}
 
 
+def plans(path: Path) -> None:
+    """Plans to copy, to dequantize and to quantize anew; says each in all ways, does what copies, and reads that."""
+    refused = []
+    for code in (None, "bf16", "e4m3_bf16"):
+        try:
+            plan = fp8x.plan(path, code)
+        except Fp8xError as error:
+            refused.append(error)
+            continue
+        str(plan).encode(errors="surrogatepass")
+        json.dumps(plan.to_json())
+        assert sum(row.count for row in plan.groups) == len(plan.rows)
+        assert all(row.reason for row in plan.rows if row.after is None)
+        if code is None:
+            result = path.with_name("result")
+            shutil.rmtree(result, ignore_errors=True)
+            try:
+                fp8x.convert(plan, result)
+            except Fp8xError as error:
+                assert not result.exists()
+                refused.append(error)
+                continue
+            written = Reader(result)
+            assert {row.name for row in plan.rows if row.after is not None} <= {*written, *written.fused}
+    if refused:
+        raise refused[0]
+
+
 def check(path: Path) -> int:
-    """Reads, inspects and loads; the number of these that refused."""
+    """Reads, inspects, plans, converts and loads; the number of these that refused."""
     refused = 0
-    for read in (Reader, inspect, fp8x.load):
+    for read in (Reader, inspect, plans, fp8x.load):
         try:
             read(path)
         except Fp8xError as error:
