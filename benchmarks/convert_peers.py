@@ -1,7 +1,7 @@
 """What compressed-tensors and torchao take for the work of benchmarks/convert.py, which runs this in their own Python.
 
 Each library's own function quantizes every expert and attention matrix, tensor by tensor; safetensors reads and writes.
-Prints one line of JSON.
+All of them, or those that are named. Prints one line of JSON.
 """
 
 import json
@@ -81,10 +81,10 @@ def measure(name: str, source: Path, out: Path, queue) -> None:
 
 
 def main() -> None:
-    source, out = map(Path, sys.argv[1:])
+    source, out = map(Path, sys.argv[1:3])
     found = {}
     context = multiprocessing.get_context("spawn")
-    for name in PEERS:
+    for name in sys.argv[3:] or PEERS:
         queue = context.SimpleQueue()
         process = context.Process(target=measure, args=(name, source, out, queue))
         process.start()

@@ -26,6 +26,8 @@ from convert import PEERS
 
 RECIPES = {"per channel": "e4m3_bf16", "128×128": "fp8_e4m3fn_bf16_block_scale", "MXFP8": "mxfp8_bf16"}
 
+PEER_NAMES = ("compressed-tensors per channel", "compressed-tensors 128×128", "torchao MXFP8")
+
 # What a user of JAX writes: per channel, one tensor after another. Runs twice, to be timed when all is compiled.
 LOOP = r"""
 import sys, time
@@ -104,7 +106,8 @@ def main() -> None:
         loop = [sys.executable, "-c", LOOP, str(source), str(out)]
         commands["plain jitted loop"] = ([*loop, "1"], {})
         if arguments.peer_python:
-            commands["all peers together"] = ([arguments.peer_python, str(PEERS), str(source), str(out)], {})
+            for name in PEER_NAMES:
+                commands[name] = ([arguments.peer_python, str(PEERS), str(source), str(out), name], {})
         found: dict[str, list[float]] = {name: [] for name in commands}
         rates = []
         for _ in range(arguments.times):
