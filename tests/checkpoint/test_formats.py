@@ -267,7 +267,10 @@ def test_configs_of_modelopt():
 def test_what_modelopt_readers_look_for():
     recipes = {"a": MX_BOTH, "lm_head": None}
     config = MODELOPT.to_config(recipes, BFLOAT16)
+    producer = config.pop("producer")
+    assert producer["name"] == "modelopt" and producer["version"].startswith("0.47.0+fp8x.")
     assert config == {"quant_method": "modelopt", "quant_algo": "MXFP8", "ignore": ["lm_head"]}
+    config["producer"] = producer
     (name, legacy), *others = MODELOPT.beside(config).items()
     assert name == "hf_quant_config.json" and not others
     assert set(legacy["quantization"]) >= {"quant_algo", "kv_cache_quant_algo", "exclude_modules"}

@@ -14,8 +14,8 @@ channel alone, so experts in blocks and MXFP8 are compared by matrix, as compres
 `fp8` is the format of that name, whose blocks transformers dequantizes on a CPU: compared weight-only too. Per tensor
 (where transformers 5.23 reads no `weight_scale`) and `modelopt` (which it does not know) no library reads on a CPU:
 torch code that follows vLLM's rule (`quantization/fp8.py`, `quantization/modelopt.py`) dequantizes them here.
-`seeing` is no model of any library: compressed-tensors decompresses its matrices, experts out of transposed tensors among
-them, and its tower has to be as it was. `experts-requantized` mixes channels and blocks.
+`seeing` is no model of any library: compressed-tensors decompresses its matrices, experts out of transposed tensors
+among them, and its tower has to be as it was. `experts-requantized` mixes channels and blocks.
 """
 
 import dataclasses
