@@ -107,7 +107,7 @@ def read_rope(fields: Fields, head_dim: int, *, partial: float | None = None, in
             raise ConfigError(f"config.json: {name} per layer type ({', '.join(nested)}) is not supported")
         rope |= {key: value for key, value in stated.items() if value is not None}
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in _NEEDED:
+        if not isinstance(kind, str) or kind not in _NEEDED:
             raise ConfigError(f"config.json: {name} has rope_type {kind!r}; supported: {', '.join(map(repr, _NEEDED))}")
     if unknown := sorted(set(rope) - {*_ALWAYS, *_NEEDED[kind], *_OPTIONAL[kind]}):
         raise ConfigError(f"config.json: rope_type {kind!r} has {unknown[0]}, which fp8x does not know there")

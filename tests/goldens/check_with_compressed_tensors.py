@@ -14,6 +14,8 @@ channel alone, so experts in blocks and MXFP8 are compared by matrix, as compres
 `fp8` is the format of that name, whose blocks transformers dequantizes on a CPU: compared weight-only too. Per tensor
 (where transformers 5.23 reads no `weight_scale`) and `modelopt` (which it does not know) no library reads on a CPU:
 torch code that follows vLLM's rule (`quantization/fp8.py`, `quantization/modelopt.py`) dequantizes them here.
+`seeing` is no model of any library: compressed-tensors decompresses its matrices, experts out of transposed tensors
+among them, and its tower has to be as it was. `experts-requantized` mixes channels and blocks.
 """
 
 import dataclasses
@@ -77,22 +79,69 @@ def write(folder: Path) -> None:
             hub.save(model, path, "compressed-tensors")
             weight_only = hub.load(plain, dataclasses.replace(recipe, activation=None, activation_scale=None))
             np.save(path / "logits.npy", (weight_only if name == "experts" else model)(IDS))
-            np.savez(path / "weights.npz", **_dequantized(path, recipe))
+            np.savez(path / "weights.npz", **_dequantized(path))
             for format in ("fp8", "modelopt"):
                 if fp8x.checkpoint.FORMATS[format].objection([recipe]) is None:
                     hub.save(model, folder / f"{name}-{format}-{code}", format)
                     np.save(folder / f"{name}-{format}-{code}" / "logits.npy", weight_only(IDS))
 
+    _write_conversions(folder)
 
-def _dequantized(path: Path, recipe) -> dict[str, np.ndarray]:
+
+# A model that sees: its tower and what leads from there stay as they are, its experts lie as [E, K, N] in one tensor.
+SEEING = {
+    "vision_tower.blocks.0.attn.q_proj.weight": (64, 64),
+    "vision_tower.patch_embed.proj.weight": (64, 3, 4, 4),
+    "multi_modal_projector.linear_1.weight": (128, 64),
+    "language_model.model.embed_tokens.weight": (32, 128),
+    "language_model.model.layers.0.self_attn.q_proj.weight": (128, 128),
+    "language_model.model.layers.0.self_attn.k_proj.weight": (128, 128),
+    "language_model.model.layers.0.self_attn.v_proj.weight": (128, 128),
+    "language_model.model.layers.0.self_attn.o_proj.weight": (128, 128),
+    "language_model.model.layers.0.mlp.gate.weight": (16, 128),
+    "language_model.model.layers.0.mlp.experts.gate_up_proj": (16, 128, 192),
+    "language_model.model.layers.0.mlp.experts.down_proj": (16, 96, 128),
+    "language_model.lm_head.weight": (32, 128),
+}
+
+
+def _write_conversions(folder: Path) -> None:
+    """What `fp8x.convert` makes of a model that fp8x can't build, and recipes that requantizing mixes."""
+    import fp8x
+    from fp8x.checkpoint import Writer
+
+    rng = np.random.default_rng(0)
+    with Writer(folder / "seeing-unquantized") as writer:
+        writer.add_json("config.json", {"architectures": ["SeeingForConditionalGeneration"], "model_type": "seeing"})
+        for name, shape in SEEING.items():
+            writer.add(name, rng.standard_normal(shape, np.float32))
+    for code, format in (
+        ("e4m3_e4m3_bf16_dynamic", "compressed-tensors"),
+        ("mxfp8_bf16", "compressed-tensors"),
+        ("mxfp8_mxfp8_bf16", "modelopt"),
+        ("e4m3_e4m3_bf16_dynamic", "modelopt"),
+        ("fp8_e4m3fn_bf16_block_scale", "fp8"),
+    ):
+        fp8x.convert(folder / "seeing-unquantized", folder / f"seeing-{format}-{code}", code, format)
+    mixed = folder / "experts-requantized"
+    fp8x.convert(folder / "experts-mxfp8_mxfp8_bf16", mixed, requantize="hopper")
+    np.save(mixed / "logits.npy", fp8x.load(mixed)(IDS))
+    for path in (mixed, *folder.glob("seeing-compressed-tensors-*")):
+        np.savez(path / "weights.npz", **_dequantized(path))
+
+
+def _dequantized(path: Path) -> dict[str, np.ndarray]:
+    import fp8x
     from fp8x.checkpoint import Reader, format_of
 
-    reader = Reader(path)
+    reader, targets = Reader(path), fp8x.plan(path).targets
     format = format_of(reader.config)
-    prefixes = [name.removesuffix("_scale") for name in reader if name.endswith(".weight_scale")]
     return {
-        name: format.decode(name.removesuffix(".weight"), recipe, reader.stored(name).shape, reader)[0].dequantize()
-        for name in prefixes
+        f"{prefix}.weight": format.decode(prefix, t.stored, reader.stored(f"{prefix}.weight").shape, reader)[
+            0
+        ].dequantize()
+        for prefix, t in targets.items()
+        if t.stored is not None
     }
 
 
@@ -101,6 +150,10 @@ def check(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         quantized = not path.name.endswith("unquantized")
         weights = f"{_count_equal(path)} weights equal" if (path / "weights.npz").exists() else ""
+        if not (path / "logits.npy").exists():  # no library has the model
+            kept = f"; {_count_kept(path)} others as they were" if quantized else ""
+            print(f"{path.name:39} {weights}{kept}")
+            continue
         try:
             logits = _logits(path)
         except Exception as error:  # one row of the table
@@ -176,18 +229,36 @@ def _logits_by_vllm_rule(path: Path, config: dict, quantization: dict) -> np.nda
         return model(torch.from_numpy(IDS)).logits.numpy()
 
 
+def _count_kept(path: Path) -> str:
+    """How many of the tensors that are not in 8 bits have the source's bytes, of how many."""
+    import torch
+    from safetensors.torch import load_file
+
+    tensors = load_file(path / "model.safetensors")
+    source = load_file(path.with_name(path.name.split("-")[0] + "-unquantized") / "model.safetensors")
+    kept = {n: t for n, t in tensors.items() if t.dtype != torch.float8_e4m3fn and not n.endswith("_scale")
+            and not n.endswith("_scale_inv")}  # fmt: skip
+    return f"{sum(name in source and torch.equal(t, source[name]) for name, t in kept.items())} of {len(kept)}"
+
+
 def _count_equal(path: Path) -> str:
     """How many matrices compressed-tensors decompresses to our values, bit for bit, of how many."""
+    import torch
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils.match import match_name, match_targets
     from safetensors.torch import load_file
 
     config = QuantizationConfig.model_validate(json.loads((path / "config.json").read_text())["quantization_config"])
-    (scheme,) = config.config_groups.values()
-    compressor = BaseCompressor.get_value_from_registry(config.format)
     tensors, ours = load_file(path / "model.safetensors"), np.load(path / "weights.npz")
-    equal = 0
+    linear, equal = torch.nn.Linear(1, 1), 0
+    schemes = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
     for name in ours.files:
+        prefix = name.removesuffix(".weight")
+        assert not any(match_name(prefix, entry) for entry in config.ignore), name
+        # As it applies a config to a model: names, patterns and classes in this order, the first that matches.
+        scheme = schemes[match_targets(prefix, linear, schemes)[0]]
+        compressor = BaseCompressor.get_value_from_registry(scheme.format or config.format)
         state = {"weight": tensors[name], "weight_scale": tensors[f"{name}_scale"]}
         equal += np.array_equal(compressor.decompress(state, scheme)["weight"].float().numpy(), ours[name])
     return f"{equal} of {len(ours.files)}"
