@@ -289,7 +289,15 @@ def _modules(reader: Reader) -> dict[str, list[str]]:
         return by_name
     modules = {path: [prefix for _, prefix in flat(names)] for path, names in linear_names(config).items()}
     needed = [*param_names(config).values(), *(f"{prefix}.weight" for names in modules.values() for prefix in names)]
-    if missing := [name for name in needed if name not in reader]:
+    missing = [name for name in needed if name not in reader]
+    if len(missing) == len(needed):
+        warnings.warn(
+            f"{reader.path}: fp8x.load could not build this model ({needed[0]} and all others that config.json calls "
+            "for are missing); its matrices go by their own names",
+            stacklevel=4,
+        )
+        return by_name
+    if missing:
         raise CheckpointError(f"{reader.path}: {some(missing)} missing, which config.json calls for")
     return modules | {prefix: names for prefix, names in by_name.items() if skipped(config, prefix)}
 

@@ -53,6 +53,8 @@ PARTS = {
     "mtp.layers.0.self_attn.q_proj": None,
     "bert.encoder.layer.0.attention.output.dense": None,
     "model.layers.0.self_attn.indexer.wk": None,
+    "rwkv.blocks.0.attention.output": None,
+    "model.layers.0.self_attn.g_b_proj": None,
     "visual.blocks.7.mlp.fc1": "sees images",
     "model.vision_embed_tokenizer.proj": "sees images",
     "vision_model.encoder.layers.0.self_attn.k_proj": "sees images",
@@ -63,11 +65,14 @@ PARTS = {
     "model.connector.modality_projection.proj": "leads into the language model",
     "resampler.attn.out_proj": "leads into the language model",
     "mlp1.1": "leads into the language model",
+    "qformer.encoder.layer.0.attention.attention.query": "leads into the language model",
+    "language_projection": "leads into the language model",
     "lm_head": "a head",
     "score": "a head",
     "classifier.dense": "a head",
     "v_head.summary": "a head",
     "output": "a head",
+    "language_model.output": "a head",
     "model.layers.61.shared_head.head": "a head",
     "model.layers.0.block_sparse_moe.router.layer": "a router",
     "model.layers.1.mlp.gate.wg": "a router",
@@ -75,6 +80,8 @@ PARTS = {
     "mtp.fc": "joins layers for multi-token prediction",
     "model.layers.61.eh_proj": "joins layers for multi-token prediction",
     "model.layers.0.linear_attn.in_proj_ba": "a recurrence's gates and steps",
+    "model.layers.0.self_attn.b_proj": "a recurrence's gates and steps",
+    "model.layers.0.self_attn.f_a_proj": "a recurrence's gates and steps",
     "base_model.layers.0.q_proj.lora_A.default": "an adapter",
 }  # fmt: skip
 
@@ -96,6 +103,62 @@ def test_routers_are_known_by_their_shape_too(tmp_path):
     tensors |= {f"model.layers.0.moe.{name}.weight": matrix(rows, 32) for name, rows in (("chooser", 17), ("in", 64))}
     plan = fp8x.plan(directory(tmp_path / "a", tensors), CHANNEL)
     assert kept(plan) == {"model.layers.0.moe.chooser": "a router: a row for each of 17 experts"}
+
+
+def test_narrow_matrices_stay(tmp_path):
+    # Gemma 3n's, and one that is just wide enough.
+    tensors = {"altup.prediction_coefs.weight": matrix(16, 4), "a.weight": matrix(16, 16)}
+    plan = fp8x.plan(directory(tmp_path / "a", tensors), CHANNEL)
+    assert kept(plan) == {"altup.prediction_coefs": "fewer than 16 columns"}
+
+
+def test_lists_of_embeddings_are_no_matrices(tmp_path):
+    # Qwen3-Omni's talker, MusicGen's decoder.
+    names = ["talker.code_predictor.model.codec_embedding.0", "decoder.model.decoder.embed_tokens.3"]
+    tensors = {f"{name}.weight": matrix(32, 32) for name in (*names, "embedder.layers.0")}
+    plan = fp8x.plan(directory(tmp_path / "a", tensors), CHANNEL)
+    assert list(plan.targets) == ["embedder.layers.0"]
+    assert {row.name: row.reason for row in plan.rows if row.reason} == {
+        f"{name}.weight": "a lookup table or a norm" for name in names
+    }
+
+
+@pytest.mark.parametrize("parent", ["", "transformer."])
+def test_matrices_of_gpt2_lie_as_k_n(tmp_path, parent):
+    shapes = {"attn.c_attn": (32, 96), "attn.c_proj": (32, 32), "mlp.c_fc": (32, 128), "mlp.c_proj": (128, 32)}
+    tensors = {f"{parent}h.0.{name}.weight": matrix(*shape) for name, shape in shapes.items()}
+    # StarCoder's have the same names, and are those of linear layers.
+    tensors |= {f"other.h.0.{name}.weight": matrix(*shape[::-1]) for name, shape in shapes.items()}
+    plan = fp8x.plan(directory(tmp_path / "a", tensors), CHANNEL)
+    reason = "lies as [K, N], of GPT-2's Conv1D, which readers count as no linear layer"
+    assert kept(plan) == {f"{parent}h.0.{name}": reason for name in shapes}
+
+
+def test_a_known_family_under_other_names(tmp_path):
+    # Qwen3-Embedding says ForCausalLM, and holds what is inside of `model`.
+    config = json.loads((Path(__file__).parents[1] / "goldens" / "llama" / "config.json").read_text())
+    tensors = {"layers.0.self_attn.q_proj.weight": matrix(32, 32), "embed_tokens.weight": matrix(64, 32)}
+    source = directory(tmp_path / "a", tensors, **config)
+    with pytest.warns(UserWarning, match="could not build this model .* its matrices go by their own names"):
+        plan = fp8x.plan(source, CHANNEL)
+    assert [prefix for prefix, target in plan.targets.items() if target.recipe] == ["layers.0.self_attn.q_proj"]
+    # Where some are there, others are missing.
+    source = directory(tmp_path / "b", {f"model.{name}": tensor for name, tensor in tensors.items()}, **config)
+    with pytest.raises(CheckpointError, match=r"missing, which config\.json calls for"):
+        fp8x.plan(source, CHANNEL)
+
+
+def test_scales_of_transposed_experts_are_refused_by_name(tmp_path):
+    # Llama-4 in fbgemm_fp8.
+    codes = matrix(2, 32, 64).astype(ml_dtypes.float8_e4m3fn)
+    tensors = {"feed_forward.experts.gate_up_proj": codes, "feed_forward.experts.down_proj": codes[:, :, :32]}
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    tensors |= {f"{name}_scale": np.ones((2, 1, tensor.shape[2]), np.float32) for name, tensor in tensors.items()}
+    source = directory(tmp_path / "a", tensors, quantization_config={"quant_method": "fbgemm_fp8"})
+    with pytest.raises(
+        CheckpointError, match=r"experts\.\w+_proj_scale in .*: scales of experts that lie as \[E, K, N\]"
+    ):
+        fp8x.plan(source)
 
 
 def test_a_classifier_of_a_known_family(tmp_path):
