@@ -284,6 +284,10 @@ def _hint(file: Path) -> str:
         if file.with_name(CONFIG).is_file():
             return "it is a Hugging Face directory, which fp8x.load reads"
         return "fp8x.save writes it for a model of your own"
+    if snapshots := sorted(file.parent.glob(f"snapshots/*/{file.name}")):
+        return (
+            f"it is a model in the cache of huggingface_hub; give {' or '.join(str(each.parent) for each in snapshots)}"
+        )
     return f"a Hugging Face directory has {CONFIG} beside its safetensors files"
 
 

@@ -29,6 +29,7 @@ from fp8x.recipe import OUT_DTYPES, Recipe, Rules, as_recipe, check_stored
 if TYPE_CHECKING:
     from fp8x.checkpoint.requantize import Requantization, Requantize
 
+_STAYED = "in 16 or 32 bits in the source"
 SCALES = ("weight_scale", "weight_scale_inv", "input_scale", "activation_scale")
 
 
@@ -72,7 +73,7 @@ def plan(
         requantization = _requantization(
             reader, modules, stored, source_format, recipe, format, rules, requantize, allow_nonfinite, progress
         )
-        recipes, reasons = requantization.by_prefix(modules, stored), {}
+        recipes, reasons = requantization.by_prefix(modules, stored), _stayed(stored)
     else:
         recipes, reasons = _recipes(reader, modules, stored, recipe, rules)
     out_dtype = OUT_DTYPES[recipe] if isinstance(recipe, str) and recipe in OUT_DTYPES else dtype_of(reader.config)
@@ -148,13 +149,12 @@ def _recipes(
     if recipe is None and rules:
         raise RuleError("rules: are exceptions to a recipe, but none was given; give a recipe too")
     if recipe is None:
-        return dict(stored), {}
+        return dict(stored), _stayed(stored)
     is_dtype = isinstance(recipe, str) and recipe in OUT_DTYPES
     decisions = Rules(None if is_dtype else as_recipe(recipe), rules or {}).decide(modules)
     check_stored(decision.recipe for decision in decisions.values())
     kept = why_kept({prefix: reader.stored(f"{prefix}.weight").shape for prefix in stored})
-    # What the maker of an FP8 checkpoint left in 16 bits, they knew why.
-    was_in_8_bits = any(found is not None for found in stored.values())
+    stayed = _stayed(stored)
     recipes, reasons = {}, {}
     for path, prefixes in modules.items():
         decision = decisions[path]
@@ -162,8 +162,8 @@ def _recipes(
             reason = None
             if decision.pattern is not None:
                 reason = f"rule {decision.pattern!r}" if decision.recipe is None else None
-            elif was_in_8_bits and stored[prefix] is None:
-                reason = "in 16 or 32 bits in the source"
+            elif prefix in stayed:
+                reason = stayed[prefix]
             elif decision.is_skip:
                 reason = kept.get(prefix, "an embedding")
             elif path == prefix:  # where fp8x knows the module it knows that it is none of these
@@ -172,6 +172,13 @@ def _recipes(
             if reason and not (is_dtype and stored[prefix] is not None):
                 reasons[prefix] = reason
     return recipes, reasons
+
+
+def _stayed(stored: Mapping[str, Recipe | None]) -> dict[str, str]:
+    """The reason of what the maker of a checkpoint in 8 bits left in 16: they knew why."""
+    if all(recipe is None for recipe in stored.values()):
+        return {}
+    return {prefix: _STAYED for prefix, recipe in stored.items() if recipe is None}
 
 
 def _requantization(

@@ -188,6 +188,9 @@ def block_checkpoint(path, **config):
 def test_what_was_in_16_bits_stays_so(tmp_path):
     source = block_checkpoint(tmp_path / "a")
     assert kept(fp8x.plan(source, MX)) == {"layers.0.indexer.wk": "in 16 or 32 bits in the source"}
+    # Also where nothing else changes, or recipes are chosen.
+    for plan in (fp8x.plan(source), fp8x.plan(source, requantize=CHANNEL)):
+        assert kept(plan) == {"layers.0.indexer.wk": "in 16 or 32 bits in the source"}
     plan = fp8x.plan(source, MX, rules={r".*\.wk": MX})
     assert kept(plan) == {}
     # From 16 bits there is no such maker.
@@ -282,6 +285,28 @@ def test_files_that_come_along_and_files_that_do_not(tmp_path):
     fp8x.convert(plan, tmp_path / "b")
     found = {str(path.relative_to(tmp_path / "b")) for path in (tmp_path / "b").rglob("*") if path.is_file()}
     assert found == {*along, "config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("listed", ['[{"idx": 2, "path": "2_Dense"}, {"idx": 0, "path": ""}]', "[]", "[1]", "no JSON"])
+def test_layers_of_sentence_transformers(tmp_path, listed):
+    # Whatever is beside the model itself, like Mistral's second copy of it, is left behind all the same.
+    source = directory(tmp_path / "a", {"layers.0.up.weight": matrix(32, 32)})
+    (source / "modules.json").write_text(listed)
+    (source / "2_Dense").mkdir()
+    for name in ("2_Dense/model.safetensors", "2_Dense/config.json", "consolidated.safetensors"):
+        (source / name).write_bytes(b"{}")
+    found = fp8x.plan(source, CHANNEL).companions
+    along = Path("2_Dense/model.safetensors")
+    assert (along in found.files) == ("2_Dense" in listed) == (str(along) not in found.left)
+    assert "consolidated.safetensors" in found.left
+
+
+def test_a_cache_of_huggingface_hub(tmp_path):
+    cache = tmp_path / "models--a--b"
+    (cache / "snapshots").mkdir(parents=True)
+    snapshot = directory(cache / "snapshots" / "0123", {"up.weight": matrix(32, 32)})
+    with pytest.raises(CheckpointError, match=f"in the cache of huggingface_hub; give {snapshot}"):
+        fp8x.plan(cache, CHANNEL)
 
 
 EXPERTS = "model.layers.0.feed_forward.experts"
