@@ -29,7 +29,7 @@ _KINDS = [(reason, re.compile(pattern, re.IGNORECASE)) for reason, pattern in _C
 
 # By the whole name. The first are no linear layers at all, though they have two dims.
 LOOKUPS = re.compile(
-    r"(.*\.)?([^.]*embed[^.]*|(?![^.]*proj)[^.]*embed[^.]*\.\d+|wte|wpe|shared|relative_attention_bias|[^.]*norm)",
+    r"(.*\.)?((?![^.]*proj)[^.]*embed[^.]*(\.\d+)?|wte|wpe|shared|relative_attention_bias|[^.]*norm)",
     re.IGNORECASE,
 )
 _OUTPUT = re.compile(r"([^.\d][^.]*\.)*output")  # of all layers, not of one

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -362,7 +363,7 @@ def _config(
     unread = {} if source_format is None else _unread(reader, source_format)
     if format is not None:
         # An `lm_head` that is tied is still a matrix to others, which must not look for its scales.
-        written = format.to_config({"lm_head": None, **recipes}, out_dtype)
+        written = format.to_config({"lm_head": None, **_whole_experts(reader, recipes), **recipes}, out_dtype)
         if kv_cache is not None:
             written |= _kv_fields(source, source_format, format, kv_cache)
         if format is source_format:
@@ -372,6 +373,24 @@ def _config(
     reason = "the result is not quantized" if format is None else f"fp8x does not know it, to write it as {format.name}"
     left = {f"quantization_config.{path}": reason for path in unread}
     return config, left | {f"__metadata__.{key}": "files are headed anew" for key in reader.metadata}
+
+
+def _whole_experts(reader: Reader, recipes: Mapping[str, Recipe | None]) -> dict[str, None]:
+    """What others call the modules of experts that stay in one tensor, in which they must not look for scales.
+
+    vLLM asks for `….experts`, and for the matrices of its first expert.
+    """
+    matches = ((re.match(r"(.*?\.experts)\.", name), name) for name in reader)
+    is_whole = {
+        match[1]: None
+        for match, name in matches
+        if match and len(reader.stored(name).shape) > 1 and name.removesuffix(".weight") not in recipes
+    }
+    quantized = {
+        match[1] for name, recipe in recipes.items() if recipe and (match := re.match(r"(.*?\.experts)\.", name))
+    }
+    parts = ("", *(f".0.{part}" for part in ("gate_proj", "up_proj", "down_proj")))
+    return {f"{module}{part}": None for module in is_whole if module not in quantized for part in parts}
 
 
 def _unread(reader: Reader, source_format: Format) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`fp8x.plan`: what stays in 16 bits by default, and that `convert` does what was said."""
 
 import json
+import re
 from pathlib import Path
 
 import ml_dtypes
@@ -121,6 +122,36 @@ def test_lists_of_embeddings_are_no_matrices(tmp_path):
     assert {row.name: row.reason for row in plan.rows if row.reason} == {
         f"{name}.weight": "a lookup table or a norm" for name in names
     }
+
+
+def test_projections_of_embeddings_are_matrices(tmp_path):
+    # Gemma 3n's, which are linear layers: others would look for their scales if `ignore` did not name them.
+    name = "model.embed_vision.embedding_projection"
+    source = directory(tmp_path / "a", {f"{name}.weight": matrix(32, 32), "layers.0.up.weight": matrix(32, 32)})
+    plan = fp8x.plan(source, CHANNEL)
+    assert kept(plan) == {name: "sees images"}
+    assert name in plan.config["quantization_config"]["ignore"]
+
+
+def test_whole_experts_are_ignored_by_name(tmp_path):
+    # gpt-oss and DBRX; what vLLM's layer of experts asks for, by its own name and by those of its first matrices.
+    experts = {
+        "layers.0.mlp.experts.gate_up_proj": matrix(2, 32, 64),
+        "layers.0.mlp.experts.gate_up_proj_bias": matrix(2, 64),
+        "layers.0.mlp.experts.down_proj": matrix(2, 32, 32),
+        "blocks.0.ffn.experts.mlp.w1": matrix(64, 32),
+    }
+    source = directory(tmp_path / "a", experts | {"layers.0.q_proj.weight": matrix(32, 32)})
+    names = ["layers.0.mlp.experts", "layers.0.mlp.experts.0.up_proj", "blocks.0.ffn.experts"]
+    fields = fp8x.plan(source, CHANNEL).config["quantization_config"]
+    patterns = [entry.removeprefix("re:") for entry in fields["ignore"]]
+    assert all(any(re.match(pattern, name) for pattern in patterns) for name in names)
+    assert not any(re.match(pattern, "layers.0.q_proj") for pattern in patterns)
+    fields = fp8x.plan(source, "fp8_e4m3fn_bf16_block_scale", "fp8").config["quantization_config"]
+    assert set(names) < set(fields["modules_to_not_convert"])
+    # Where experts are quantized one by one, they are not.
+    one = {f"layers.0.mlp.experts.0.{name}.weight": matrix(32, 32) for name in ("gate_proj", "up_proj", "down_proj")}
+    assert fp8x.plan(directory(tmp_path / "b", one), CHANNEL).config["quantization_config"]["ignore"] == ["lm_head"]
 
 
 @pytest.mark.parametrize("parent", ["", "transformer."])
