@@ -293,8 +293,13 @@ def _hint(file: Path) -> str:
 
 def _read_config(path: Path) -> dict[str, Any]:
     config = read_json(path / CONFIG)
-    # First names: compressed-tensors of 2024, and ModelOpt before 0.31.
+    # First names: compressed-tensors of 2024, and ModelOpt before 0.31. Models of several parts may say it of their
+    # language model (Kimi-K2.5), where vLLM looks second; transformers writes it once, for all of them.
     older = config.pop("compression_config", None)
+    inner = config.get("text_config")
+    if isinstance(inner, Mapping) and inner.get("quantization_config") is not None:
+        config["text_config"] = {key: value for key, value in inner.items() if key != "quantization_config"}
+        older = inner["quantization_config"] if older is None else older
     if older is None and (path / LEGACY).is_file():
         older = {"quant_method": "modelopt"} | read_json(path / LEGACY)
     if older is not None and config.get("quantization_config") is None:

@@ -269,8 +269,15 @@ def _check(found: Plan, recipe: Recipe | str | None, is_changed: bool) -> None:
     if found.format is None and isinstance(recipe, Recipe | str) and recipe not in OUT_DTYPES:
         why = "; ".join(dict.fromkeys(row.reason for row in found.groups if row.reason)) or "it holds no matrix"
         warnings.warn(f"{found.path}: nothing in it becomes 8 bits ({why}); rules override defaults", stacklevel=3)
-    if found.source_format is None or (found.source_format is found.format and not is_changed):
+    if found.source_format is found.format and not is_changed:
         return
+    for name in (f"{prefix}.weight" for prefix in found.targets) if found.source_format is None else ():
+        tensor = found.reader.stored(name)
+        if tensor.dtype in FLOAT8:
+            raise CheckpointError(
+                f"{name} in {tensor.file}: is {tensor.dtype}, but config.json has no quantization_config, which says "
+                "how it is scaled; is it lost?"
+            )
     for name in found.copied:
         tensor = found.reader.stored(name)
         if tensor.dtype in FLOAT8 and len(tensor.shape) > 1:
@@ -285,7 +292,7 @@ def _modules(reader: Reader) -> dict[str, list[str]]:
     by_name = {prefix: [prefix] for prefix in _matrices(reader)}
     # A classifier or a reward model of a family has its own head, and no `lm_head`.
     (architecture, *_) = reader.config.get("architectures") or ("ForCausalLM",)
-    if reader.config.get("model_type") not in FAMILIES or not str(architecture).endswith("ForCausalLM"):
+    if str(reader.config.get("model_type")) not in FAMILIES or not str(architecture).endswith("ForCausalLM"):
         return by_name
     try:
         config = DecoderConfig.from_hf(reader.config)

@@ -229,6 +229,38 @@ def test_what_was_in_16_bits_stays_so(tmp_path):
     assert kept(fp8x.plan(tmp_path / "b", MX)) == {}
 
 
+@pytest.mark.parametrize("also_above", [False, True])
+def test_a_quantization_config_of_the_language_model(tmp_path, also_above):
+    # As in Kimi-K2.5. Where others would still find it, a checkpoint in 16 bits may not keep it.
+    inner = {"text_config": {"hidden_size": 128, "quantization_config": BLOCK_CONFIG}}
+    above = {"quantization_config": BLOCK_CONFIG if also_above else None}
+    source = block_checkpoint(tmp_path / "a")
+    before = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(before | inner | above))
+    plan = fp8x.plan(source, "bf16")
+    assert plan.source_format.name == "fp8"
+    assert plan.config["text_config"] == {"hidden_size": 128} and "quantization_config" not in plan.config
+    fp8x.convert(plan, tmp_path / "b")
+    assert str(stored(tmp_path / "b")["layers.0.up.weight"].dtype) == "bfloat16"
+
+
+@pytest.mark.parametrize("code", [CHANNEL, "bf16"])
+def test_8_bits_that_config_json_does_not_speak_of(tmp_path, code):
+    source = block_checkpoint(tmp_path / "a")
+    config = json.loads((source / "config.json").read_text())
+    del config["quantization_config"]
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match=r"layers\.0\.up\.weight in .*: is F8_E4M3, but config\.json has no quant"
+    ):
+        fp8x.plan(source, code)
+
+
+def test_a_model_type_that_is_none(tmp_path):
+    source = directory(tmp_path / "a", {"up.weight": matrix(32, 32)}, model_type=["llama"])
+    assert kept(fp8x.plan(source, CHANNEL)) == {}
+
+
 @pytest.mark.parametrize("code", [CHANNEL, MX, BLOCK, "bf16", None])
 def test_convert_does_what_the_plan_says(tmp_path, code):
     source = block_checkpoint(tmp_path / "a")
