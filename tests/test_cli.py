@@ -141,7 +141,9 @@ def test_quantize_dry_run(tiny_checkpoint, tmp_path):
     found = read_json(*arguments)
     assert list(tmp_path.iterdir()) == []
     done = read_json(*arguments[:-1])
-    assert done["plan"] == {key: value for key, value in found.items() if key != "expected_seconds"}
+    assert found["expected_limit"] in ("reading", "computing", "writing") and found["requantized"] is None
+    assert done["plan"] == {key: found[key] for key in found if key in done["plan"]}
+    assert set(found) - set(done["plan"]) == {"expected_seconds", "expected_limit", "requantized"}
     assert (found["bytes_before"], found["bytes_after"]) == (done["bytes_before"], done["bytes_after"])
 
 
@@ -405,6 +407,9 @@ def test_from_8_bits(quantized, tiny_checkpoint, tmp_path):
 def test_requantize(tiny_checkpoint, tmp_path):
     invoke("quantize", tiny_checkpoint, tmp_path / "mx", "-r", "mxfp8_mxfp8_bf16")
     found = read_json("quantize", tmp_path / "mx", tmp_path / "a", "--requantize", "hopper")
+    dry_run = ("quantize", tmp_path / "mx", tmp_path / "dry", "--requantize", "hopper", "--dry-run")
+    assert read_json(*dry_run)["requantized"] == found["requantized"]
+    assert "lowest SNR" in invoke(*dry_run).stdout and not (tmp_path / "dry").exists()
     chosen = found["requantized"]["layers.1.mlp.w13"]
     assert chosen["recipe"] in (f"{DYNAMIC}, pow2 weights", "fp8_e4m3fn_bf16_block_scale, pow2 weights")
     assert 25 < chosen["others_snr_db"][DYNAMIC] < 40 and len(chosen["others_snr_db"]) == 3

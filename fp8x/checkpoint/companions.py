@@ -1,6 +1,8 @@
 """What lies beside a checkpoint's weights: what comes along when it is written anew, and what does not."""
 
+import contextlib
 import dataclasses
+import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -9,6 +11,7 @@ from fp8x.checkpoint.downloads import check_file, is_pointer
 
 # Written anew, with what they say of the weights.
 _REWRITTEN = ("config.json", "hf_quant_config.json", "model.safetensors.index.json")
+_MODULES = "modules.json"  # of sentence-transformers: what comes before and after the model, each in a directory
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz")
 _INDEX = ".index.json"
 _SIDECAR = "calibration.json"
@@ -39,12 +42,12 @@ def find_companions(source: Path, weights: Collection[Path] = ()) -> Companions:
         source: its directory; without one there are none.
         weights: the files of its tensors, which are neither.
     """
-    files, left = [], {}
+    files, left, modules = [], {}, _modules(source)
     for path in sorted(_walk(source)) if source.is_dir() else ():
         relative = path.relative_to(source)
         if path in weights or str(relative) in _REWRITTEN:
             continue
-        if reason := _why_left(path):
+        if reason := _why_left(path, is_module=path.parent in modules):
             left[str(relative)] = reason
         else:
             files.append(relative)
@@ -78,12 +81,19 @@ def _walk(source: Path) -> Iterator[Path]:
             yield path
 
 
-def _why_left(path: Path) -> str | None:
+def _modules(source: Path) -> set[Path]:
+    """The directories of a sentence-transformers model that hold small layers of its own, like 2_Dense."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        return {source / module["path"] for module in json.loads((source / _MODULES).read_bytes())} - {source}
+    return set()
+
+
+def _why_left(path: Path, *, is_module: bool) -> str | None:
     if path.name.startswith("."):
         return "hidden"
     if not path.is_file():
         return "a link to a directory" if path.is_dir() else "no regular file, or a link to none"
-    if path.suffix in _WEIGHTS:
+    if path.suffix in _WEIGHTS and not is_module:
         return "weights that the checkpoint does not count as its own"
     if path.name.endswith(_INDEX):
         return "the index of such weights"

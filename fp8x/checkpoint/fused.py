@@ -8,6 +8,7 @@
     ….input_linear.weight         [E, 2I, K]         ….experts.e.w1.weight, ….experts.e.w3.weight               [I, K]
     ….output_linear.weight        [E, N, I]          ….experts.e.w2.weight                                      [N, I]
     ….gate_up_proj_scale_inv      [E, R, C]          ….gate_proj.weight_scale_inv, ….up_proj.weight_scale_inv   [R/2, C]
+    ….gate_up_proj_scale          [E, 2I, 1]         ….gate_proj.weight_scale, ….up_proj.weight_scale           [I, 1]
     ….gate_up_proj_activation_scale [E]              ….gate_proj.activation_scale, ….up_proj.activation_scale   []
 
 Which of both layouts a checkpoint has follows from the shapes of the pair: gate_up's K is down's N, and its 2I twice
@@ -41,6 +42,7 @@ _SUFFIXES = {
     "_scale_inv": ".weight_scale_inv",
     "_activation_scale": ".activation_scale",
     "_weight_scale": ".weight_scale",
+    "_scale": ".weight_scale",
     "_input_scale": ".input_scale",
 }
 _FUSED = re.compile(rf"(.*\.experts)\.(gate_up_proj|down_proj)({'|'.join(_SUFFIXES)})")

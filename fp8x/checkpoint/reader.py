@@ -292,22 +292,33 @@ def _hint(file: Path) -> str:
         if file.with_name(CONFIG).is_file():
             return "it is a Hugging Face directory, which fp8x.load reads"
         return "fp8x.save writes it for a model of your own"
+    if snapshots := sorted(file.parent.glob(f"snapshots/*/{file.name}")):
+        return (
+            f"it is a model in the cache of huggingface_hub; give {' or '.join(str(each.parent) for each in snapshots)}"
+        )
     return f"a Hugging Face directory has {CONFIG} beside its safetensors files"
 
 
 def _read_config(path: Path, unread: dict[str, str]) -> dict[str, Any]:
-    """config.json; adds to `unread` what says the same a second time, in an older place."""
-    config, found = read_json(path / CONFIG), None
-    older = [OLDER] if config.get(OLDER) is not None else []  # compressed-tensors of 2024
-    older += [LEGACY] if (path / LEGACY).is_file() else []  # ModelOpt, before 0.31 alone
-    if config.get(QUANTIZATION) is None and older:
-        first, *older = older
-        config[QUANTIZATION] = config[OLDER] if first == OLDER else _read_legacy(path)
-        found = first
-    config.pop(OLDER, None)
-    unread |= dict.fromkeys(older, f"{found or QUANTIZATION} says how the source is quantized, and counts")
-    if isinstance(config.get(QUANTIZATION), Mapping):
-        config[QUANTIZATION] = Noted(config[QUANTIZATION])
+    """config.json; adds to `unread` what says the same a second time, in another place."""
+    config = read_json(path / CONFIG)
+    places = {
+        QUANTIZATION: config.pop(QUANTIZATION, None),
+        OLDER: config.pop(OLDER, None),
+    }  # compressed-tensors of 2024
+    # Models of several parts may say it of their language model (Kimi-K2.5), where vLLM looks second.
+    if isinstance(inner := config.get("text_config"), Mapping) and inner.get(QUANTIZATION) is not None:
+        places[f"text_config.{QUANTIZATION}"] = inner[QUANTIZATION]
+        config["text_config"] = {key: value for key, value in inner.items() if key != QUANTIZATION}
+    stated = [place for place, value in places.items() if value is not None]
+    if (path / LEGACY).is_file():  # ModelOpt, before 0.31 alone
+        stated.append(LEGACY)
+    if not stated:
+        return config
+    first, *others = stated
+    value = _read_legacy(path) if first == LEGACY else places[first]
+    config[QUANTIZATION] = Noted(value) if isinstance(value, Mapping) else value
+    unread |= dict.fromkeys(others, f"{first} says how the source is quantized, and counts")
     return config
 
 

@@ -1,11 +1,13 @@
 """What `fp8x quantize` says of a plan: all of it before the work, and what is unlike the rest after it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fp8x.cli import terminal
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from fp8x.checkpoint.plan import Plan
 
 MOST = 8  # names of a kind, before the rest is a number
@@ -16,8 +18,10 @@ def show(plan: "Plan", source: Path, destination: Path, as_json: bool) -> None:
     from fp8x.checkpoint.estimate import estimate
 
     expected = estimate(plan, destination)
+    requantized = plan.requantization and plan.requantization.to_json()
     if as_json:
-        return terminal.show_json(plan.to_json() | {"expected_seconds": round(expected.seconds, 1)})
+        found = {"expected_seconds": round(expected.seconds, 1), "expected_limit": expected.limit}
+        return terminal.show_json(plan.to_json() | {"requantized": requantized} | found)
     table = terminal.table(
         "tensors", "count", "shape", "from", "to", "before", "after", "why", left=("from", "to", "why")
     )
@@ -33,7 +37,8 @@ def show(plan: "Plan", source: Path, destination: Path, as_json: bool) -> None:
     seconds = max(expected.seconds, 1)
     time = f"about {seconds:.0f} s after JAX has started, {expected.limit} slowest"
     line = f"format {format}; nothing is written yet; {time}"
-    terminal.show(f"{source} → {destination}", table, *_beside(plan), line)
+    chosen = [choices(requantized)] if requantized else []
+    terminal.show(f"{source} → {destination}", *chosen, table, *_beside(plan), line)
 
 
 def show_exceptions(plan: "Plan") -> None:
@@ -45,6 +50,18 @@ def show_exceptions(plan: "Plan") -> None:
         elif row.reason and len(row.shape) > 1 and plan.format is not None:
             reasons.setdefault(f"in {row.after} ({row.reason})", []).append(row.name)
     terminal.show(*(f"{reason}: {_some(names)}" for reason, names in reasons.items()), *_beside(plan))
+
+
+def choices(modules: dict[str, Any]) -> "Table":
+    """A row for each recipe that was chosen: for how many modules, and the most error that it and the best other of
+    them add."""
+    table = terminal.table("requantized to", "modules", "lowest SNR", "next best")
+    for recipe in dict.fromkeys(found["recipe"] for found in modules.values()):
+        mine = [found for found in modules.values() if found["recipe"] == recipe]
+        others = [max(found["others_snr_db"].values()) for found in mine if found["others_snr_db"]]
+        lowest = min(found["snr_db"] for found in mine)
+        table.add_row(recipe, str(len(mine)), *map(terminal.decibels, (lowest, min(others, default=None))))
+    return table
 
 
 def _beside(plan: "Plan") -> list[str]:

@@ -11,8 +11,6 @@ from fp8x.cli import calibrate, options, plans, terminal
 from fp8x.cli.loading import load
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from fp8x.calibrate import Sidecar
     from fp8x.checkpoint.convert import Conversion
     from fp8x.checkpoint.inspect import TensorRow
@@ -252,17 +250,5 @@ def _show(summary: dict[str, Any], source: Path, destination: Path) -> None:
         line += f", {terminal.size(summary['bytes_resumed'])} were there from a run that was stopped"
     if summary["calibration"]:
         line += f", calibrated on {summary['calibration']['tokens']:,} tokens ({destination / SIDECAR})"
-    choices = [_choices(summary["requantized"])] if summary["requantized"] else []
+    choices = [plans.choices(summary["requantized"])] if summary["requantized"] else []
     terminal.show(f"{source} → {destination}", *choices, table, line)
-
-
-def _choices(modules: dict[str, Any]) -> "Table":
-    """A row for each recipe that was chosen: for how many modules, and the most error that it and the best other of
-    them add."""
-    table = terminal.table("requantized to", "modules", "lowest SNR", "next best")
-    for recipe in dict.fromkeys(found["recipe"] for found in modules.values()):
-        mine = [found for found in modules.values() if found["recipe"] == recipe]
-        others = [max(found["others_snr_db"].values()) for found in mine if found["others_snr_db"]]
-        lowest = min(found["snr_db"] for found in mine)
-        table.add_row(recipe, str(len(mine)), *map(terminal.decibels, (lowest, min(others, default=None))))
-    return table

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ from fp8x.recipe import OUT_DTYPES, Recipe, Rules, as_recipe, check_stored
 if TYPE_CHECKING:
     from fp8x.checkpoint.requantize import Requantization, Requantize
 
+_STAYED = "in 16 or 32 bits in the source"
 SCALES = ("weight_scale", "weight_scale_inv", "input_scale", "activation_scale")
 KV_FIELDS = ("kv_cache_scheme", "kv_cache_quant_algo")  # mean nothing where the scales do not come along
 
@@ -74,7 +76,7 @@ def plan(
         requantization = _requantization(
             reader, modules, stored, source_format, recipe, format, rules, requantize, allow_nonfinite, progress
         )
-        recipes, reasons = requantization.by_prefix(modules, stored), {}
+        recipes, reasons = requantization.by_prefix(modules, stored), _stayed(stored)
     else:
         recipes, reasons = _recipes(reader, modules, stored, recipe, rules)
     out_dtype = OUT_DTYPES[recipe] if isinstance(recipe, str) and recipe in OUT_DTYPES else dtype_of(reader.config)
@@ -149,13 +151,12 @@ def _recipes(
     if recipe is None and rules:
         raise RuleError("rules: are exceptions to a recipe, but none was given; give a recipe too")
     if recipe is None:
-        return dict(stored), {}
+        return dict(stored), _stayed(stored)
     is_dtype = isinstance(recipe, str) and recipe in OUT_DTYPES
     decisions = Rules(None if is_dtype else as_recipe(recipe), rules or {}).decide(modules)
     check_stored(decision.recipe for decision in decisions.values())
     kept = why_kept({prefix: reader.stored(f"{prefix}.weight").shape for prefix in stored})
-    # What the maker of an FP8 checkpoint left in 16 bits, they knew why.
-    was_in_8_bits = any(found is not None for found in stored.values())
+    stayed = _stayed(stored)
     recipes, reasons = {}, {}
     for path, prefixes in modules.items():
         decision = decisions[path]
@@ -163,8 +164,8 @@ def _recipes(
             reason = None
             if decision.pattern is not None:
                 reason = f"rule {decision.pattern!r}" if decision.recipe is None else None
-            elif was_in_8_bits and stored[prefix] is None:
-                reason = "in 16 or 32 bits in the source"
+            elif prefix in stayed:
+                reason = stayed[prefix]
             elif decision.is_skip:
                 reason = kept.get(prefix, "an embedding")
             elif path == prefix:  # where fp8x knows the module it knows that it is none of these
@@ -173,6 +174,13 @@ def _recipes(
             if reason and not (is_dtype and stored[prefix] is not None):
                 reasons[prefix] = reason
     return recipes, reasons
+
+
+def _stayed(stored: Mapping[str, Recipe | None]) -> dict[str, str]:
+    """The reason of what the maker of a checkpoint in 8 bits left in 16: they knew why."""
+    if all(recipe is None for recipe in stored.values()):
+        return {}
+    return {prefix: _STAYED for prefix, recipe in stored.items() if recipe is None}
 
 
 def _requantization(
@@ -269,6 +277,13 @@ def _check(found: Plan, recipe: Recipe | str | None, is_changed: bool) -> None:
         warnings.warn(f"{found.path}: nothing in it becomes 8 bits ({why}); rules override defaults", stacklevel=3)
     if found.source_format is found.format and not is_changed:
         return
+    for name in (f"{prefix}.weight" for prefix in found.targets) if found.source_format is None else ():
+        tensor = found.reader.stored(name)
+        if tensor.dtype in FLOAT8:
+            raise CheckpointError(
+                f"{name} in {tensor.file}: is {tensor.dtype}, but config.json has no quantization_config, which says "
+                "how it is scaled; is it lost?"
+            )
     matrices = [f"{prefix}.weight" for prefix, target in found.targets.items() if target.is_copied]
     for name in (*found.copied, *matrices):
         tensor = found.reader.stored(name)
@@ -300,7 +315,15 @@ def modules_of(reader: Reader) -> dict[str, list[str]]:
         return by_name
     modules = {path: [prefix for _, prefix in flat(names)] for path, names in linear_names(config).items()}
     needed = [*param_names(config).values(), *(f"{prefix}.weight" for names in modules.values() for prefix in names)]
-    if missing := [name for name in needed if name not in reader]:
+    missing = [name for name in needed if name not in reader]
+    if len(missing) == len(needed):
+        warnings.warn(
+            f"{reader.path}: fp8x.load could not build this model ({needed[0]} and all others that config.json calls "
+            "for are missing); its matrices go by their own names",
+            stacklevel=4,
+        )
+        return by_name
+    if missing:
         raise CheckpointError(f"{reader.path}: {some(missing)} missing, which config.json calls for")
     return modules | {prefix: names for prefix, names in by_name.items() if skipped(config, prefix)}
 
@@ -384,7 +407,7 @@ def _config(
     unread = {} if source_format is None else dict(source["quantization_config"].unread())
     if format is not None:
         # An `lm_head` that is tied is still a matrix to others, which must not look for its scales.
-        written = format.to_config({"lm_head": None, **_kept_whole(reader), **recipes}, out_dtype)
+        written = format.to_config({"lm_head": None, **_whole_experts(reader, recipes), **recipes}, out_dtype)
         if kv_cache is not None:
             written |= _kv_fields(source, source_format, format, kv_cache)
         if format is source_format:
@@ -413,10 +436,22 @@ def _undescribed(reader: Reader) -> list[str]:
     )
 
 
-def _kept_whole(reader: Reader) -> dict[str, None]:
-    """The modules of experts that stay in one tensor, for lists of what is not quantized."""
-    names = (name.removesuffix(".weight") for name in reader.whole)
-    return {name.rpartition(".")[0] if name.endswith("_proj") else name: None for name in names}
+def _whole_experts(reader: Reader, recipes: Mapping[str, Recipe | None]) -> dict[str, None]:
+    """What others call the modules of experts that stay in one tensor, in which they must not look for scales.
+
+    vLLM asks for `….experts`, and for the matrices of its first expert.
+    """
+    matches = ((re.match(r"(.*?\.experts)\.", name), name) for name in reader)
+    is_whole = {
+        match[1]: None
+        for match, name in matches
+        if match and len(reader.stored(name).shape) > 1 and name.removesuffix(".weight") not in recipes
+    }
+    quantized = {
+        match[1] for name, recipe in recipes.items() if recipe and (match := re.match(r"(.*?\.experts)\.", name))
+    }
+    parts = ("", *(f".0.{part}" for part in ("gate_proj", "up_proj", "down_proj")))
+    return {f"{module}{part}": None for module in is_whole if module not in quantized for part in parts}
 
 
 def _kv_fields(

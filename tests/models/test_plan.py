@@ -1,6 +1,7 @@
 """`fp8x.plan`: what stays in 16 bits by default, and that `convert` does what was said."""
 
 import json
+import re
 from pathlib import Path
 
 import ml_dtypes
@@ -53,6 +54,8 @@ PARTS = {
     "mtp.layers.0.self_attn.q_proj": None,
     "bert.encoder.layer.0.attention.output.dense": None,
     "model.layers.0.self_attn.indexer.wk": None,
+    "rwkv.blocks.0.attention.output": None,
+    "model.layers.0.self_attn.g_b_proj": None,
     "visual.blocks.7.mlp.fc1": "sees images",
     "model.vision_embed_tokenizer.proj": "sees images",
     "vision_model.encoder.layers.0.self_attn.k_proj": "sees images",
@@ -63,11 +66,14 @@ PARTS = {
     "model.connector.modality_projection.proj": "leads into the language model",
     "resampler.attn.out_proj": "leads into the language model",
     "mlp1.1": "leads into the language model",
+    "qformer.encoder.layer.0.attention.attention.query": "leads into the language model",
+    "language_projection": "leads into the language model",
     "lm_head": "a head",
     "score": "a head",
     "classifier.dense": "a head",
     "v_head.summary": "a head",
     "output": "a head",
+    "language_model.output": "a head",
     "model.layers.61.shared_head.head": "a head",
     "model.layers.0.block_sparse_moe.router.layer": "a router",
     "model.layers.1.mlp.gate.wg": "a router",
@@ -75,6 +81,8 @@ PARTS = {
     "mtp.fc": "joins layers for multi-token prediction",
     "model.layers.61.eh_proj": "joins layers for multi-token prediction",
     "model.layers.0.linear_attn.in_proj_ba": "a recurrence's gates and steps",
+    "model.layers.0.self_attn.b_proj": "a recurrence's gates and steps",
+    "model.layers.0.self_attn.f_a_proj": "a recurrence's gates and steps",
     "base_model.layers.0.q_proj.lora_A.default": "an adapter",
 }  # fmt: skip
 
@@ -96,6 +104,92 @@ def test_routers_are_known_by_their_shape_too(tmp_path):
     tensors |= {f"model.layers.0.moe.{name}.weight": matrix(rows, 32) for name, rows in (("chooser", 17), ("in", 64))}
     plan = fp8x.plan(directory(tmp_path / "a", tensors), CHANNEL)
     assert kept(plan) == {"model.layers.0.moe.chooser": "a router: a row for each of 17 experts"}
+
+
+def test_narrow_matrices_stay(tmp_path):
+    # Gemma 3n's, and one that is just wide enough.
+    tensors = {"altup.prediction_coefs.weight": matrix(16, 4), "a.weight": matrix(16, 16)}
+    plan = fp8x.plan(directory(tmp_path / "a", tensors), CHANNEL)
+    assert kept(plan) == {"altup.prediction_coefs": "fewer than 16 columns"}
+
+
+def test_lists_of_embeddings_are_no_matrices(tmp_path):
+    # Qwen3-Omni's talker, MusicGen's decoder.
+    names = ["talker.code_predictor.model.codec_embedding.0", "decoder.model.decoder.embed_tokens.3"]
+    tensors = {f"{name}.weight": matrix(32, 32) for name in (*names, "embedder.layers.0")}
+    plan = fp8x.plan(directory(tmp_path / "a", tensors), CHANNEL)
+    assert list(plan.targets) == ["embedder.layers.0"]
+    assert {row.name: row.reason for row in plan.rows if row.reason} == {
+        f"{name}.weight": "a lookup table or a norm" for name in names
+    }
+
+
+def test_projections_of_embeddings_are_matrices(tmp_path):
+    # Gemma 3n's, which are linear layers: others would look for their scales if `ignore` did not name them.
+    name = "model.embed_vision.embedding_projection"
+    source = directory(tmp_path / "a", {f"{name}.weight": matrix(32, 32), "layers.0.up.weight": matrix(32, 32)})
+    plan = fp8x.plan(source, CHANNEL)
+    assert kept(plan) == {name: "sees images"}
+    assert name in plan.config["quantization_config"]["ignore"]
+
+
+def test_whole_experts_are_ignored_by_name(tmp_path):
+    # gpt-oss and DBRX; what vLLM's layer of experts asks for, by its own name and by those of its first matrices.
+    experts = {
+        "layers.0.mlp.experts.gate_up_proj": matrix(2, 32, 64),
+        "layers.0.mlp.experts.gate_up_proj_bias": matrix(2, 64),
+        "layers.0.mlp.experts.down_proj": matrix(2, 32, 32),
+        "blocks.0.ffn.experts.mlp.w1": matrix(64, 32),
+    }
+    source = directory(tmp_path / "a", experts | {"layers.0.q_proj.weight": matrix(32, 32)})
+    names = ["layers.0.mlp.experts", "layers.0.mlp.experts.0.up_proj", "blocks.0.ffn.experts"]
+    fields = fp8x.plan(source, CHANNEL).config["quantization_config"]
+    patterns = [entry.removeprefix("re:") for entry in fields["ignore"]]
+    assert all(any(re.match(pattern, name) for pattern in patterns) for name in names)
+    assert not any(re.match(pattern, "layers.0.q_proj") for pattern in patterns)
+    fields = fp8x.plan(source, "fp8_e4m3fn_bf16_block_scale", "fp8").config["quantization_config"]
+    assert set(names) < set(fields["modules_to_not_convert"])
+    # Where experts are quantized one by one, they are not.
+    one = {f"layers.0.mlp.experts.0.{name}.weight": matrix(32, 32) for name in ("gate_proj", "up_proj", "down_proj")}
+    assert fp8x.plan(directory(tmp_path / "b", one), CHANNEL).config["quantization_config"]["ignore"] == ["lm_head"]
+
+
+@pytest.mark.parametrize("parent", ["", "transformer."])
+def test_matrices_of_gpt2_lie_as_k_n(tmp_path, parent):
+    shapes = {"attn.c_attn": (32, 96), "attn.c_proj": (32, 32), "mlp.c_fc": (32, 128), "mlp.c_proj": (128, 32)}
+    tensors = {f"{parent}h.0.{name}.weight": matrix(*shape) for name, shape in shapes.items()}
+    # StarCoder's have the same names, and are those of linear layers.
+    tensors |= {f"other.h.0.{name}.weight": matrix(*shape[::-1]) for name, shape in shapes.items()}
+    plan = fp8x.plan(directory(tmp_path / "a", tensors), CHANNEL)
+    reason = "lies as [K, N], of GPT-2's Conv1D, which readers count as no linear layer"
+    assert kept(plan) == {f"{parent}h.0.{name}": reason for name in shapes}
+
+
+def test_a_known_family_under_other_names(tmp_path):
+    # Qwen3-Embedding says ForCausalLM, and holds what is inside of `model`.
+    config = json.loads((Path(__file__).parents[1] / "goldens" / "llama" / "config.json").read_text())
+    tensors = {"layers.0.self_attn.q_proj.weight": matrix(32, 32), "embed_tokens.weight": matrix(64, 32)}
+    source = directory(tmp_path / "a", tensors, **config)
+    with pytest.warns(UserWarning, match="could not build this model .* its matrices go by their own names"):
+        plan = fp8x.plan(source, CHANNEL)
+    assert [prefix for prefix, target in plan.targets.items() if target.recipe] == ["layers.0.self_attn.q_proj"]
+    # Where some are there, others are missing.
+    source = directory(tmp_path / "b", {f"model.{name}": tensor for name, tensor in tensors.items()}, **config)
+    with pytest.raises(CheckpointError, match=r"missing, which config\.json calls for"):
+        fp8x.plan(source, CHANNEL)
+
+
+def test_scales_of_transposed_experts_are_refused_by_name(tmp_path):
+    # Llama-4 in fbgemm_fp8.
+    codes = matrix(2, 32, 64).astype(ml_dtypes.float8_e4m3fn)
+    tensors = {"feed_forward.experts.gate_up_proj": codes, "feed_forward.experts.down_proj": codes[:, :, :32]}
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    tensors |= {f"{name}_scale": np.ones((2, 1, tensor.shape[2]), np.float32) for name, tensor in tensors.items()}
+    source = directory(tmp_path / "a", tensors, quantization_config={"quant_method": "fbgemm_fp8"})
+    with pytest.raises(
+        CheckpointError, match=r"experts\.\w+_proj_scale in .*: scales of experts that lie as \[E, K, N\]"
+    ):
+        fp8x.plan(source)
 
 
 def test_a_classifier_of_a_known_family(tmp_path):
@@ -125,11 +219,46 @@ def block_checkpoint(path, **config):
 def test_what_was_in_16_bits_stays_so(tmp_path):
     source = block_checkpoint(tmp_path / "a")
     assert kept(fp8x.plan(source, MX)) == {"layers.0.indexer.wk": "in 16 or 32 bits in the source"}
+    # Also where nothing else changes, or recipes are chosen.
+    for plan in (fp8x.plan(source), fp8x.plan(source, requantize=CHANNEL)):
+        assert kept(plan) == {"layers.0.indexer.wk": "in 16 or 32 bits in the source"}
     plan = fp8x.plan(source, MX, rules={r".*\.wk": MX})
     assert kept(plan) == {}
     # From 16 bits there is no such maker.
     fp8x.convert(source, tmp_path / "b", "bf16")
     assert kept(fp8x.plan(tmp_path / "b", MX)) == {}
+
+
+@pytest.mark.parametrize("also_above", [False, True])
+def test_a_quantization_config_of_the_language_model(tmp_path, also_above):
+    # As in Kimi-K2.5. Where others would still find it, a checkpoint in 16 bits may not keep it.
+    inner = {"text_config": {"hidden_size": 128, "quantization_config": BLOCK_CONFIG}}
+    above = {"quantization_config": BLOCK_CONFIG if also_above else None}
+    source = block_checkpoint(tmp_path / "a")
+    before = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(before | inner | above))
+    plan = fp8x.plan(source, "bf16")
+    assert plan.source_format.name == "fp8"
+    assert plan.config["text_config"] == {"hidden_size": 128} and "quantization_config" not in plan.config
+    fp8x.convert(plan, tmp_path / "b")
+    assert str(stored(tmp_path / "b")["layers.0.up.weight"].dtype) == "bfloat16"
+
+
+@pytest.mark.parametrize("code", [CHANNEL, "bf16"])
+def test_8_bits_that_config_json_does_not_speak_of(tmp_path, code):
+    source = block_checkpoint(tmp_path / "a")
+    config = json.loads((source / "config.json").read_text())
+    del config["quantization_config"]
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match=r"layers\.0\.up\.weight in .*: is F8_E4M3, but config\.json has no quant"
+    ):
+        fp8x.plan(source, code)
+
+
+def test_a_model_type_that_is_none(tmp_path):
+    source = directory(tmp_path / "a", {"up.weight": matrix(32, 32)}, model_type=["llama"])
+    assert kept(fp8x.plan(source, CHANNEL)) == {}
 
 
 @pytest.mark.parametrize("code", [CHANNEL, MX, BLOCK, "bf16", None])
@@ -219,6 +348,28 @@ def test_files_that_come_along_and_files_that_do_not(tmp_path):
     fp8x.convert(plan, tmp_path / "b")
     found = {str(path.relative_to(tmp_path / "b")) for path in (tmp_path / "b").rglob("*") if path.is_file()}
     assert found == {*along, "config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("listed", ['[{"idx": 2, "path": "2_Dense"}, {"idx": 0, "path": ""}]', "[]", "[1]", "no JSON"])
+def test_layers_of_sentence_transformers(tmp_path, listed):
+    # Whatever is beside the model itself, like Mistral's second copy of it, is left behind all the same.
+    source = directory(tmp_path / "a", {"layers.0.up.weight": matrix(32, 32)})
+    (source / "modules.json").write_text(listed)
+    (source / "2_Dense").mkdir()
+    for name in ("2_Dense/model.safetensors", "2_Dense/config.json", "consolidated.safetensors"):
+        (source / name).write_bytes(b"{}")
+    found = fp8x.plan(source, CHANNEL).companions
+    along = Path("2_Dense/model.safetensors")
+    assert (along in found.files) == ("2_Dense" in listed) == (str(along) not in found.left)
+    assert "consolidated.safetensors" in found.left
+
+
+def test_a_cache_of_huggingface_hub(tmp_path):
+    cache = tmp_path / "models--a--b"
+    (cache / "snapshots").mkdir(parents=True)
+    snapshot = directory(cache / "snapshots" / "0123", {"up.weight": matrix(32, 32)})
+    with pytest.raises(CheckpointError, match=f"in the cache of huggingface_hub; give {snapshot}"):
+        fp8x.plan(cache, CHANNEL)
 
 
 EXPERTS = "model.layers.0.feed_forward.experts"
