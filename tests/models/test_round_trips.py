@@ -339,7 +339,7 @@ def test_no_name_is_written_twice(tmp_path):
 
 def test_8_bits_without_a_word_are_no_16_bits(tmp_path):
     source = directory(tmp_path / "a", {"up.weight": CODES, "up.weight_scale": ONE})
-    with pytest.raises(CheckpointError, match=r"up.weight in .*: is F8_E4M3, but config.json has no quantization_config"):
+    with pytest.raises(CheckpointError, match=r"up.weight in .*: is F8_E4M3, but config.json has no"):
         fp8x.plan(source, "bf16")
     fp8x.convert(source, tmp_path / "b")
     assert read(tmp_path / "b") == read(source)
