@@ -15,16 +15,17 @@ SMALLEST = 16  # rows and columns: below it readers' tensor cores take no 8 bits
 
 # By what a component of a module's name is, between dots. The first that matches says why.
 _COMPONENTS = {
+    "an adapter": r"lora_[ab](_.*)?|(.*_)?adapters?",
     "sees images": r"(.*_)?(vision|visual|image|img|video)(_.*)?|vit|vpm|siglip.*|clip.*|sam_model|d?vae",
     "hears or speaks": r"(.*_)?(audio|speech|sound)(_.*)?|apm|whisper.*|vocoder|(code|token)2wav|tts(_.*)?",
     "leads into the language model": r"(.*_)?(projector|connector|aligner|resampler|merger|abstractor|perceiver)(_.*)?"
-    r"|(mm|multi_modal)_.*|mlp1|q_?former|language_projection",
-    "a head": r"(.*_)?heads?|scores?|scorer|classifier|classification|pooler|qa_outputs|regressor|cls|proj_out",
+    r"|(mm|multi_modal)_.*|mlp1|q_?former|(language|modality|hidden|text)_projection",
     "a router": r"(.*_)?(router|gating)|router_.*|gate|gates|(.*_)?expert_gate|wg",
+    "a head": r"(.*_)?heads?|scores?|scorer|classifier|classification|pooler|qa_outputs|regressor|cls|proj_out",
     "joins layers for multi-token prediction": r"eh_proj",
-    "an adapter": r"lora_[ab](_.*)?|(.*_)?adapters?",
     "a recurrence's gates and steps": r"dt_proj|x_proj|in_proj_(ba|a|b)|ba_proj|[ab]_proj|f_[ab]_proj",
     "weighs what an indexer finds": r"weights_proj",
+    "a narrow path beside the layers": r"altup|laurel|per_layer_.*",
 }
 _REASONS = list(_COMPONENTS)
 _PATTERNS = [re.compile(pattern, re.IGNORECASE) for pattern in _COMPONENTS.values()]

@@ -276,19 +276,21 @@ class Plan:
     def _why_copied(self, name: str) -> str:
         tensor = self.reader.stored(name)
         if name in self.whole:
-            return next(self.targets[part.removesuffix(".weight")].reason or "" for part in self.reader.fused[name])
+            reasons = (self.targets[part.removesuffix(".weight")].reason for part in self.reader.fused[name])
+            return next(reasons) or ""
         if name in self.reader.whole:
             return self.reader.whole[name]
         if len(tensor.shape) < 2:
             return "a vector or a number"
         if not tensor.dtype.startswith(("F", "BF")):
             return "no floats"
+        if LOOKUPS.fullmatch(name.removesuffix(".weight")):
+            return "a lookup table or a norm"
         if len(tensor.shape) > 2:
             return f"{len(tensor.shape)} dims; fp8x knows no layer by that name"
         if not name.endswith(".weight"):
             return "no linear layer's weight by its name"
-        is_lookup = LOOKUPS.fullmatch(name.removesuffix(".weight"))
-        return "a lookup table or a norm" if is_lookup else "not among the linear layers of this model"
+        return "not among the linear layers of this model"
 
     def _dropped(self, name: str) -> Row:
         tensor = self.reader.stored(name)

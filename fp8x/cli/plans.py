@@ -8,8 +8,9 @@ from fp8x.cli import terminal
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fp8x.checkpoint.plan import Plan
+    from fp8x.checkpoint.plan import Plan, Row
 
+LARGE = 0.1  # of a model's bytes, from which on a share is said
 MOST = 8  # names of a kind, before the rest is a number
 
 
@@ -43,13 +44,18 @@ def show(plan: "Plan", source: Path, destination: Path, as_json: bool) -> None:
 
 def show_exceptions(plan: "Plan") -> None:
     """What stays in 16 bits where a matrix could be in 8, and what is left out, each with the reason."""
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, list[Row]] = {}
     for row in plan.groups:
         if row.after is None:
-            reasons.setdefault(f"left out ({row.reason})", []).append(row.name)
+            reasons.setdefault(f"left out ({row.reason})", []).append(row)
         elif row.reason and len(row.shape) > 1 and plan.format is not None:
-            reasons.setdefault(f"in {row.after} ({row.reason})", []).append(row.name)
-    terminal.show(*(f"{reason}: {_some(names)}" for reason, names in reasons.items()), *_beside(plan))
+            reasons.setdefault(f"in {row.after} ({row.reason})", []).append(row)
+    lines = []
+    for reason, rows in reasons.items():
+        share = sum(row.bytes_before for row in rows) / max(plan.bytes_before, 1)
+        of_all = f", {share:.0%} of all bytes" if share >= LARGE else ""
+        lines.append(f"{reason}{of_all}: {_some([row.name for row in rows])}")
+    terminal.show(*lines, *_beside(plan))
 
 
 def choices(modules: dict[str, Any]) -> "Table":

@@ -83,7 +83,11 @@ PARTS = {
     "model.layers.0.linear_attn.in_proj_ba": "a recurrence's gates and steps",
     "model.layers.0.self_attn.b_proj": "a recurrence's gates and steps",
     "model.layers.0.self_attn.f_a_proj": "a recurrence's gates and steps",
-    "base_model.layers.0.q_proj.lora_A.default": "an adapter",
+    "base_model.layers.0.q_proj.lora_A.vision": "an adapter",
+    "model.layers.0.mlp.router.classifier": "a router",
+    "model.layers.0.altup.modality_router": "a router",
+    "model.layers.0.per_layer_input_gate": "a narrow path beside the layers",
+    "talker.hidden_projection.linear_fc1": "leads into the language model",
 }  # fmt: skip
 
 
@@ -108,9 +112,9 @@ def test_routers_are_known_by_their_shape_too(tmp_path):
 
 def test_narrow_matrices_stay(tmp_path):
     # Gemma 3n's, and one that is just wide enough.
-    tensors = {"altup.prediction_coefs.weight": matrix(16, 4), "a.weight": matrix(16, 16)}
+    tensors = {"prediction_coefs.weight": matrix(16, 4), "a.weight": matrix(16, 16)}
     plan = fp8x.plan(directory(tmp_path / "a", tensors), CHANNEL)
-    assert kept(plan) == {"altup.prediction_coefs": "fewer than 16 columns"}
+    assert kept(plan) == {"prediction_coefs": "fewer than 16 columns"}
 
 
 def test_lists_of_embeddings_are_no_matrices(tmp_path):
