@@ -12,7 +12,8 @@ from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES
 from fp8x.checkpoint.plan import Plan
 from fp8x.checkpoint.requantize import Requantization, Requantize, choose
 from fp8x.errors import RecipeError
-from fp8x.models.plan import modules_of, plan, stored_by_prefix
+from fp8x.models.matrices import modules_of, stored_by_prefix
+from fp8x.models.plan import plan
 from fp8x.recipe import Recipe
 
 

@@ -1,38 +1,30 @@
 """`plan`: what `convert` will do with a checkpoint, known from headers and config alone. Imports no JAX to say so."""
 
-import dataclasses
 import functools
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import ml_dtypes
 import numpy as np
 
 from fp8x.calibrate import sidecar
 from fp8x.calibrate.sidecar import Sidecar
 from fp8x.checkpoint import FORMATS, Format, Reader, choose_format, format_of
-from fp8x.checkpoint.companions import Companions, find_companions
-from fp8x.checkpoint.format import stored_recipes
-from fp8x.checkpoint.header import FLOAT8, UNQUANTIZED
-from fp8x.checkpoint.kept import LOOKUPS, why_kept
+from fp8x.checkpoint.header import FLOAT8
+from fp8x.checkpoint.kept import why_kept
 from fp8x.checkpoint.kv_cache import QUERIES, KVScales, kv_tensors, read_kv_scales
-from fp8x.checkpoint.plan import Plan, Target, matrix_shape
-from fp8x.checkpoint.reader import INDEX, LEGACY
-from fp8x.errors import CheckpointError, ConfigError, RuleError, some
+from fp8x.checkpoint.plan import Plan, Target
+from fp8x.errors import CheckpointError, RuleError
 from fp8x.models.config import DecoderConfig
-from fp8x.models.families import FAMILIES
-from fp8x.models.hf_names import flat, linear_names, param_names, skipped
+from fp8x.models.matrices import check_scales, dtype_of, modules_of, stored_by_prefix
+from fp8x.models.plan_config import beside_of, config_of, unread_parts_of
 from fp8x.recipe import OUT_DTYPES, Recipe, Rules, as_recipe, check_stored
 
 if TYPE_CHECKING:
     from fp8x.checkpoint.requantize import Requantization, Requantize
 
 _STAYED = "in 16 or 32 bits in the source"
-SCALES = ("weight_scale", "weight_scale_inv", "input_scale", "activation_scale")
-KV_FIELDS = ("kv_cache_scheme", "kv_cache_quant_algo")  # mean nothing where the scales do not come along
 
 
 def plan(
@@ -66,7 +58,7 @@ def plan(
     source_format = format_of(reader.config)
     modules = modules_of(reader)
     stored = stored_by_prefix(reader, modules, source_format)
-    _check_scales(reader, stored, source_format)
+    check_scales(reader, stored, source_format)
     if calibration is not None and not isinstance(calibration, Sidecar):
         calibration = sidecar.read(calibration)
     if calibration is not None and calibration.kv_cache is not None:
@@ -86,10 +78,10 @@ def plan(
     targets = {
         prefix: Target(stored[prefix], recipes[prefix], scales.get(prefix), reasons.get(prefix)) for prefix in stored
     }
-    dropped |= _unread_parts(reader, source_format, targets)
-    config, left_fields = _config(reader, source_format, chosen, recipes, out_dtype, kept_kv)
+    dropped |= unread_parts_of(reader, source_format, targets)
+    config, left_fields = config_of(reader, source_format, chosen, recipes, out_dtype, kept_kv)
     beside = {} if chosen is None else chosen.beside(config["quantization_config"])
-    companions, fields = _beside(reader, beside)
+    companions, fields = beside_of(reader, beside)
     found = Plan(
         reader=reader,
         modules=modules,
@@ -109,35 +101,6 @@ def plan(
     )
     _check(found, recipe, is_changed)
     return found
-
-
-def stored_by_prefix(
-    reader: Reader, modules: Mapping[str, list[str]], source_format: Format | None
-) -> dict[str, Recipe | None]:
-    """The recipe of every prefix in the source."""
-    prefixes = [prefix for names in modules.values() for prefix in names]
-    if source_format is None:
-        return dict.fromkeys(prefixes)
-    return stored_recipes(source_format, reader, prefixes, dtype_of(reader.config))
-
-
-def dtype_of(config: Mapping[str, Any]) -> np.dtype:
-    """The type in which a model computes, as its config says; bfloat16 without a word."""
-    named = config.get("dtype") or config.get("torch_dtype")
-    return {str(dtype): dtype for dtype in OUT_DTYPES.values()}.get(str(named), np.dtype(ml_dtypes.bfloat16))
-
-
-def _check_scales(reader: Reader, stored: Mapping[str, Recipe | None], source_format: Format | None) -> None:
-    """Raises for scales that belong to no matrix."""
-    for name in reader if source_format is not None else ():
-        prefix, _, kind = name.rpartition(".")
-        if kind in SCALES and f"{prefix}.weight" not in reader:
-            raise CheckpointError(f"{name} in {reader.stored(name).file}: the matrix that it scales is missing")
-        if kind in SCALES and prefix not in stored:
-            raise CheckpointError(
-                f"{prefix}.weight in {reader.stored(name).file}: is quantized, but fp8x reads quantized matrices of "
-                "linear layers alone"
-            )
 
 
 def _recipes(
@@ -296,48 +259,6 @@ def _check(found: Plan, recipe: Recipe | str | None, is_changed: bool) -> None:
             )
 
 
-def modules_of(reader: Reader) -> dict[str, list[str]]:
-    """The prefixes of every module that holds matrices, by path: as `fp8x.load` has it where it knows the model."""
-    by_name = {prefix: [prefix] for prefix in _matrices(reader)}
-    # A classifier or a reward model of a family has its own head, and no `lm_head`.
-    stated = reader.config.get("architectures")
-    architecture = stated[0] if isinstance(stated, list) and stated else "ForCausalLM"
-    family = str(reader.config.get("model_type"))
-    if family not in FAMILIES or not str(architecture).endswith("ForCausalLM"):
-        return by_name
-    try:
-        config = DecoderConfig.from_hf(reader.config)
-    except ConfigError as error:
-        warnings.warn(
-            f"{reader.path}: fp8x.load could not build this model ({error}); its matrices go by their own names",
-            stacklevel=4,
-        )
-        return by_name
-    modules = {path: [prefix for _, prefix in flat(names)] for path, names in linear_names(config).items()}
-    needed = [*param_names(config).values(), *(f"{prefix}.weight" for names in modules.values() for prefix in names)]
-    missing = [name for name in needed if name not in reader]
-    if len(missing) == len(needed):
-        warnings.warn(
-            f"{reader.path}: fp8x.load could not build this model ({needed[0]} and all others that config.json calls "
-            "for are missing); its matrices go by their own names",
-            stacklevel=4,
-        )
-        return by_name
-    if missing:
-        raise CheckpointError(f"{reader.path}: {some(missing)} missing, which config.json calls for")
-    return modules | {prefix: names for prefix, names in by_name.items() if skipped(config, prefix)}
-
-
-def _matrices(reader: Reader) -> list[str]:
-    """The prefixes of what is a linear layer's matrix, to all appearance."""
-    names = [name.removesuffix(".weight") for name in reader if name.endswith(".weight")]
-    return [
-        name
-        for name, tensor in ((name, reader.stored(f"{name}.weight")) for name in names)
-        if len(tensor.shape) == 2 and tensor.dtype in (*UNQUANTIZED, *FLOAT8) and not LOOKUPS.fullmatch(name)
-    ]
-
-
 def _static_scales(
     found: Sidecar, modules: Mapping[str, list[str]], recipes: Mapping[str, Recipe | None], reader: Reader
 ) -> dict[str, np.ndarray]:
@@ -362,105 +283,3 @@ def _calibrated_kv(found: Sidecar, reader: Reader) -> KVScales:
     config = DecoderConfig.from_hf(reader.config)
     found.give_kv_cache(config.num_hidden_layers, functools.partial(make_quantizers, config))  # looks whether they fit
     return KVScales(found.kv_cache, {f"model.{path}": pair for path, pair in found.kv_scales.items()})
-
-
-def _unread_parts(reader: Reader, source_format: Format | None, targets: Mapping[str, Target]) -> dict[str, str]:
-    """Tensors of matrices in 8 bits that the destination does not hold, with the reason."""
-    found: dict[str, str] = {}
-    for prefix, target in targets.items():
-        if target.stored is None:
-            continue
-        shape = matrix_shape(reader, f"{prefix}.weight")
-        found |= source_format.unread(prefix, target.stored, shape, reader)
-        if target.stored.is_static and (target.recipe is None or not target.recipe.is_static):
-            is_dynamic = target.recipe is not None and target.recipe.activation is not None
-            reason = "activations become dynamic" if is_dynamic else "activations are not quantized any more"
-            *_, name = source_format.names(prefix, target.stored, shape, reader)
-            found[name] = reason
-    return found
-
-
-def _beside(reader: Reader, beside: Mapping[str, object]) -> tuple[Companions, dict[str, str]]:
-    """The files beside the weights, and fields in those that are written anew which come along with neither."""
-    found, unread = find_companions(reader.path, reader.files), dict(reader.unread)
-    left = {name: unread.pop(name) for name in (LEGACY, INDEX) if name in unread}
-    if LEGACY not in left and LEGACY not in beside and (reader.path / LEGACY).is_file():
-        left[LEGACY] = "read as quantization_config of config.json"
-    return dataclasses.replace(found, left={**found.left, **left}), unread
-
-
-def _config(
-    reader: Reader,
-    source_format: Format | None,
-    format: Format | None,
-    recipes: Mapping[str, Recipe | None],
-    out_dtype: np.dtype,
-    kv_cache: KVScales | None,
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """The destination's config.json, and the fields of the source's that it lacks, with the reason."""
-    source = reader.config
-    config = {key: value for key, value in source.items() if key != "quantization_config"}
-    if dtype_of(config) != out_dtype:
-        config |= dict.fromkeys(
-            [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"], str(out_dtype)
-        )
-    unread = {} if source_format is None else dict(source["quantization_config"].unread())
-    if format is not None:
-        # An `lm_head` that is tied is still a matrix to others, which must not look for its scales.
-        written = format.to_config({"lm_head": None, **_whole_experts(reader, recipes), **recipes}, out_dtype)
-        if kv_cache is not None:
-            written |= _kv_fields(source, source_format, format, kv_cache)
-        if format is source_format:
-            # What fp8x does not know there stays as it is, as far as it stands by itself.
-            own = [key for key in unread if key not in written and key not in KV_FIELDS and "." not in key]
-            written = {key: unread.pop(key) for key in own} | written
-        config["quantization_config"] = written
-    reason = "the result is not quantized" if format is None else f"fp8x does not know it, to write it as {format.name}"
-    paths = [*(f"quantization_config.{path}" for path in unread), *_undescribed(reader)]
-    return config, dict.fromkeys(paths, reason) | {
-        f"__metadata__.{key}": "files are headed anew" for key in reader.metadata
-    }
-
-
-def _undescribed(reader: Reader) -> list[str]:
-    """Fields of torchao's descriptions that say something of a tensor and that nobody reads."""
-    described = (reader.stored(name).description for name in reader)
-    return list(
-        dict.fromkeys(
-            f"__metadata__.*.{path}"
-            for each in described
-            if each
-            for path, _ in each.unread()
-            if not path.endswith("._type")
-        )
-    )
-
-
-def _whole_experts(reader: Reader, recipes: Mapping[str, Recipe | None]) -> dict[str, None]:
-    """What others call the modules of experts that stay in one tensor, in which they must not look for scales.
-
-    vLLM asks for `….experts`, and for the matrices of its first expert.
-    """
-    matches = ((re.match(r"(.*?\.experts)\.", name), name) for name in reader)
-    is_whole = {
-        match[1]: None
-        for match, name in matches
-        if match and len(reader.stored(name).shape) > 1 and name.removesuffix(".weight") not in recipes
-    }
-    quantized = {
-        match[1] for name, recipe in recipes.items() if recipe and (match := re.match(r"(.*?\.experts)\.", name))
-    }
-    parts = ("", *(f".0.{part}" for part in ("gate_proj", "up_proj", "down_proj")))
-    return {f"{module}{part}": None for module in is_whole if module not in quantized for part in parts}
-
-
-def _kv_fields(
-    source: Mapping[str, Any], source_format: Format | None, format: Format, kv_cache: KVScales
-) -> dict[str, Any]:
-    """How the destination declares its KV cache: in the source's own words, where they are of the same format."""
-    scheme, stated = kv_cache.scheme, source.get("quantization_config")
-    fields = format.kv_fields(scheme)
-    if source_format is not format:
-        return fields
-    own = {name: stated.get(name, value) for name, value in fields.items()}
-    return own if format.kv_scheme(own) == scheme else fields

@@ -1,0 +1,91 @@
+"""Which matrices a checkpoint has, of which modules they are, and how they are stored. Imports no JAX."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from fp8x.checkpoint import Format, Reader
+from fp8x.checkpoint.format import stored_recipes
+from fp8x.checkpoint.header import FLOAT8, UNQUANTIZED
+from fp8x.checkpoint.kept import LOOKUPS
+from fp8x.errors import CheckpointError, ConfigError, some
+from fp8x.models.config import DecoderConfig
+from fp8x.models.families import FAMILIES
+from fp8x.models.hf_names import flat, linear_names, param_names, skipped
+from fp8x.recipe import OUT_DTYPES, Recipe
+
+SCALES = ("weight_scale", "weight_scale_inv", "input_scale", "activation_scale")
+
+
+def modules_of(reader: Reader) -> dict[str, list[str]]:
+    """The prefixes of every module that holds matrices, by path: as `fp8x.load` has it where it knows the model."""
+    by_name = {prefix: [prefix] for prefix in _matrices(reader)}
+    # A classifier or a reward model of a family has its own head, and no `lm_head`.
+    stated = reader.config.get("architectures")
+    architecture = stated[0] if isinstance(stated, list) and stated else "ForCausalLM"
+    family = str(reader.config.get("model_type"))
+    if family not in FAMILIES or not str(architecture).endswith("ForCausalLM"):
+        return by_name
+    try:
+        config = DecoderConfig.from_hf(reader.config)
+    except ConfigError as error:
+        warnings.warn(
+            f"{reader.path}: fp8x.load could not build this model ({error}); its matrices go by their own names",
+            stacklevel=4,
+        )
+        return by_name
+    modules = {path: [prefix for _, prefix in flat(names)] for path, names in linear_names(config).items()}
+    needed = [*param_names(config).values(), *(f"{prefix}.weight" for names in modules.values() for prefix in names)]
+    missing = [name for name in needed if name not in reader]
+    if len(missing) == len(needed):
+        warnings.warn(
+            f"{reader.path}: fp8x.load could not build this model ({needed[0]} and all others that config.json calls "
+            "for are missing); its matrices go by their own names",
+            stacklevel=4,
+        )
+        return by_name
+    if missing:
+        raise CheckpointError(f"{reader.path}: {some(missing)} missing, which config.json calls for")
+    return modules | {prefix: names for prefix, names in by_name.items() if skipped(config, prefix)}
+
+
+def _matrices(reader: Reader) -> list[str]:
+    """The prefixes of what is a linear layer's matrix, to all appearance."""
+    names = [name.removesuffix(".weight") for name in reader if name.endswith(".weight")]
+    return [
+        name
+        for name, tensor in ((name, reader.stored(f"{name}.weight")) for name in names)
+        if len(tensor.shape) == 2 and tensor.dtype in (*UNQUANTIZED, *FLOAT8) and not LOOKUPS.fullmatch(name)
+    ]
+
+
+def stored_by_prefix(
+    reader: Reader, modules: Mapping[str, list[str]], source_format: Format | None
+) -> dict[str, Recipe | None]:
+    """The recipe of every prefix in the source."""
+    prefixes = [prefix for names in modules.values() for prefix in names]
+    if source_format is None:
+        return dict.fromkeys(prefixes)
+    return stored_recipes(source_format, reader, prefixes, dtype_of(reader.config))
+
+
+def dtype_of(config: Mapping[str, Any]) -> np.dtype:
+    """The type in which a model computes, as its config says; bfloat16 without a word."""
+    named = config.get("dtype") or config.get("torch_dtype")
+    return {str(dtype): dtype for dtype in OUT_DTYPES.values()}.get(str(named), np.dtype(ml_dtypes.bfloat16))
+
+
+def check_scales(reader: Reader, stored: Mapping[str, Recipe | None], source_format: Format | None) -> None:
+    """Raises for scales that belong to no matrix."""
+    for name in reader if source_format is not None else ():
+        prefix, _, kind = name.rpartition(".")
+        if kind in SCALES and f"{prefix}.weight" not in reader:
+            raise CheckpointError(f"{name} in {reader.stored(name).file}: the matrix that it scales is missing")
+        if kind in SCALES and prefix not in stored:
+            raise CheckpointError(
+                f"{prefix}.weight in {reader.stored(name).file}: is quantized, but fp8x reads quantized matrices of "
+                "linear layers alone"
+            )
