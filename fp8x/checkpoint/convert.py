@@ -20,10 +20,9 @@ from fp8x.array import ScaledArray
 from fp8x.checkpoint import rows
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_source
 from fp8x.checkpoint.finite import count_nonfinite, is_finite, nonfinite_error
-from fp8x.checkpoint.fnuz import Translation
 from fp8x.checkpoint.format import Layout
 from fp8x.checkpoint.header import UNQUANTIZED, nbytes
-from fp8x.checkpoint.parts import StoredMatrix
+from fp8x.checkpoint.parts import StoredMatrix, quantized_matrix
 from fp8x.checkpoint.plan import Plan, Spec, Target
 from fp8x.checkpoint.reader import CONFIG, DTYPE_NAMES, Reader
 from fp8x.checkpoint.resumable import ResumableWriter
@@ -128,8 +127,7 @@ def _jobs(plan: Plan) -> Iterator["_Copy | _Matrix"]:
     """In the order in which the source's bytes lie."""
     reader = plan.reader
     matrices = {f"{prefix}.weight": prefix for prefix, target in plan.targets.items() if not target.is_copied}
-    parts = {part for name in plan.whole for part in reader.fused[name]}
-    copied = {f"{prefix}.weight" for prefix, target in plan.targets.items() if target.is_copied} - parts
+    copied = {f"{prefix}.weight" for prefix, target in plan.targets.items() if target.is_copied} - plan.parts_of_whole
     names = [*matrices, *copied, *plan.copied]
     for name in sorted(names, key=lambda name: (str(reader.stored(name).file), reader.stored(name).start)):
         if name in matrices:
@@ -246,72 +244,66 @@ class _Matrix:
 
     def run(self, work: "_Work") -> None:
         """Reads rows, and writes what becomes of them."""
-        stored, scheme = self._read(), self.target.recipe and self.target.recipe.weight
+        source, input_scale = self._source()
+        scheme = self.target.recipe and self.target.recipe.weight
         if self.layout is not None and self.layout.input_scale is not None:
-            for name, array in self.layout.input_scale.write(self.prefix, self._input_scale(stored)).items():
+            for name, array in self.layout.input_scale.write(self.prefix, self._input_scale(input_scale)).items():
                 work.writer.write(name, 0, array)
         if scheme is None:
-            for part, values in self._parts(work, stored):
+            for part, values in source.parts(work):
                 scratch = work.scratch(values.shape, f"uint{8 * self.plan.out_dtype.itemsize}")
                 self._check_codes(work, values)
                 self._write_result(work, part, rows.dequantized(values, scratch, dtype=self.plan.out_dtype))
         elif self.target.is_kept:
-            self._write_scale(work, 0, stored.scale)
-            for part, values in self._parts(work, stored):
+            self._write_scale(work, 0, source.scale)
+            for part, values in source.parts(work):
                 self._check_codes(work, values)
                 self._write(work, part, values.data)
         elif scheme.block[0] is None:
-            self._convert_whole(work, stored, scheme)
+            self._convert_whole(work, source, scheme)
         else:
-            for part, values in self._parts(work, stored, scheme):
+            for part, values in source.parts(work, scheme):
                 data, scale, top = rows.quantized(values, work.scratch(values.shape), scheme=scheme)
                 if not np.isfinite(top).all():
-                    self._check_nonfinite(work, stored)
+                    self._check_nonfinite(work, source)
                     data, scale = rows.quantized_finite(values, data, scheme=scheme)
                 self._write_result(work, part, data)
                 self._write_scale(work, part.start // scheme.block[0], scale)
 
-    def _convert_whole(self, work: "_Work", stored: "_Stored", scheme: Scheme) -> None:
+    def _convert_whole(self, work: "_Work", source: StoredMatrix, scheme: Scheme) -> None:
         """To blocks that hold every row: their scales before their values."""
-        scale = rows.compute_scale(self._amax(work, stored, scheme), scheme)
+        scale = rows.compute_scale(self._amax(work, source, scheme), scheme)
         self._write_scale(work, 0, scale)
-        for part, values in self._parts(work, stored, scheme):
+        for part, values in source.parts(work, scheme):
             data = rows.quantized_with_scale(values, scale, work.scratch(values.shape), scheme=scheme)
             self._write_result(work, part, data)
 
-    def _read(self) -> "_Stored":
-        tensor, recipe = self.reader.stored(self.name), self.target.stored
-        if recipe is None:
-            self.reader.check(self.name, shapes=[tensor.shape], dtypes=UNQUANTIZED)
-            return _Stored()
-        found = self.plan.source_format.scales(
-            self.prefix, recipe, tensor.shape, self.reader, allow_nonfinite=self.plan.allow_nonfinite
-        )
-        return _Stored(found.scale, recipe.weight, found.input_scale, found.translation)
+    def _source(self) -> tuple[StoredMatrix, np.ndarray | None]:
+        """The matrix as it is stored, and its static activation scale there."""
+        stored, plan = self.target.stored, self.plan
+        if stored is not None:
+            return quantized_matrix(
+                plan.source_format, self.prefix, stored, self.reader, allow_nonfinite=plan.allow_nonfinite
+            )
+        self.reader.check(self.name, shapes=[self.reader.stored(self.name).shape], dtypes=UNQUANTIZED)
+        return StoredMatrix(self.reader, self.name), None
 
-    def _parts(
-        self, work: "_Work", stored: "_Stored", scheme: Scheme | None = None
-    ) -> Iterator[tuple[slice, np.ndarray | ScaledArray]]:
-        """Some rows at a time, in whole blocks."""
-        matrix = StoredMatrix(self.reader, self.name, stored.scale, stored.scheme, stored.translation)
-        return matrix.parts(work, scheme)
-
-    def _amax(self, work: "_Work", stored: "_Stored", scheme: Scheme) -> np.ndarray:
+    def _amax(self, work: "_Work", source: StoredMatrix, scheme: Scheme) -> np.ndarray:
         """Of blocks that hold every row."""
         found = np.zeros(scheme.scale_shape(self.reader.stored(self.name).shape), np.float32)
-        for _, values in self._parts(work, stored, scheme):
+        for _, values in source.parts(work, scheme):
             amax = np.asarray(rows.block_max(values, scheme))
             if not np.isfinite(amax).all():
-                self._check_nonfinite(work, stored)
+                self._check_nonfinite(work, source)
                 amax = rows.block_amax(values, scheme)
             found = np.maximum(found, amax)
         return found
 
-    def _check_nonfinite(self, work: "_Work", stored: "_Stored") -> None:
+    def _check_nonfinite(self, work: "_Work", source: StoredMatrix) -> None:
         if self.plan.allow_nonfinite:
             return
         tensor = self.reader.stored(self.name)
-        count = sum(int(rows.count_nonfinite(values)) for _, values in self._parts(work, stored))
+        count = sum(int(rows.count_nonfinite(values)) for _, values in source.parts(work))
         raise nonfinite_error(self.name, tensor.file, count, math.prod(tensor.shape))
 
     def _check_codes(self, work: "_Work", values: ScaledArray) -> None:
@@ -319,17 +311,17 @@ class _Matrix:
         if not self.plan.allow_nonfinite and not is_finite(values.data, DTYPE_NAMES[values.data.dtype]):
             _refuse(self.reader, self.name, work)
 
-    def _input_scale(self, stored: "_Stored") -> np.ndarray:
+    def _input_scale(self, stored: np.ndarray | None) -> np.ndarray:
         activation = self.target.recipe.activation
         if self.target.input_scale is not None:
             return self.target.input_scale
         if activation.scale_rule == "unit":
             return np.ones(activation.scale_shape((1, self.reader.stored(self.name).shape[1])), np.float32)
-        if not (stored.input_scale > 0).all():
+        if not (stored > 0).all():
             raise CheckpointError(
                 f"{self.prefix}: its static activation scale in {self.reader.path} is 0, which quantizes nothing"
             )
-        return stored.input_scale
+        return stored
 
     def _write_result(self, work: "_Work", part: slice, data: jax.Array) -> None:
         self._write(work, part, np.from_dlpack(data))
@@ -358,16 +350,6 @@ def _refuse(reader: Reader, name: str, work: "_Work") -> None:
         reader.read_into(name, start, buffer)
         count += count_nonfinite(buffer, tensor.dtype)
     raise nonfinite_error(name, tensor.file, count, math.prod(tensor.shape))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-    """What the source holds beside a matrix's values; nothing where it is in 16 or 32 bits there."""
-
-    scale: np.ndarray | None = None
-    scheme: Scheme | None = None
-    input_scale: np.ndarray | None = None
-    translation: Translation | None = None
 
 
 class _Work(Threads):

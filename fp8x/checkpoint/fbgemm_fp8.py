@@ -22,25 +22,18 @@ from typing import Any
 import numpy as np
 
 from fp8x.checkpoint.fields import Fields
-from fp8x.checkpoint.format import SCALE_DTYPES, Format, Layout, Recipes, TensorSpec, weight_spec
+from fp8x.checkpoint.format import SCALE_DTYPES, Layout, Recipes, TensorSpec, weight_spec
 from fp8x.checkpoint.names import listed
-from fp8x.errors import CheckpointError
+from fp8x.checkpoint.read_only import ReadOnly
 from fp8x.recipe import Recipe
-from fp8x.scheme import Scheme, per_row
-
-OBJECTION = "is read only; 'compressed-tensors' and 'modelopt' hold the same"
+from fp8x.scheme import per_row
 
 
-class FbgemmFp8(Format):
+class FbgemmFp8(ReadOnly):
     """Weights per channel, activations per token."""
 
     name = quant_method = "fbgemm_fp8"
-
-    def objection(self, recipes: Iterable[Recipe]) -> str | None:
-        return OBJECTION
-
-    def to_config(self, recipes: Recipes, out_dtype: np.dtype) -> dict[str, Any]:
-        raise CheckpointError(f"format: {self.name!r} {OBJECTION}")
+    instead = "'compressed-tensors' and 'modelopt' hold the same"
 
     def from_config(self, config: Mapping[str, Any], prefixes: Iterable[str], out_dtype: np.dtype) -> Recipes:
         fields = Fields(config, "quantization_config")
@@ -51,13 +44,6 @@ class FbgemmFp8(Format):
         recipe = Recipe(per_row(), per_row(), "dynamic", out_dtype)
         is_kept = listed(fields.strings("modules_to_not_convert", []))
         return {prefix: None if is_kept(prefix) else recipe for prefix in prefixes}
-
-    def kv_fields(self, scheme: Scheme) -> dict[str, Any] | None:
-        return None
-
-    def kv_scheme(self, config: Mapping[str, Any]) -> Scheme | None:
-        Fields(config, "quantization_config").one_of("kv_cache_scheme", None, default=None)
-        return None
 
     def layout(self, recipe: Recipe, shape: tuple[int, int]) -> Layout:
         scale = TensorSpec((".weight_scale",), ((shape[0], 1), (shape[0],)), SCALE_DTYPES)

@@ -77,6 +77,11 @@ class MatrixScales:
     input_scale: np.ndarray | None
     translation: Translation | None
 
+    def codes(self, prefix: str, recipe: Recipe, shape: tuple[int, int], reader: Reader) -> np.ndarray:
+        """All codes of the matrix, in the scheme's type."""
+        codes = weight_spec(recipe, shape).read(prefix, reader)
+        return codes if self.translation is None else self.translation.rows(slice(0, shape[0]), codes)
+
 
 class Format(abc.ABC):
     """How quantized matrices lie on disk.
@@ -191,10 +196,7 @@ class Format(abc.ABC):
         from fp8x.array import ScaledArray  # imported late: it is made of JAX, which a plan does not need
 
         found = self.scales(prefix, recipe, shape, reader, allow_nonfinite=allow_nonfinite)
-        codes = self.layout(recipe, shape).weight.read(prefix, reader)
-        if found.translation is not None:
-            codes = found.translation.rows(slice(0, shape[0]), codes)
-        return ScaledArray(codes, found.scale, recipe.weight), found.input_scale
+        return ScaledArray(found.codes(prefix, recipe, shape, reader), found.scale, recipe.weight), found.input_scale
 
     def scales(
         self,

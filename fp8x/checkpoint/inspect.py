@@ -10,7 +10,8 @@ from pathlib import Path
 from fp8x.checkpoint import Format, format_of, measure
 from fp8x.checkpoint.header import DTYPES, FLOAT8
 from fp8x.checkpoint.measure import TensorRow
-from fp8x.checkpoint.parts import StoredMatrix
+from fp8x.checkpoint.names import natural
+from fp8x.checkpoint.parts import StoredMatrix, quantized_matrix
 from fp8x.checkpoint.reader import Reader
 from fp8x.checkpoint.threads import Threads
 from fp8x.errors import CheckpointError
@@ -76,7 +77,7 @@ def inspect(
     if format is not None:
         for prefix, chosen in recipes.items():
             scales.update(format.names(prefix, chosen, reader.stored(f"{prefix}.weight").shape, reader)[1:])
-    names = sorted((name for name in reader if name not in scales), key=_natural)
+    names = sorted((name for name in reader if name not in scales), key=natural)
     threads = Threads(progress, 0, sum(reader.stored(name).nbytes for name in names))
 
     def row(name: str) -> TensorRow:
@@ -137,7 +138,7 @@ class _Reference:
         if self.reader.stored(name).shape != shape:
             found = list(self.reader.stored(name).shape)
             raise CheckpointError(f"reference: {name} in {self.reader.path} is {found}, not {list(shape)}")
-        return _quantized_matrix(name, recipe, self.reader, self._format)
+        return quantized_matrix(self._format, name.removesuffix(".weight"), recipe, self.reader)[0]
 
 
 def _recipes(reader: Reader, format: Format | None, recipe: Recipe | str | None) -> dict[str, Recipe]:
@@ -152,16 +153,12 @@ def _recipes(reader: Reader, format: Format | None, recipe: Recipe | str | None)
     return {prefix: chosen for prefix, chosen in recipes.items() if chosen is not None}
 
 
-def _quantized_matrix(name: str, recipe: Recipe, reader: Reader, format: Format) -> StoredMatrix:
-    found = format.scales(name.removesuffix(".weight"), recipe, reader.stored(name).shape, reader)
-    return StoredMatrix(reader, name, found.scale, recipe.weight, found.translation)
-
-
 def _quantized_row(
     name: str, recipe: Recipe, reader: Reader, format: Format, original: _Reference | None, threads: Threads
 ) -> TensorRow:
-    matrix = _quantized_matrix(name, recipe, reader, format)
-    tensors = format.names(name.removesuffix(".weight"), recipe, matrix.shape, reader)
+    prefix = name.removesuffix(".weight")
+    matrix, _ = quantized_matrix(format, prefix, recipe, reader)
+    tensors = format.names(prefix, recipe, matrix.shape, reader)
     size = sum(reader.stored(tensor).nbytes for tensor in tensors)
     row = TensorRow(name, recipe.weight, matrix.shape, size)
     truth = None if original is None else original.matrix(name, matrix.shape)
@@ -183,8 +180,3 @@ def _row_of_recipe(name: str, scheme: Scheme, reader: Reader, threads: Threads) 
     scheme.check_shape(shape, name)
     size = math.prod(shape) + math.prod(scheme.scale_shape(shape)) * scheme.scale_dtype.itemsize
     return measure.measured_by_scheme(TensorRow(name, scheme, shape, size), StoredMatrix(reader, name), threads)
-
-
-def _natural(name: str) -> list[tuple[bool, int | str]]:
-    """A sort key that puts layer 10 after layer 9."""
-    return [(part.isdecimal(), int(part) if part.isdecimal() else part) for part in re.split(r"(\d+)", name)]

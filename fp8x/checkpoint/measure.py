@@ -82,7 +82,7 @@ def measured(row: TensorRow, matrix: StoredMatrix, truth: StoredMatrix | None, t
 
 def measured_by_scheme(row: TensorRow, matrix: StoredMatrix, threads: Threads) -> TensorRow:
     """`row` with the numbers of a matrix in 16 or 32 bits as its scheme would store it."""
-    scale = None if row.scheme.block[0] is not None else _whole_scale(matrix, row.scheme, threads)
+    scale = None if row.scheme.block[0] is not None else matrix.whole_scale(threads, row.scheme)
 
     def quantized(values: np.ndarray) -> ScaledArray:
         scratch = threads.scratch(values.shape)
@@ -95,14 +95,6 @@ def measured_by_scheme(row: TensorRow, matrix: StoredMatrix, threads: Threads) -
         return _scaled(data, own_scale, row.scheme)
 
     return _summed(row, ((quantized(values), values) for _, values in matrix.parts(threads, row.scheme)), threads)
-
-
-def _whole_scale(matrix: StoredMatrix, scheme: Scheme, threads: Threads) -> jax.Array:
-    """The scales of blocks that hold every row."""
-    amax = np.zeros(scheme.scale_shape(matrix.shape), np.float32)
-    for _, values in matrix.parts(threads, scheme):
-        amax = np.maximum(amax, rows.block_amax(values, scheme))
-    return rows.compute_scale(amax, scheme)
 
 
 def _scaled(data: jax.Array, scale: jax.Array, scheme: Scheme) -> ScaledArray:

@@ -16,26 +16,19 @@ from typing import Any
 import numpy as np
 
 from fp8x.checkpoint.fields import Fields
-from fp8x.checkpoint.format import Format, Layout, Recipes, TensorSpec, weight_spec
+from fp8x.checkpoint.format import Layout, Recipes, TensorSpec, weight_spec
 from fp8x.checkpoint.fp8 import kept_modules
 from fp8x.checkpoint.names import listed
-from fp8x.errors import CheckpointError
+from fp8x.checkpoint.read_only import ReadOnly
 from fp8x.recipe import Recipe
-from fp8x.scheme import Scheme, mx
-
-OBJECTION = "is read only; 'modelopt' and 'compressed-tensors' hold MXFP8"
+from fp8x.scheme import mx
 
 
-class Mxfp8(Format):
+class Mxfp8(ReadOnly):
     """MXFP8 weights and activations."""
 
     name = quant_method = "mxfp8"
-
-    def objection(self, recipes: Iterable[Recipe]) -> str | None:
-        return OBJECTION
-
-    def to_config(self, recipes: Recipes, out_dtype: np.dtype) -> dict[str, Any]:
-        raise CheckpointError(f"format: {self.name!r} {OBJECTION}")
+    instead = "'modelopt' and 'compressed-tensors' hold MXFP8"
 
     def from_config(self, config: Mapping[str, Any], prefixes: Iterable[str], out_dtype: np.dtype) -> Recipes:
         fields = Fields(config, "quantization_config")
@@ -44,13 +37,6 @@ class Mxfp8(Format):
         fields.one_of("activation_scheme", "dynamic", default="dynamic")
         recipe, is_kept = Recipe(mx(), mx(), "dynamic", out_dtype), listed(kept_modules(fields))
         return {prefix: None if is_kept(prefix) else recipe for prefix in prefixes}
-
-    def kv_fields(self, scheme: Scheme) -> dict[str, Any] | None:
-        return None
-
-    def kv_scheme(self, config: Mapping[str, Any]) -> Scheme | None:
-        Fields(config, "quantization_config").one_of("kv_cache_scheme", None, default=None)
-        return None
 
     def layout(self, recipe: Recipe, shape: tuple[int, int]) -> Layout:
         scale_shape = recipe.weight.scale_shape(shape)

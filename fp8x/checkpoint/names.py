@@ -132,3 +132,8 @@ def _compiled(target: str) -> re.Pattern:
         return re.compile(target.removeprefix("re:"))
     except re.error as error:
         raise CheckpointError(f"config.json: quantization_config: {target!r} is no pattern: {error}") from None
+
+
+def natural(name: str) -> list[tuple[bool, int | str]]:
+    """A sort key that puts layer 10 after layer 9."""
+    return [(part.isdecimal(), int(part) if part.isdecimal() else part) for part in re.split(r"(\d+)", name)]

@@ -3,13 +3,16 @@
 import dataclasses
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import rows
 from fp8x.checkpoint.fnuz import Translation
+from fp8x.checkpoint.format import Format
 from fp8x.checkpoint.reader import DTYPES, Reader
 from fp8x.checkpoint.threads import Threads
+from fp8x.recipe import Recipe
 from fp8x.scheme import Scheme
 
 
@@ -52,3 +55,19 @@ class StoredMatrix:
                 if self.translation is not None:
                     data = self.translation.rows(part, data)
                 yield part, ScaledArray(data, rows.scale_rows(self.scale, self.scheme, part), self.scheme)
+
+    def whole_scale(self, threads: Threads, scheme: Scheme) -> jax.Array:
+        """The scales of its values in a scheme whose blocks hold every row."""
+        amax = np.zeros(scheme.scale_shape(self.shape), np.float32)
+        for _, values in self.parts(threads, scheme):
+            amax = np.maximum(amax, rows.block_amax(values, scheme))
+        return rows.compute_scale(amax, scheme)
+
+
+def quantized_matrix(
+    format: Format, prefix: str, recipe: Recipe, reader: Reader, *, allow_nonfinite: bool = False
+) -> tuple[StoredMatrix, np.ndarray | None]:
+    """A matrix that a format stores by a recipe, and its static activation scale; errors as `Format.scales`."""
+    name = f"{prefix}.weight"
+    found = format.scales(prefix, recipe, reader.stored(name).shape, reader, allow_nonfinite=allow_nonfinite)
+    return StoredMatrix(reader, name, found.scale, recipe.weight, found.translation), found.input_scale

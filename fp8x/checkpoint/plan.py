@@ -16,6 +16,7 @@ from fp8x.checkpoint.companions import Companions
 from fp8x.checkpoint.format import Format
 from fp8x.checkpoint.header import DTYPE_NAMES, nbytes
 from fp8x.checkpoint.kept import LOOKUPS
+from fp8x.checkpoint.names import natural
 from fp8x.checkpoint.reader import Reader
 from fp8x.errors import CheckpointError
 from fp8x.recipe import Recipe
@@ -159,14 +160,14 @@ class Plan:
     def copied(self) -> tuple[str, ...]:
         """The tensors that are copied as they are, and are none of `targets`, as the source's files have them."""
         claimed = (
-            {f"{prefix}.weight" for prefix in self.targets} | self.scales | self._parts_of_whole | set(self.dropped)
+            {f"{prefix}.weight" for prefix in self.targets} | self.scales | self.parts_of_whole | set(self.dropped)
         )
         return (*self.whole, *(name for name in self.reader if name not in claimed))
 
     @functools.cached_property
     def rows(self) -> list[Row]:
         """A row for every tensor, in the order of the model; the scales of a matrix count with it."""
-        rows = [self._matrix(prefix) for prefix in self.targets if f"{prefix}.weight" not in self._parts_of_whole]
+        rows = [self._matrix(prefix) for prefix in self.targets if f"{prefix}.weight" not in self.parts_of_whole]
         rows += [self._copy(name) for name in self.copied]
         rows += [self._dropped(name) for name in self.dropped if name not in self.added]
         rows += [self._added(name) for name in self.added]
@@ -232,7 +233,7 @@ class Plan:
         sources = {
             name: f"part of {prefix}.weight, as {self.format.name if self.format else 'it is'} stores it"
             for prefix in self.targets
-            if f"{prefix}.weight" not in self._parts_of_whole
+            if f"{prefix}.weight" not in self.parts_of_whole
             for name in self.specs(prefix)
         }
         for name, source in (
@@ -244,7 +245,7 @@ class Plan:
             sources[name] = source
 
     @functools.cached_property
-    def _parts_of_whole(self) -> frozenset[str]:
+    def parts_of_whole(self) -> frozenset[str]:
         return frozenset(part for name in self.whole for part in self.reader.fused[name])
 
     def _shape(self, prefix: str) -> tuple[int, int]:
@@ -313,11 +314,6 @@ def matrix_shape(reader: Reader, name: str) -> tuple[int, int]:
     if len(tensor.shape) != 2:
         raise CheckpointError(f"{name} in {tensor.file}: shape is {list(tensor.shape)}, expected a matrix [N, K]")
     return tensor.shape
-
-
-def natural(name: str) -> list[tuple[bool, int | str]]:
-    """A sort key that puts layer 10 after layer 9."""
-    return [(part.isdecimal(), int(part) if part.isdecimal() else part) for part in re.split(r"(\d+)", name)]
 
 
 def _merged(name: str, rows: Iterable[Row]) -> Row:

@@ -33,13 +33,12 @@ from typing import Any
 import numpy as np
 
 from fp8x.checkpoint.fields import Fields
-from fp8x.checkpoint.format import SCALE_DTYPES, Format, Layout, Recipes, TensorSpec, weight_spec
+from fp8x.checkpoint.format import SCALE_DTYPES, Layout, Recipes, TensorSpec, weight_spec
 from fp8x.checkpoint.names import whole_names
-from fp8x.errors import CheckpointError
+from fp8x.checkpoint.read_only import ReadOnly
 from fp8x.recipe import Recipe
 from fp8x.scheme import E8M0, KV_SCHEMES, SCALE_RULES, Scheme, mx, per_row, per_tensor
 
-OBJECTION = "is read only; 'compressed-tensors' and 'modelopt' hold the same"
 Path = tuple[str, ...]  # of an object in the config, name by name
 
 ELEMENTS = {"fp8_e4m3": "e4m3", "fp8_e5m2": "e5m2"}
@@ -48,18 +47,13 @@ LAYERS, CACHES = "layer_quant_config", "kv_cache_quant_config"
 ONLINE = ("r3", "r4", "online_r1_rotation")  # rotations that are no part of the weights
 
 
-class Quark(Format):
+class Quark(ReadOnly):
     """FP8 per tensor and per channel, and MXFP8; several recipes in one model."""
 
     name = quant_method = "quark"
+    instead = "'compressed-tensors' and 'modelopt' hold the same"
     kv_names = ("k_proj.output_scale", "v_proj.output_scale")
     kv_shape = ()
-
-    def objection(self, recipes: Iterable[Recipe]) -> str | None:
-        return OBJECTION
-
-    def to_config(self, recipes: Recipes, out_dtype: np.dtype) -> dict[str, Any]:
-        raise CheckpointError(f"format: {self.name!r} {OBJECTION}")
 
     def from_config(self, config: Mapping[str, Any], prefixes: Iterable[str], out_dtype: np.dtype) -> Recipes:
         fields = Fields(config, "quantization_config")
@@ -76,9 +70,6 @@ class Quark(Format):
         is_excluded, layer_of = whole_names(fields.strings("exclude", [])), _layers(fields)
         recipe_of = functools.cache(lambda where: _recipe(_at(fields, where), _has_outputs(fields, where), out_dtype))
         return {prefix: None if is_excluded(prefix) else recipe_of(layer_of(prefix)) for prefix in prefixes}
-
-    def kv_fields(self, scheme: Scheme) -> dict[str, Any] | None:
-        return None
 
     def kv_scheme(self, config: Mapping[str, Any]) -> Scheme | None:
         fields = Fields(config, "quantization_config")

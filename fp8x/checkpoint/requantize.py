@@ -34,7 +34,7 @@ from fp8x import numerics
 from fp8x.checkpoint import rows
 from fp8x.checkpoint.finite import nonfinite_error
 from fp8x.checkpoint.format import Format
-from fp8x.checkpoint.parts import StoredMatrix
+from fp8x.checkpoint.parts import StoredMatrix, quantized_matrix
 from fp8x.checkpoint.plan import Target, matrix_shape
 from fp8x.checkpoint.reader import Reader
 from fp8x.checkpoint.threads import Threads
@@ -302,8 +302,9 @@ class _Measurement:
 
     def _sums(self, prefix: str, recipes: Sequence[Recipe], threads: Threads) -> np.ndarray:
         """Of one matrix."""
-        source, schemes = self._source(prefix), [recipe.weight for recipe in recipes]
-        scales = {scheme: self._scale(source, scheme, threads) for scheme in schemes if scheme.block[0] is None}
+        schemes, stored = [recipe.weight for recipe in recipes], self.stored[prefix]
+        source, _ = quantized_matrix(self.format, prefix, stored, self.reader, allow_nonfinite=self.allow_nonfinite)
+        scales = {scheme: source.whole_scale(threads, scheme) for scheme in schemes if scheme.block[0] is None}
         sums, nonfinite, k = np.zeros(1 + len(schemes)), 0, source.shape[1]
         for part, truth in self._parts(source, schemes, threads):
             nonfinite += truth.size - np.count_nonzero(np.isfinite(truth))
@@ -318,11 +319,6 @@ class _Measurement:
             raise nonfinite_error(source.name, file, nonfinite, math.prod(source.shape))
         return sums
 
-    def _source(self, prefix: str) -> StoredMatrix:
-        recipe, shape = self.stored[prefix], self.reader.stored(f"{prefix}.weight").shape
-        found = self.format.scales(prefix, recipe, shape, self.reader, allow_nonfinite=self.allow_nonfinite)
-        return StoredMatrix(self.reader, f"{prefix}.weight", found.scale, recipe.weight, found.translation)
-
     def _parts(
         self, source: StoredMatrix, schemes: Sequence[Scheme], threads: Threads
     ) -> Iterator[tuple[slice, Float[np.ndarray, "n k"]]]:
@@ -330,13 +326,6 @@ class _Measurement:
         which add nothing."""
         for part, values in source.parts(threads, *schemes):
             yield part, np.asarray(_dequantized(values))
-
-    def _scale(self, source: StoredMatrix, scheme: Scheme, threads: Threads) -> Array:
-        """The scales of blocks that hold every row."""
-        amax = np.zeros(scheme.scale_shape(source.shape), np.float32)
-        for _, truth in self._parts(source, [scheme], threads):
-            amax = np.maximum(amax, rows.block_amax(truth, scheme))
-        return rows.compute_scale(amax, scheme)
 
 
 _dequantized = jax.jit(numerics.dequantize)

@@ -25,29 +25,24 @@ import numpy as np
 from fp8x.checkpoint.fbgemm_fp8 import warn_of_bound
 from fp8x.checkpoint.fields import Fields
 from fp8x.checkpoint.flattened import METHOD
-from fp8x.checkpoint.format import SCALE_DTYPES, Format, Layout, Recipes, TensorSpec, weight_spec
+from fp8x.checkpoint.format import SCALE_DTYPES, Layout, Recipes, TensorSpec, weight_spec
 from fp8x.checkpoint.header import FLOAT8, Stored
+from fp8x.checkpoint.read_only import ReadOnly
 from fp8x.checkpoint.reader import Reader
 from fp8x.errors import CheckpointError
 from fp8x.recipe import Recipe
 from fp8x.scheme import E8M0, SCALE_RULES, Scheme, mx, per_row, per_tensor
 
-OBJECTION = "is read only; 'compressed-tensors' holds the same"
 ELEMENTS = {"float8_e4m3fn": "e4m3", "float8_e4m3fnuz": "e4m3", "float8_e5m2": "e5m2"}
 FLOAT8_TENSOR, MX_TENSOR = "Float8Tensor", "MXTensor"
 TILE_ROWS, TILE_COLUMNS = 128, 4  # of MX scales in cuBLAS' order
 
 
-class TorchAo(Format):
+class TorchAo(ReadOnly):
     """Weights in FP8 and MXFP8 with dynamic activations, or none; each matrix by its own description."""
 
     name = quant_method = METHOD
-
-    def objection(self, recipes: Iterable[Recipe]) -> str | None:
-        return OBJECTION
-
-    def to_config(self, recipes: Recipes, out_dtype: np.dtype) -> dict[str, Any]:
-        raise CheckpointError(f"format: {self.name!r} {OBJECTION}")
+    instead = "'compressed-tensors' holds the same"
 
     def from_config(self, config: Mapping[str, Any], prefixes: Iterable[str], out_dtype: np.dtype) -> Recipes:
         """None for every prefix: the files describe them, the config does not."""
@@ -73,13 +68,6 @@ class TorchAo(Format):
         for bound in bounds:
             warn_of_bound(f"{reader.path}: {bound}")
         return recipes
-
-    def kv_fields(self, scheme: Scheme) -> dict[str, Any] | None:
-        return None
-
-    def kv_scheme(self, config: Mapping[str, Any]) -> Scheme | None:
-        Fields(config, "quantization_config").one_of("kv_cache_scheme", None, default=None)
-        return None
 
     def layout(self, recipe: Recipe, shape: tuple[int, int]) -> Layout:
         scale_shape = recipe.weight.scale_shape(shape)

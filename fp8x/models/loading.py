@@ -197,13 +197,13 @@ class Loader:
             return None
         found = self._scales(prefix, stored, data.shape)
         if stored.weight != recipe.weight:
-            codes = self._codes(prefix, stored, found, data.shape)
+            codes = found.codes(prefix, stored, data.shape, self.reader)
             array = dequantized(ScaledArray(codes, found.scale, stored.weight))
             self._check_finite(name, np.asarray(array))
             weight = numerics.quantize_weight(array, recipe.weight, name=name, allow_nonfinite=True)
             data[...], scale[...] = weight.data, weight.scale
         elif found.translation is not None:
-            data[...], scale[...] = self._codes(prefix, stored, found, data.shape), found.scale
+            data[...], scale[...] = found.codes(prefix, stored, data.shape, self.reader), found.scale
             self._check_finite(name, data)
         else:
             scale[...] = found.scale
@@ -211,11 +211,6 @@ class Loader:
             self.reader.read_into(name, 0, data)
             self._check_finite(name, data)
         return found.input_scale if recipe == stored or recipe.needs_calibration else None
-
-    def _codes(self, prefix: str, stored: Recipe, found: MatrixScales, shape: tuple[int, ...]) -> np.ndarray:
-        """The codes of one matrix in 8 bits, in the scheme's type."""
-        codes = weight_spec(stored, shape).read(prefix, self.reader)
-        return codes if found.translation is None else found.translation.rows(slice(0, shape[0]), codes)
 
     def _scales(self, prefix: str, stored: Recipe, shape: tuple[int, ...]) -> MatrixScales:
         """What is stored beside the codes of one matrix in 8 bits."""

@@ -11,13 +11,12 @@ from fp8x.checkpoint import Format, Reader
 from fp8x.checkpoint.format import stored_recipes
 from fp8x.checkpoint.header import FLOAT8, UNQUANTIZED
 from fp8x.checkpoint.kept import LOOKUPS
+from fp8x.checkpoint.unread import INPUT_SCALES, WEIGHT_SCALES
 from fp8x.errors import CheckpointError, ConfigError, some
 from fp8x.models.config import DecoderConfig
 from fp8x.models.families import FAMILIES
 from fp8x.models.hf_names import flat, linear_names, param_names, skipped
 from fp8x.recipe import OUT_DTYPES, Recipe
-
-SCALES = ("weight_scale", "weight_scale_inv", "input_scale", "activation_scale")
 
 
 def modules_of(reader: Reader) -> dict[str, list[str]]:
@@ -80,11 +79,12 @@ def dtype_of(config: Mapping[str, Any]) -> np.dtype:
 
 def check_scales(reader: Reader, stored: Mapping[str, Recipe | None], source_format: Format | None) -> None:
     """Raises for scales that belong to no matrix."""
+    scales = (*WEIGHT_SCALES, *INPUT_SCALES)
     for name in reader if source_format is not None else ():
         prefix, _, kind = name.rpartition(".")
-        if kind in SCALES and f"{prefix}.weight" not in reader:
+        if kind in scales and f"{prefix}.weight" not in reader:
             raise CheckpointError(f"{name} in {reader.stored(name).file}: the matrix that it scales is missing")
-        if kind in SCALES and prefix not in stored:
+        if kind in scales and prefix not in stored:
             raise CheckpointError(
                 f"{prefix}.weight in {reader.stored(name).file}: is quantized, but fp8x reads quantized matrices of "
                 "linear layers alone"

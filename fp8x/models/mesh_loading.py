@@ -136,7 +136,7 @@ class MeshLoader(Loader):
     def _view(self, prefix: str, stored: Recipe, found: MatrixScales, shape: tuple[int, ...]) -> Slices | np.ndarray:
         """The codes of one matrix in 8 bits, in the scheme's type; whole where they have to be translated."""
         if found.translation is not None:
-            return self._codes(prefix, stored, found, shape)
+            return found.codes(prefix, stored, shape, self.reader)
         return weight_spec(stored, shape).slices(prefix, self.reader)
 
     def _checked(self, name: str, view: "Slices | np.ndarray | _Dequantized") -> Read:

@@ -97,17 +97,35 @@ class Linear:
 
 def vllm_decides(config: dict) -> Any:
     """Name in memory -> whether vLLM quantizes it."""
-    package = REAL["vllm"][0]
+    if decides := _alike("vllm", config, "utils.quant_utils", match_mode="exact"):
+        return decides
+    return _modelopt(config, importlib.import_module(f"{REAL['vllm'][0]}.modelopt"))
+
+
+def sglang_decides(config: dict) -> Any:
+    """Name in memory -> whether SGLang quantizes it; None where it has no such method."""
+    if decides := _alike("sglang", config, "utils"):
+        return decides
+    if config.get("quantization", config)["quant_algo"] != "FP8":
+        return None
+    module = importlib.import_module(f"{REAL['sglang'][0]}.modelopt_quant")
+    parsed = module.ModelOptFp8Config.from_config(config)
+    return lambda name: not parsed.is_layer_excluded(name)
+
+
+def _alike(library: str, config: dict, names: str, **options: str) -> Any:
+    """What both do in the same way; None for ModelOpt's configs. `names`: where names are looked up in lists."""
+    package = REAL[library][0]
     if config["quant_method"] == "compressed-tensors":
         utils = importlib.import_module(f"{package}.compressed_tensors.utils")
         cls = importlib.import_module(f"{package}.compressed_tensors.compressed_tensors").CompressedTensorsConfig
         parsed = cls.from_config(config)
         return lambda name: _by_scheme(utils, parsed, name)
     if config["quant_method"] == "fp8":
-        skipped = importlib.import_module(f"{package}.utils.quant_utils").is_layer_skipped
+        skipped = importlib.import_module(f"{package}.{names}").is_layer_skipped
         parsed = importlib.import_module(f"{package}.fp8").Fp8Config.from_config(config)
-        return lambda name: not skipped(name, parsed.ignored_layers, FUSED, match_mode="exact")
-    return _modelopt(config, importlib.import_module(f"{package}.modelopt"))
+        return lambda name: not skipped(name, parsed.ignored_layers, FUSED, **options)
+    return None
 
 
 def _modelopt(config: dict, module: Any) -> Any:
@@ -131,24 +149,6 @@ def _by_scheme(utils: Any, parsed: Any, name: str) -> bool:
         return False
     target = utils.find_matched_target(name, Linear(), parsed.target_scheme_map.keys(), FUSED)
     return parsed.target_scheme_map[target]["weights"] is not None
-
-
-def sglang_decides(config: dict) -> Any:
-    """Name in memory -> whether SGLang quantizes it; None where it has no such method."""
-    package = REAL["sglang"][0]
-    if config["quant_method"] == "compressed-tensors":
-        utils = importlib.import_module(f"{package}.compressed_tensors.utils")
-        cls = importlib.import_module(f"{package}.compressed_tensors.compressed_tensors").CompressedTensorsConfig
-        parsed = cls.from_config(config)
-        return lambda name: _by_scheme(utils, parsed, name)
-    if config["quant_method"] == "fp8":
-        skipped = importlib.import_module(f"{package}.utils").is_layer_skipped
-        parsed = importlib.import_module(f"{package}.fp8").Fp8Config.from_config(config)
-        return lambda name: not skipped(name, parsed.ignored_layers, FUSED)
-    if config.get("quantization", config)["quant_algo"] != "FP8":
-        return None
-    parsed = importlib.import_module(f"{package}.modelopt_quant").ModelOptFp8Config.from_config(config)
-    return lambda name: not parsed.is_layer_excluded(name)
 
 
 def matrices(path: Path) -> dict[str, bool]:
