@@ -64,6 +64,8 @@ def limits(directory: Path) -> dict[str, float]:
     """Bytes a second of one thread: reading what is cached, copying, and writing to the disk past the cache."""
     import numpy as np
 
+    from fp8x.checkpoint import estimate
+
     size, block = 1 << 29, 1 << 21
     buffer = np.frombuffer(mmap.mmap(-1, block), np.uint8)
     buffer[:] = 1
@@ -94,6 +96,7 @@ def limits(directory: Path) -> dict[str, float]:
     found = {"copy": rate(lambda: np.copyto(target, source)), "write to disk": rate(lambda: write(os.O_DIRECT))}
     write(0)
     found["read from page cache"] = rate(read)
+    found["widen bf16 in numpy"] = estimate.widening()
     file.unlink()
     return found
 

@@ -22,9 +22,9 @@ def plan(tmp_path):
 @pytest.mark.parametrize(
     "rates, limit, seconds",
     [
-        ({"_reading": 1e6, "_widening": 1e9, "_writing": 1e9}, "reading", 2 * 1024**2 / 1e6),
-        ({"_reading": 1e9, "_widening": 1e9, "_writing": 1e6}, "writing", (1024**2 + 4096) / 1e6),
-        ({"_reading": 1e9, "_widening": 1e6, "_writing": 1e9}, "computing", None),
+        ({"_reading": 1e6, "widening": 1e9, "_writing": 1e9}, "reading", 2 * 1024**2 / 1e6),
+        ({"_reading": 1e9, "widening": 1e9, "_writing": 1e6}, "writing", (1024**2 + 4096) / 1e6),
+        ({"_reading": 1e9, "widening": 1e6, "_writing": 1e9}, "computing", None),
     ],
 )
 def test_the_slowest_part_counts(plan, tmp_path, monkeypatch, rates, limit, seconds):
