@@ -419,7 +419,7 @@ def _settle(
 ) -> tuple[list[_Holder], dict[str, Decision], list[tuple[_Holder, Recipe]]]:
     """What was found, with the faults that a run shows; what was decided; and what is to be quantized, by what."""
     while True:
-        chosen = decide(found, recipe, rules, kept_of(found, roles))
+        chosen = decide(found, recipe, rules, kept_of(found, roles), others=_without_matrices(variables, found))
         recipes = [recipe_of(each, chosen[each.path]) for each in found]
         to_do = [
             (each, _checked(each, its))
@@ -432,6 +432,12 @@ def _settle(
             dataclasses.replace(each, fault=faults[each.path]) if each.layer and each.path in faults else each
             for each in found
         ]
+
+
+def _without_matrices(variables: dict, found: Sequence[_Holder]) -> dict[str, str]:
+    """The modules with parameters that are not among `found`, each with the reason."""
+    held = {".".join(path[:-1]) for path, _ in _leaves(variables.get("params", {}))} - {each.path for each in found}
+    return dict.fromkeys(held, "its parameters are vectors")
 
 
 def _roles_of(found: Sequence[_Holder]) -> Roles:

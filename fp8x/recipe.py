@@ -2,15 +2,15 @@
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import ml_dtypes
 import numpy as np
 
-from fp8x import roles
-from fp8x.errors import RecipeError, RuleError
+from fp8x import matching, roles
+from fp8x.errors import RecipeError
+from fp8x.matching import Names
 from fp8x.scheme import Scheme, as_dtype, mx, per_row, per_tensor
 
 OUT_DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
@@ -178,8 +178,9 @@ class Decision:
 class Rules:
     """Which module gets which recipe: an ordered mapping of path regex to a recipe (or its code), or None to skip.
 
-    The first pattern that matches a whole path (`layers.0.self_attn.q_proj`) wins; then embeddings, heads and routers
-    stay as they are (`fp8x.roles`); then comes `default`.
+    The first pattern wins that matches the whole path of a module (`layers.0.self_attn.q_proj`), or its name in a
+    checkpoint (`model.layers.0.self_attn.q_proj`; `fp8x.matching`). Where none does, embeddings, heads and routers stay
+    as they are (`fp8x.roles`), and everything else gets `default`.
     """
 
     default: Recipe | str | None
@@ -193,38 +194,36 @@ class Rules:
         """
         return {path: decision.recipe for path, decision in self.decide(paths).items()}
 
-    def decide(self, paths: Iterable[str], *, kept: Mapping[str, str] | None = None) -> "dict[str, Decision]":
+    def decide(
+        self,
+        paths: Iterable[str],
+        *,
+        kept: Mapping[str, str] | None = None,
+        names: Names | None = None,
+        others: Mapping[str, str] | None = None,
+    ) -> "dict[str, Decision]":
         """What holds for every path.
 
         Arguments:
             paths: of the modules.
             kept: what some of them are, which keeps them where no rule names them; None tells it by their names.
+            names: how a checkpoint names the matrices of a path.
+            others: names of what can't be quantized, with the reason, for errors.
 
         Raises:
-            RuleError: a pattern that is no regular expression, or that matches none of the paths: a typo must not
+            RuleError: a pattern that is no regular expression, or that reaches none of the paths: a typo must not
                 silently leave a layer in bf16.
         """
         paths = list(paths)
         if kept is None:
             kept = {path: reason for path in paths if (reason := roles.by_name(path)) is not None}
-        table: list[tuple[re.Pattern, Recipe | None]] = []
-        for pattern, value in self.rules.items():
-            try:
-                regex = re.compile(pattern)
-            except re.error as error:
-                raise RuleError(f"rules: {pattern!r} is not a regular expression: {error}") from None
-            if not any(regex.fullmatch(path) for path in paths):
-                near = difflib.get_close_matches(pattern.replace("\\", ""), paths, n=3, cutoff=0.0)
-                raise RuleError(
-                    f"rules: {pattern!r} matches no module (the whole path has to match); "
-                    + (f"near it: {', '.join(near)}" if near else "the model has no module that can be quantized")
-                )
-            table.append((regex, None if value is None else as_recipe(value)))
         default = None if self.default is None else as_recipe(self.default)
-
-        def decision(path: str) -> Decision:
-            if rule := next((rule for rule in table if rule[0].fullmatch(path)), None):
-                return Decision(rule[1], rule[0].pattern)
-            return Decision(None, None, kept[path]) if path in kept else Decision(default, None)
-
-        return {path: decision(path) for path in paths}
+        chosen: dict[str, Decision] = {}
+        for pattern, value in self.rules.items():
+            reached = matching.reached(pattern, paths, names or {}, others or {})
+            recipe = None if value is None else as_recipe(value)
+            chosen = dict.fromkeys(reached, Decision(recipe, pattern)) | chosen
+        return {
+            path: chosen.get(path) or (Decision(None, None, kept[path]) if path in kept else Decision(default, None))
+            for path in paths
+        }

@@ -275,23 +275,10 @@ class Plan:
         return Row(name, 1, tensor.shape, dtype, dtype, tensor.nbytes, tensor.nbytes, reason)
 
     def _why_copied(self, name: str) -> str:
-        tensor = self.reader.stored(name)
         if name in self.whole:
             reasons = (self.targets[part.removesuffix(".weight")].reason for part in self.reader.fused[name])
             return next(reasons) or ""
-        if name in self.reader.whole:
-            return self.reader.whole[name]
-        if len(tensor.shape) < 2:
-            return "a vector or a number"
-        if not tensor.dtype.startswith(("F", "BF")):
-            return "no floats"
-        if LOOKUPS.fullmatch(name.removesuffix(".weight")):
-            return "a lookup table or a norm"
-        if len(tensor.shape) > 2:
-            return f"{len(tensor.shape)} dims; fp8x knows no layer by that name"
-        if not name.endswith(".weight"):
-            return "no linear layer's weight by its name"
-        return "not among the linear layers of this model"
+        return why_no_matrix(self.reader, name)
 
     def _dropped(self, name: str) -> Row:
         tensor = self.reader.stored(name)
@@ -302,6 +289,24 @@ class Plan:
         if name in self.reader:
             dtype, size = self.reader.stored(name).dtype.lower(), self.reader.stored(name).nbytes
         return Row(name, 1, array.shape, dtype, DTYPE_NAMES[array.dtype].lower(), size, array.nbytes)
+
+
+def why_no_matrix(reader: Reader, name: str) -> str:
+    """Why a tensor is none of a linear layer's matrices."""
+    tensor = reader.stored(name)
+    if name in reader.whole:
+        return reader.whole[name]
+    if len(tensor.shape) < 2:
+        return "a vector or a number"
+    if not tensor.dtype.startswith(("F", "BF")):
+        return "no floats"
+    if LOOKUPS.fullmatch(name.removesuffix(".weight")):
+        return "a lookup table or a norm"
+    if len(tensor.shape) > 2:
+        return f"{len(tensor.shape)} dims; fp8x knows no layer by that name"
+    if not name.endswith(".weight"):
+        return "no linear layer's weight by its name"
+    return "not among the linear layers of this model"
 
 
 def matrix_shape(reader: Reader, name: str) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from fp8x.nn.decide import (
     why_kept,
 )
 from fp8x.nn.products import roles_of
-from fp8x.nn.registry import Holder, holders, known_types
+from fp8x.nn.registry import Holder, holders, known_types, without_matrices
 from fp8x.nn.report import remember_why
 from fp8x.nn.training import QuantizationAware, check_finished, conversion_in_training
 from fp8x.nn.walk import check_settable, named_layers, set_module
@@ -44,8 +44,9 @@ def quantize_model(
             override nothing, and stacks of them as `nnx.vmap` makes; `nnx.Embed` where a rule names it.
         recipe: for what no rule names; a `Recipe`, its code, or None to quantize only what rules name. One with
             `master_weights=True` begins training: a module is put into an `fp8x.nn.QuantizationAware`.
-        rules: path regex to a recipe, its code, or None to skip; the first that matches a whole path wins. Embeddings,
-            heads and routers are skipped unless a rule names them (`fp8x.roles` tells them by names and shapes).
+        rules: path regex to a recipe, its code, or None to skip; the first that matches a whole path wins, or, of a
+            `Decoder`'s layers, their names in a checkpoint. Embeddings, heads and routers are skipped unless a rule
+            names them (`fp8x.roles` tells them by names and shapes).
         unsupported: what to do about matrices that no rule skips and that can't be quantized: warn once, raise an
             error, or nothing. `fp8x.report(model)` lists them with the reasons. The warning also names what may be the
             router of the model's experts, where none is known.
@@ -70,7 +71,9 @@ def quantize_model(
             f"model: {type(model).__name__} holds no module to quantize ({known_types()}); see fp8x.nn.register"
         )
     roles = roles_of(model)
-    chosen = decide(found, recipe, rules, kept_of(found, roles))
+    # A decoder knows how checkpoints name its layers.
+    names = model.checkpoint_names() if hasattr(model, "checkpoint_names") else None
+    chosen = decide(found, recipe, rules, kept_of(found, roles), names=names, others=without_matrices(model, found))
     recipes = {holder.path: recipe_of(holder, chosen[holder.path]) for holder in found}
     check_any(recipes.values())
     for holder in found:

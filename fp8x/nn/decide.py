@@ -1,11 +1,11 @@
 """Which of the modules found in a model get which recipe, and what is said about the others; NNX or Linen."""
 
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol, get_args
 
 from fp8x.errors import RecipeError, RuleError
+from fp8x.matching import Names
 from fp8x.recipe import Decision, Recipe, Rules, as_recipe
 from fp8x.roles import Roles, by_name
 
@@ -42,18 +42,22 @@ def decide(
     recipe: Recipe | str | None,
     rules: Mapping[str, Recipe | str | None] | None,
     kept: Mapping[str, str],
+    *,
+    names: Names | None = None,
+    others: Mapping[str, str],
 ) -> dict[str, Decision]:
-    """What recipe and rules say of every path; `kept` as `kept_of` has it.
+    """What recipe and rules say of every path; `kept` as `kept_of` has it, `names` and `others` as `Rules.decide`.
 
     Raises:
         RecipeError: a rule with a recipe that names only what can't be quantized.
         RuleError: a rule that matches no module.
     """
     paths = (each.path for each in found)
-    chosen = Rules(None if recipe is None else as_recipe(recipe), rules or {}).decide(paths, kept=kept)
+    rules_of = Rules(None if recipe is None else as_recipe(recipe), rules or {})
+    chosen = rules_of.decide(paths, kept=kept, names=names, others=others)
     for pattern, value in (rules or {}).items():
-        reached = [each for each in found if re.fullmatch(pattern, each.path)]
-        if value is not None and all(each.fault is not None for each in reached):
+        reached = [each for each in found if chosen[each.path].pattern == pattern]
+        if value is not None and reached and all(each.fault is not None for each in reached):
             raise RecipeError(f"rules: {pattern!r} names what can't be quantized: {_described(reached)}")
     return chosen
 

@@ -1,7 +1,7 @@
 """Which module types can be quantized, how, and why a module can't."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import jax
@@ -179,6 +179,18 @@ def holders(model: nnx.Module) -> list[Holder]:
                 for name, (each, reason) in holder.matrices.items()
             }
     return found
+
+
+def without_matrices(model: nnx.Module, found: Iterable[Holder]) -> dict[str, str]:
+    """The modules that are not among `found`, by path, each with the reason why nothing in it can be quantized."""
+    paths = {holder.path for holder in found}
+    reasons = {}
+    for path, module in named_modules(model):
+        if path and path not in paths:
+            has_vectors = any(isinstance(value, nnx.Param) for value in vars(module).values())
+            what = "its parameters are vectors" if has_vectors else "it holds no matrix"
+            reasons[path] = f"{type_name(module)}: {what}"
+    return reasons
 
 
 def _own_params(module: nnx.Module) -> list[tuple[str, nnx.Variable]]:

@@ -376,7 +376,7 @@ class TestErrors:
         model = real()
         model.blocks[1] = nnx.LayerNorm(64, rngs=nnx.Rngs(0))
         self.assert_refused(
-            model, path, r"layers in 8 bits do not fit the model: rules: .*blocks.*1' matches no module"
+            model, path, r"layers in 8 bits do not fit the model: rules: .*blocks.*1' matches blocks.1 alone"
         )
         self.assert_refused(Net(inner=72, rngs=nnx.Rngs(0)), path, r"do not fit the model: blocks\.1: dim 1 .* is 72")
 

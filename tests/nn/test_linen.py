@@ -560,6 +560,11 @@ def test_errors():
     quantize = functools.partial(linen.quantize, model, args=(ids,))
     with pytest.raises(RuleError, match=r"rules: 'attn' matches no module .* near it: .*attn"):
         quantize(variables, CODE, {"attn": None})
+    with pytest.raises(RuleError, match=r"matches layers_0\.attn alone, .* it holds layers_0\.attn\.query"):
+        quantize(variables, CODE, {r"layers_0\.attn": None})
+    with pytest.raises(RuleError, match=r"matches layers_0\.LayerNorm_0 alone, .* its parameters are vectors"):
+        quantize(variables, CODE, {r"layers_0\.LayerNorm_0": None})
+    assert set(kernels(quantize(variables, None, {r"layers_0\.up\.kernel": CODE}))) == {"layers_0.up"}
     with pytest.raises(RuleError, match="they skip every module"):
         quantize(variables, CODE, {".*": None})
     with pytest.raises(RecipeError, match="unsupported: 'no' is unknown"):

@@ -260,6 +260,30 @@ def test_lora_keeps_its_adapter_on_a_base_in_8_bits():
 
 
 class TestErrors:
+    @pytest.mark.parametrize(
+        ("rule", "text"),
+        [
+            (
+                "norm",
+                "'norm' matches norm alone, where nothing can be quantized: nnx.LayerNorm: its parameters are vectors",
+            ),
+            ("attention", "'attention' matches attention alone, .* it holds attention.query, attention.key"),
+            ("attention.out.bias", "matches attention.out.bias alone, where nothing can be quantized: a bias"),
+        ],
+    )
+    @pytest.mark.parametrize("recipe", [CODE, None])
+    def test_a_rule_for_what_holds_no_matrix(self, rule, text, recipe):
+        net = Net()
+        with pytest.raises(RuleError, match=text):
+            fp8x.quantize_model(net, CODE, {rule: recipe})
+        assert not named_layers(net)
+
+    def test_names_of_the_report_are_rules(self):
+        net, code = Net(), "e4m3_bf16"
+        rows = [row.path for row in fp8x.report(net).rows if row.path in ("wte.embedding", "lm_head.kernel")]
+        fp8x.quantize_model(net, None, dict.fromkeys(rows, code))
+        assert set(named_layers(net)) == {"wte", "lm_head"}
+
     """After each, the model is as it was."""
 
     @pytest.fixture(autouse=True)
