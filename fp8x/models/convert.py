@@ -46,8 +46,8 @@ def convert(
         recipe: a `Recipe` or its code; or "bf16", "f16", "f32", which dequantize what is in 8 bits to that type. None
             keeps every matrix as it is stored: for another format alone.
         format: "compressed-tensors", "fp8" or "modelopt"; by default the first that can hold the result.
-        rules: exceptions to `recipe`, by module, as `fp8x.quantize_model` takes them. Modules have the paths that
-            `fp8x.load` gives them where it knows the model, else their names in the checkpoint.
+        rules: exceptions to `recipe`, by module, as `fp8x.quantize_model` takes them. Modules go by their names in the
+            checkpoint, and where `fp8x.load` knows the model by the paths that it gives them.
         requantize: in the place of `recipe`, for a source in 8 bits: a recipe or several, or "hopper" for the two that
             Hopper's tensor cores multiply (`fp8x.HOPPER`). Every module in 8 bits gets the one that adds the least
             error to its weights, of equals the first, with scales by the better rule; what is in 16 bits stays so.

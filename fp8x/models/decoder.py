@@ -16,6 +16,7 @@ from fp8x.array import ScaledArray
 from fp8x.errors import RecipeError
 from fp8x.models.attention import Attention, RMSNorm, causal_mask
 from fp8x.models.config import DecoderConfig
+from fp8x.models.hf_names import flat, linear_names, rule_names
 from fp8x.models.kv_cache import Cache, KeyValues
 from fp8x.models.kv_quantizer import KVQuantizer, KVQuantizers, as_scheme, make_quantizers
 from fp8x.models.latent import LatentAttention
@@ -131,6 +132,11 @@ class Decoder(nnx.Module):
             return call(Decoder.__call__, self, ids, in_specs=(rows,), out_specs=rows)
         hidden, _ = self._run(ids, None, 0)
         return self.logits(hidden)
+
+    def checkpoint_names(self) -> dict[str, list[list[str]]]:
+        """How rules of `fp8x.quantize_model` may call its layers, by path: by the names of their matrices."""
+        modules = {path: [prefix for _, prefix in flat(names)] for path, names in linear_names(self.config).items()}
+        return rule_names(modules | {"embed_tokens": ["model.embed_tokens"]})
 
     @property
     def kv_cache(self) -> Scheme | None:

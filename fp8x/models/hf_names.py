@@ -1,6 +1,7 @@
 """Where each parameter of a decoder lies in a Hugging Face checkpoint, known from the configuration alone."""
 
-from collections.abc import Iterator
+import collections
+from collections.abc import Iterator, Mapping, Sequence
 
 from fp8x.models.config import DecoderConfig
 from fp8x.models.families import FAMILIES
@@ -39,6 +40,29 @@ def flat(names: Names, index: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int,
         yield from flat(inner, (*index, i))
 
 
+def rule_names(
+    modules: Mapping[str, Sequence[str]], fused: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, list[list[str]]]:
+    """How rules may call modules beside by their path: by the names of their matrices, without `model.` too, and by
+    those of tensors that hold several experts.
+
+    Arguments:
+        modules: the prefixes of every module's matrices, by path.
+        fused: by the name of such a tensor, those of the matrices in it.
+    """
+    tensors: dict[str, list[str]] = collections.defaultdict(list)
+    for name, parts in (fused or {}).items():
+        for part in parts:
+            tensors[part.removesuffix(".weight")].append(name.removesuffix(".weight"))
+    found = {}
+    for path, prefixes in modules.items():
+        of_experts = {name: None for prefix in prefixes for name in tensors[prefix]}
+        each = [[f"model.{path}"], list(prefixes), list(of_experts)]
+        found[path] = [*each, *([name.removeprefix("model.") for name in names] for names in each[1:])]
+        found[path] = [names for names in found[path] if names]
+    return found
+
+
 def _projections(config: DecoderConfig) -> tuple[str, ...]:
     if config.latent is None:
         return ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -73,6 +97,19 @@ def param_names(config: DecoderConfig) -> dict[str, str]:
             block = FAMILIES[config.model_type].mixture.block
             names[f"{layer}.mlp.correction_bias"] = f"{hf_layer}.{block}.gate.e_score_correction_bias"
     return names
+
+
+def unquantized_names(config: DecoderConfig) -> dict[str, str]:
+    """Why rules can't name what `param_names` has, by tensor name without `.weight`."""
+    reasons = {
+        "embedding": "an embedding; fp8x.quantize_model takes a rule for it, once the model is loaded",
+        "scale": "a norm's scale is a vector",
+        "bias": "a bias, which stays as it is",
+        "correction_bias": "a bias, which stays as it is",
+    }
+    return {
+        name.removesuffix(".weight"): reasons[path.rpartition(".")[2]] for path, name in param_names(config).items()
+    }
 
 
 def _norms(config: DecoderConfig) -> Iterator[str]:

@@ -25,7 +25,7 @@ from fp8x.checkpoint.requantize import Requantize, check_alone
 from fp8x.errors import CheckpointError
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
-from fp8x.models.hf_names import Names, flat, linear_names, param_names
+from fp8x.models.hf_names import Names, flat, linear_names, param_names, rule_names, unquantized_names
 from fp8x.models.loading import Loader, check_counts, get
 from fp8x.models.mesh_loading import MeshLoader
 from fp8x.models.modules import save_module
@@ -64,7 +64,8 @@ def load(
         path: a directory with config.json and safetensors files.
         recipe: quantizes while loading, as `fp8x.quantize_model` does: a `Recipe` or its code.
         mesh: lays the model out on it as `fp8x.sharding.shard` does; each process reads only what its devices hold.
-        rules: exceptions to `recipe`, as `fp8x.quantize_model` takes them.
+        rules: exceptions to `recipe`, as `fp8x.quantize_model` takes them; modules go by their path or by the names of
+            their matrices in the checkpoint.
         requantize: for a checkpoint in 8 bits: every module gets the one of these recipes that adds the least error, as
             `fp8x.convert` has it; "hopper" for the two that Hopper's tensor cores multiply, into which MXFP8 goes
             nearly unchanged. To choose, all matrices in 8 bits are read beforehand, on a mesh by every process.
@@ -108,7 +109,11 @@ def load(
     if requantize is not None:
         recipes = loader.choose(requantize)
     elif format is None:
-        recipes = Rules(None if recipe is None else as_recipe(recipe), rules or {}).resolve(linear_names(config))
+        modules = {path: [prefix for _, prefix in flat(names)] for path, names in loader.names.items()}
+        decisions = Rules(None if recipe is None else as_recipe(recipe), rules or {}).decide(
+            modules, names=rule_names(modules, reader.fused), others=unquantized_names(config)
+        )
+        recipes = {path: decision.recipe for path, decision in decisions.items()}
         check_stored(recipes.values())
     scales = None if calibration is None else sidecar.read(calibration)
     if scales is None or scales.kv_cache is None:

@@ -14,9 +14,10 @@ from fp8x.checkpoint import FORMATS, Format, Reader, choose_format, format_of
 from fp8x.checkpoint.header import FLOAT8
 from fp8x.checkpoint.kept import why_kept
 from fp8x.checkpoint.kv_cache import QUERIES, KVScales, kv_tensors, read_kv_scales
-from fp8x.checkpoint.plan import Plan, Target
+from fp8x.checkpoint.plan import Plan, Target, why_no_matrix
 from fp8x.errors import CheckpointError, RuleError
 from fp8x.models.config import DecoderConfig
+from fp8x.models.hf_names import rule_names
 from fp8x.models.matrices import check_scales, dtype_of, modules_of, stored_by_prefix, tables_of
 from fp8x.models.plan_config import beside_of, config_of, unread_parts_of
 from fp8x.recipe import OUT_DTYPES, Recipe, Rules, as_recipe, check_stored
@@ -118,7 +119,10 @@ def _recipes(
         return dict(stored), _stayed(stored)
     is_dtype = isinstance(recipe, str) and recipe in OUT_DTYPES
     kept = _kept(reader, modules, stored)
-    decisions = Rules(None if is_dtype else as_recipe(recipe), rules or {}).decide(modules, kept=kept)
+    names = rule_names(modules, reader.fused)
+    others = {name.removesuffix(".weight"): why_no_matrix(reader, name) for name in reader}
+    chosen = Rules(None if is_dtype else as_recipe(recipe), rules or {})
+    decisions = chosen.decide(modules, kept=kept, names=names, others=others)
     check_stored(decision.recipe for decision in decisions.values())
     stayed = _stayed(stored)
     recipes, reasons = {}, {}

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import json
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,13 +11,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from golden import Golden, read_golden
+from golden import GOLDENS, Golden, read_golden
 from meshes import mesh_of
 from metric import as_bits
 
 import fp8x
 from fp8x.checkpoint import Reader, Writer
-from fp8x.errors import CheckpointError, ShapeError
+from fp8x.errors import CheckpointError, RuleError, ShapeError
 from fp8x.models import Decoder, DecoderConfig, generate
 from fp8x.models.families import FAMILIES
 from fp8x.models.latent import LatentAttention
@@ -63,6 +65,39 @@ def assert_same(actual: nnx.Module, expected: nnx.Module) -> None:
 def test_there_is_a_golden_of_each():
     read = {read_golden(name).hf["model_type"] for name in NAMES}
     assert read | {"mixtral", "qwen3_moe"} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "mixtral_bf16_sharded", "qwen3_moe_bf16"])
+@pytest.mark.filterwarnings("ignore:rules. .* is one layer with other matrices")
+def test_rules_take_the_names_of_the_checkpoint(name):
+    """With and without `model.` and `.weight`, in a plan, in load, and for a decoder that is there."""
+    path, code = GOLDENS / name, "e4m3_bf16"
+    hf, reader = json.loads((path / "config.json").read_text()), Reader(path)
+    last = f"model.layers.{hf['num_hidden_layers'] - 1}."
+    shapes = {tensor: reader.stored(tensor).shape for tensor in reader}
+    matrices = {tensor for tensor, shape in shapes.items() if len(shape) == 2 and tensor.startswith((last, "lm_head"))}
+    forms = [lambda each: each, lambda each: each.removesuffix(".weight"), lambda each: each.removeprefix("model.")]
+    kinds = sorted({re.sub(r"experts\.\d+", "experts.1", tensor) for tensor in matrices})
+    rules = {forms[i % 3](tensor).replace(".", r"\."): code for i, tensor in enumerate(kinds)}
+
+    plan = fp8x.plan(path, "e4m3_e4m3_bf16_dynamic", rules=rules)
+    assert {f"{prefix}.weight" for prefix, each in plan.targets.items() if each.recipe == fp8x.recipe(code)} == matrices
+    modules = {path for path, prefixes in plan.modules.items() if f"{prefixes[0]}.weight" in matrices}
+    assert set(named_layers(fp8x.load(path, rules=rules))) == modules
+    model = nnx.eval_shape(
+        lambda: fp8x.quantize_model(Decoder(DecoderConfig.from_hf(hf), rngs=nnx.Rngs(0)), None, rules)
+    )
+    assert set(named_layers(model)) == modules
+
+
+@pytest.mark.parametrize(
+    "rule", ["model.norm", r"layers\.0\.input_layernorm", r"model\.embed_tokens", r"model\.layers\.0"]
+)
+def test_rules_for_what_holds_no_matrix(rule):
+    path = GOLDENS / "mixtral_bf16_sharded"
+    for take in (fp8x.load, fp8x.plan):
+        with pytest.raises(RuleError, match=r"rules: .* matches .* alone, .*(norm|vector|embedding|lookup|it holds)"):
+            take(path, "e4m3_bf16", rules={rule: None})
 
 
 def test_logits_and_texts_are_those_of_transformers(family, run):
