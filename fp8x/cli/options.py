@@ -20,7 +20,7 @@ Rule = Annotated[
     typer.Option(
         "--rule",
         metavar="REGEX=CODE",
-        help="Another recipe, or `none`, for modules whose whole path or name in SRC matches. Repeatable: the first match wins.",
+        help="Another recipe, or `none`, for modules whose whole path or name in SRC matches. Repeatable: the first wins.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
