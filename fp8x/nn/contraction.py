@@ -241,7 +241,7 @@ class LinearGeneral(Contraction):
 
         Raises:
             ShapeError: `x` does not fit the kernel, or the layer is a stack.
-            CalibrationError: a static activation scale is not calibrated; inside jit the result is NaN instead.
+            CalibrationError: a static activation scale is not calibrated; see `check_calibrated`.
         """
         self.begin_call()
         labels = general_labels(x.ndim, self.axis, self.batch_axis, len(self.kernel.features))
@@ -339,7 +339,7 @@ class Einsum(Contraction):
 
         Raises:
             ShapeError: `x` does not fit the kernel, `einsum_str` is another equation, or the layer is a stack.
-            CalibrationError: a static activation scale is not calibrated; inside jit the result is NaN instead.
+            CalibrationError: a static activation scale is not calibrated; see `check_calibrated`.
         """
         if einsum_str is not None and einsum_str.replace(" ", "") != self.einsum_str:
             raise ShapeError(f"einsum_str: {einsum_str!r} is not the equation that was quantized, {self.einsum_str!r}")

@@ -115,7 +115,7 @@ class GroupedLinear(QuantizedLayer):
 
         Raises:
             ShapeError: `x` is not `[T, K]`, or group sizes that do not fit.
-            CalibrationError: a static activation scale is not calibrated; inside jit the result is NaN instead.
+            CalibrationError: a static activation scale is not calibrated; see `check_calibrated`.
         """
         x, gate = self._check_input(x, gate)
         if rows is not None and not self._quantizes_in_any_order:

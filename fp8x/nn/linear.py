@@ -87,7 +87,7 @@ class Linear(QuantizedLayer):
 
         Raises:
             ShapeError: `x`'s last dim is not K, or the layer is a stack.
-            CalibrationError: a static activation scale is not calibrated; inside jit the result is NaN instead.
+            CalibrationError: a static activation scale is not calibrated; see `check_calibrated`.
         """
         self.begin_call()
         k = self.weight.shape[-1]

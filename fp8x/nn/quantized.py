@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.core.spmd import get_pspec
 from jax.sharding import PartitionSpec as P
@@ -16,7 +15,7 @@ from fp8x import meshes, numerics
 from fp8x.array import ScaledArray
 from fp8x.errors import CalibrationError, RecipeError, ShapeError
 from fp8x.nn.calibrated import Calibrated, InputScale
-from fp8x.ops.groups import concrete, row_mask
+from fp8x.ops.groups import row_mask
 from fp8x.recipe import Recipe, check_stored
 from fp8x.scheme import Scheme
 
@@ -157,8 +156,7 @@ class QuantizedLayer(Calibrated):
             scale = numerics.compute_scale(self.amax[...], scheme)
         elif self.recipe.is_static:
             scale = self.input_scale[...]
-            values = concrete(scale)
-            if values is not None and np.isnan(values).any():
+            if self.input_scale.is_missing:
                 raise CalibrationError(
                     f"input_scale: the layer [{self.weight.shape[-1]} -> {self.weight.shape[-2]}] is not calibrated; "
                     "run fp8x.calibrate(model, batches), or use a recipe with dynamic activation scales"
