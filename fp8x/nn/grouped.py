@@ -183,7 +183,7 @@ class GroupedLinear(QuantizedLayer):
 
     def _check_input(self, x: Float[Array, "m ..."], gate: str | None) -> tuple[Float[Array, "m ..."], str | None]:
         """`x` and the gate that is still to be applied: none where magnitudes behind it are looked at before."""
-        self.begin_call()
+        x = self.begin_call(x)
         k = self.weight.shape[-1]
         rows = (k,) if gate is None else (2, k)
         if x.shape[1:] != rows:
