@@ -105,7 +105,7 @@ def run(
     total = sum(job.bytes for job in jobs)
     unfinished = ResumableWriter(path, specs, identity, max_shard_bytes=max_shard_bytes)
     if unfinished.is_complete:
-        unfinished.tidy()
+        unfinished.complete()
         if progress is not None:
             progress(total, total)
         return Conversion(plan, 0, unfinished.bytes, unfinished.bytes, time.monotonic() - start)

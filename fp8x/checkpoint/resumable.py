@@ -21,12 +21,16 @@ from fp8x.checkpoint.companions import copy_companions
 from fp8x.checkpoint.destination import (
     DEFAULT_SHARD_BYTES,
     check_free,
+    entries,
     explained,
+    fill,
     fsync,
+    place,
+    real,
     write_json,
 )
 from fp8x.checkpoint.header import make_header, nbytes
-from fp8x.checkpoint.leftovers import described, lock, partial, sweep
+from fp8x.checkpoint.leftovers import described, lock, partial, partials, sweep
 from fp8x.checkpoint.reader import INDEX, SINGLE
 from fp8x.errors import CheckpointError
 
@@ -44,10 +48,10 @@ class ResumableWriter:
                     writer.write(name, 0, values)
             writer.add_json("config.json", config)
 
-    Files lie in `.NAME.partial` beside the destination. Each gets its final name when its last byte is on disk; the
-    directory gets its own at the end. An exception inside the block removes everything; being killed, or a
-    KeyboardInterrupt, leaves the finished files to the next run with the same `identity`. What other runs have left,
-    of a `Writer` too, is removed with a warning (`leftovers.py`).
+    Files lie in `.NAME.partial` beside the destination, or in it if it is there, empty. Each gets its final name when
+    its last byte is on disk, and all of them their place at the end. An exception inside the block removes everything;
+    being killed, or a KeyboardInterrupt, leaves the finished files to the next run with the same `identity`. What other
+    runs have left, of a `Writer` too, is removed with a warning (`leftovers.py`).
 
     Arguments:
         path: the directory to make; it may exist if it is empty.
@@ -58,7 +62,7 @@ class ResumableWriter:
     Attributes:
         work: where the files lie until they are all there.
         is_complete: whether a run with the same `identity` has finished `path` and was killed right after: nothing is
-            to be done but to call `tidy`.
+            to be done but to call `complete`.
 
     Raises:
         CheckpointError: `path` exists and is not an empty directory (it stays untouched), can't be written, is being
@@ -66,7 +70,8 @@ class ResumableWriter:
     """
 
     def __init__(self, path: str | Path, specs: Specs, identity: Any, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES):
-        self.path = Path(os.path.realpath(Path(path).expanduser()))
+        self.path = real(path)
+        finished = _find_finished(self.path)
         self.work = partial(self.path)
         self._out = self.work / "out"
         self._shards = _deal(specs, max_shard_bytes)
@@ -75,8 +80,10 @@ class ResumableWriter:
             json.dumps([identity, list(specs.items()), max_shard_bytes], default=str).encode()
         ).hexdigest()
         self._lock = threading.Lock()
-        self.is_complete = finished_plan(self.path) == self._plan
-        if not self.is_complete:
+        self.is_complete = finished is not None and finished[1] == self._plan
+        if self.is_complete:
+            self.work, self._out = finished[0], finished[0] / "out"
+        else:
             self._remove_empty()
             check_free(self.path)
 
@@ -169,12 +176,13 @@ class ResumableWriter:
 
     def _remove_empty(self) -> None:
         """All that is left of a run that was killed when it had removed everything else."""
-        with contextlib.suppress(OSError):
-            descriptor = lock(self.work)  # else it may be another's, who has just made it
-            try:
-                self.work.rmdir()
-            finally:
-                os.close(descriptor)
+        for left in partials(self.path):
+            with contextlib.suppress(OSError):
+                descriptor = lock(left)  # else it may be another's, who has just made it
+                try:
+                    left.rmdir()
+                finally:
+                    os.close(descriptor)
 
     def _continue(self) -> None:
         """Takes over what a run with the same plan has finished, and removes anything else."""
@@ -227,16 +235,30 @@ class ResumableWriter:
             if file.suffix != ".safetensors":
                 fsync(file)
         fsync(self._out)
-        check_free(self.path)
         write_json(self.work / FINISHED, {"plan": self._plan, "files": _files(self._out)})
         fsync(self.work / FINISHED)
         fsync(self.work)
-        os.rename(self._out, self.path)
-        fsync(self.path.parent)
+        place(self._out, self.path)
         self.tidy()
 
+    def complete(self) -> None:
+        """Does what little a run that was killed at its very end has left to do.
+
+        Raises:
+            CheckpointError: another process is at it.
+        """
+        descriptor = self._take()
+        try:
+            with explained(self.path):
+                if self._out.is_dir():
+                    fill(self._out, self.path)
+            self.tidy()
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
     def tidy(self) -> None:
-        """Removes what is left beside a complete destination; what says that it is complete last."""
+        """Removes what is left of the work on a complete destination; what says that it is complete last."""
         with contextlib.suppress(OSError):
             for file in self.work.iterdir():
                 if file.name != FINISHED:
@@ -248,21 +270,30 @@ class ResumableWriter:
 def finished_plan(path: Path) -> str | None:
     """The plan of the run that has made `path` and was killed before it had removed its working directory; else None.
 
-    Files keep their number, size and time when the directory that they lie in is renamed, so no other directory of that
-    name is taken for the one that the run has made.
+    Files keep their number, size and time when they, or the directory that they lie in, are renamed, so no others of
+    these names are taken for those that the run has made.
     """
-    path = Path(os.path.realpath(path.expanduser()))
-    try:
-        found = json.loads((partial(path) / FINISHED).read_text())
-        return found["plan"] if found["files"] == _files(path) else None
-    except (OSError, ValueError, KeyError, TypeError):  # none, or half of one
-        return None
+    found = _find_finished(real(path))
+    return found and found[1]
+
+
+def _find_finished(path: Path) -> tuple[Path, str] | None:
+    """The working directory of such a run, and its plan. Some files may still lie there."""
+    for work in partials(path):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or half of one
+            found, out = json.loads((work / FINISHED).read_text()), work / "out"
+            if found["files"] == _files(path) | (_files(out) if out.is_dir() else {}):
+                return work, found["plan"]
+    return None
 
 
 def _files(directory: Path) -> dict[str, list[int]]:
     """What tells the files of a directory from others of their names."""
-    found = {file.name: file.lstat() for file in directory.iterdir()}
-    return {name: [stat.st_ino, stat.st_size, stat.st_mtime_ns] for name, stat in sorted(found.items())}
+    found = {}
+    for entry in entries(directory):
+        stat = entry.lstat()
+        found[entry.name] = [stat.st_ino, *([] if entry.is_dir() else [stat.st_size, stat.st_mtime_ns])]
+    return found
 
 
 class _Shard:
