@@ -44,7 +44,7 @@ class Conversion:
         plan: that it followed.
         bytes_read: of the source's matrices and other tensors, in this run.
         bytes_written: of all tensors of the destination.
-        bytes_resumed: of those, what an earlier run, which was killed, had finished.
+        bytes_resumed: of those, the tensors that an earlier run, which was killed, had finished.
         seconds: it took, without the plan.
     """
 

@@ -1,6 +1,6 @@
 """`ResumableWriter`: a checkpoint directory whose every byte has its place before the first is written.
 
-So tensors come in any order, in pieces, from several threads, and what a killed run has finished is known to the next.
+So tensors come in any order, in pieces, from several threads, and what a killed run has written is known to the next.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from fp8x.checkpoint import blocks
 from fp8x.checkpoint.blocks import BlockFile, Disk
 from fp8x.checkpoint.companions import copy_companions
 from fp8x.checkpoint.destination import (
@@ -30,6 +31,7 @@ from fp8x.checkpoint.destination import (
     write_json,
 )
 from fp8x.checkpoint.header import make_header, nbytes
+from fp8x.checkpoint.journal import Journal
 from fp8x.checkpoint.leftovers import described, lock, partial, partials, sweep
 from fp8x.checkpoint.reader import INDEX, SINGLE
 from fp8x.errors import CheckpointError
@@ -50,8 +52,14 @@ class ResumableWriter:
 
     Files lie in `.NAME.partial` beside the destination, or in it if it is there, empty. Each gets its final name when
     its last byte is on disk, and all of them their place at the end. An exception inside the block removes everything;
-    being killed, or a KeyboardInterrupt, leaves the finished files to the next run with the same `identity`. What other
-    runs have left, of a `Writer` too, is removed with a warning (`leftovers.py`).
+    being killed, or a KeyboardInterrupt, leaves files to the next run with the same `identity`, and of unfinished ones
+    what is known to be on disk (`journal.py`). What other runs have left, of a `Writer` too, is removed with a warning
+    (`leftovers.py`).
+
+        .NAME.partial/out/       the destination, as it will be; unfinished files end in .tmp
+        .NAME.partial/journal/   of each unfinished file
+        .NAME.partial/plan       what the bytes follow from; a run with another takes nothing over
+        .NAME.partial/finished   all is there, and moves to its place
 
     Arguments:
         path: the directory to make; it may exist if it is empty.
@@ -73,7 +81,6 @@ class ResumableWriter:
         self.path = real(path)
         finished = _find_finished(self.path)
         self.work = partial(self.path)
-        self._out = self.work / "out"
         self._shards = _deal(specs, max_shard_bytes)
         self._shard_of = {name: shard for shard in self._shards for name in shard.offsets}
         self._plan = hashlib.sha256(
@@ -82,10 +89,18 @@ class ResumableWriter:
         self._lock = threading.Lock()
         self.is_complete = finished is not None and finished[1] == self._plan
         if self.is_complete:
-            self.work, self._out = finished[0], finished[0] / "out"
+            self.work = finished[0]
         else:
             self._remove_empty()
             check_free(self.path)
+
+    @property
+    def _out(self) -> Path:
+        return self.work / "out"
+
+    @property
+    def _journals(self) -> Path:
+        return self.work / "journal"
 
     @property
     def bytes(self) -> int:
@@ -113,12 +128,13 @@ class ResumableWriter:
         try:
             if kind is None:
                 for shard in self._shards:
-                    if shard.is_empty and not shard.is_finished:
+                    if shard.is_filled and not shard.is_finished:
                         with explained(self.path):
                             shard.open(self._out, self._disk)
             self._disk.close()
-            for shard in self._shards:
-                shard.close()
+            with explained(self.path):
+                for shard in self._shards:
+                    shard.close(is_kept=is_kept)
             if kind is None:
                 with explained(self.path):
                     self._disk.check()
@@ -132,8 +148,8 @@ class ResumableWriter:
             self._let_go()
 
     def has(self, name: str) -> bool:
-        """Whether a tensor lies in a file that an earlier run finished."""
-        return self._shard_of[name].is_taken_over
+        """Whether an earlier run has written a tensor."""
+        return self._shard_of[name].has(name)
 
     def write(self, name: str, start: int, values: np.ndarray) -> None:
         """Writes a part of a tensor, `start` bytes from its beginning. Each byte is to be written once; nothing happens
@@ -194,19 +210,21 @@ class ResumableWriter:
             if self._out.exists():
                 what, is_empty = described(self.work), not any(self._out.iterdir())
                 shutil.rmtree(self._out)
+                shutil.rmtree(self._journals, ignore_errors=True)
+                fsync(self.work)
                 if not is_empty:
                     warnings.warn(
                         f"{self.path}: removed what a run with other arguments had left: {what}", stacklevel=4
                     )
             plan.write_text(self._plan)
+            fsync(plan)
         (self.work / FINISHED).unlink(missing_ok=True)
         self._out.mkdir(exist_ok=True)
-        sizes = {shard.file: shard.size for shard in self._shards}
-        for file in self._out.iterdir():
-            if sizes.get(file.name) != file.stat().st_size:
-                file.unlink()
         for shard in self._shards:
-            shard.is_taken_over = shard.is_finished = (self._out / shard.file).is_file()
+            shard.take_over(self._out, self._journals)
+        ours = {file for shard in self._shards for file in shard.taken_over}
+        for file in set(self._out.iterdir()) - ours:
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
 
     def _without_locks(self, is_ours: bool) -> None:
         """Where nobody knows whether another process is writing."""
@@ -216,10 +234,11 @@ class ResumableWriter:
         warnings.warn(f"{self.path}: {what}; it is taken for the former, and the run goes on there", stacklevel=5)
 
     def _check_space(self) -> None:
-        needed = sum(shard.size for shard in self._shards if not shard.is_finished)
+        taken = sum(512 * file.stat().st_blocks for shard in self._shards for file in shard.taken_over)
+        needed = sum(shard.size for shard in self._shards) - taken
         free = shutil.disk_usage(self._out).free
         if needed > free:
-            if not any(shard.is_finished for shard in self._shards):
+            if not any(shard.taken_over for shard in self._shards):
                 shutil.rmtree(self.work)
             raise CheckpointError(
                 f"{self.path}: needs {needed:,} bytes, but {free:,} are free on its disk; make room, or write elsewhere"
@@ -304,7 +323,8 @@ class _Shard:
         offsets: where each tensor begins in the file.
         start: where the first does: after the header.
         size: of the file.
-        is_finished: whether it has its name; is_taken_over: from an earlier run.
+        is_finished: whether it has its name; was_finished: from an earlier run.
+        taken_over: the file that an earlier run has left, finished or not; empty without one.
     """
 
     def __init__(self, file: str, specs: Specs):
@@ -312,27 +332,53 @@ class _Shard:
         self._header, self.offsets = make_header(specs)
         self.start = len(self._header)
         self.size = self.start + sum(nbytes(*spec) for spec in specs.values())
-        self.is_empty = self.size == self.start
-        self.is_finished = self.is_taken_over = False
+        self.is_finished = self.was_finished = False
+        self.taken_over: list[Path] = []
+        self._ends = {name: self.offsets[name] + nbytes(*spec) for name, spec in specs.items()}
+        self._journal: Journal | None = None  # of the unfinished file
         self._open: BlockFile | None = None
+
+    def take_over(self, directory: Path, journals: Path) -> None:
+        """Looks what an earlier run with the same plan has left."""
+        finished, unfinished = directory / self.file, self._unfinished(directory)
+        self.is_finished = self.was_finished = finished.is_file() and finished.stat().st_size == self.size
+        self._journal = Journal(journals / self.file, unfinished, blocks.BLOCK, self.size)
+        self.taken_over = [finished] if self.is_finished else [unfinished] if self._journal.blocks else []
+
+    def has(self, name: str) -> bool:
+        """Whether an earlier run has written a tensor."""
+        if not self.taken_over:
+            return False
+        needed = range(self.offsets[name] // blocks.BLOCK, -(-self._ends[name] // blocks.BLOCK))
+        return self.was_finished or self._journal.blocks.issuperset(needed)
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether no tensor is missing, so that nobody will write one."""
+        return self.size == self.start or all(map(self.has, self.offsets))
 
     def open(self, directory: Path, disk: Disk) -> BlockFile:
         """The unfinished file, which is made when it is first asked for."""
         if self._open is None:
-            unfinished = directory / f"{self.file}.tmp"
+            unfinished = self._unfinished(directory)
 
             def finish() -> None:
                 os.rename(unfinished, directory / self.file)
                 fsync(directory)
                 self.is_finished = True
 
-            self._open = BlockFile(unfinished, self.size, disk, finish)
+            self._open = BlockFile(unfinished, self.size, disk, finish, self._journal)
             self._open.write(0, np.frombuffer(self._header, np.uint8))
         return self._open
 
-    def close(self) -> None:
+    def close(self, *, is_kept: bool) -> None:
         if self._open is not None:
+            if is_kept:
+                self._open.sync()
             self._open.close()
+
+    def _unfinished(self, directory: Path) -> Path:
+        return directory / f"{self.file}.tmp"
 
 
 def _deal(specs: Specs, max_bytes: int) -> list[_Shard]:

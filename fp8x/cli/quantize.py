@@ -81,8 +81,8 @@ def quantize(
 
     Towers, projectors, heads, routers and embeddings stay in 16 bits, and so does, where SRC is in 8 bits, what it has
     in 16; --rule overrides that. No model is built, except to calibrate it: memory stays below half a gigabyte. Where
-    something fails nothing is left of DST, and a DST that is there already is left alone. If it is killed, the same
-    command goes on where it was.
+    something fails nothing is left of DST, and a DST that holds anything is left alone. If it is killed as it writes,
+    the same command goes on with the tensors that are not on disk.
 
     From 8 bits to others the added error is measured. Scales from --calibrate are in DST/calibration.json too.
     """
@@ -171,7 +171,9 @@ def _convert(plan: "Plan", destination: Path, beside: dict[str, Any] | None) -> 
         with terminal.progress(f"writing {path.name}", unit="bytes") as update:
             return fp8x.convert(plan, destination, beside=beside, progress=update)
     except KeyboardInterrupt:
-        terminal.warn(f"interrupted; the same command goes on where it was, or remove {partial(path)}")
+        if partial(path).exists():
+            kept = "the tensors on disk are kept, and the same command goes on with the others"
+            terminal.warn(f"interrupted; {kept}. If it is not to, remove {partial(path)}")
         raise
 
 
