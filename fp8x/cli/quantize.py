@@ -81,13 +81,13 @@ def quantize(
 
     Towers, projectors, heads, routers and embeddings stay in 16 bits, and so does, where SRC is in 8 bits, what it has
     in 16; --rule overrides that. No model is built, except to calibrate it: memory stays below half a gigabyte. Where
-    something fails nothing is left of DST, and a DST that is there already is left alone. If it is killed, the same
-    command goes on where it was.
+    something fails nothing is left of DST, and a DST that holds anything is left alone. If it is killed as it writes,
+    the same command goes on with the tensors that are not on disk.
 
     From 8 bits to others the added error is measured. Scales from --calibrate are in DST/calibration.json too.
     """
     from fp8x.calibrate import sidecar
-    from fp8x.checkpoint.destination import check_free, check_source
+    from fp8x.checkpoint.destination import check_free, check_source, real
     from fp8x.checkpoint.resumable import finished_plan
 
     start = time.monotonic()
@@ -95,7 +95,7 @@ def quantize(
     rules = options.parse_rules(rule)
     check_source(source, destination)
     if finished_plan(destination) is None:  # else `convert` finds out whether this command has finished it
-        check_free(destination)
+        check_free(real(destination))
     given = None if calibration is None else sidecar.read(calibration)
     kv_scales = _kv_scales(kv_cache, data, given)
 
@@ -163,12 +163,17 @@ def quantize(
 
 def _convert(plan: "Plan", destination: Path, beside: dict[str, Any] | None) -> "Conversion":
     import fp8x
+    from fp8x.checkpoint.destination import real
+    from fp8x.checkpoint.leftovers import partial
 
+    path = real(destination)
     try:
-        with terminal.progress(f"writing {destination.name}", unit="bytes") as update:
+        with terminal.progress(f"writing {path.name}", unit="bytes") as update:
             return fp8x.convert(plan, destination, beside=beside, progress=update)
     except KeyboardInterrupt:
-        terminal.warn(f"interrupted; the same command goes on where it was, or remove .{destination.name}.partial")
+        if partial(path).exists():
+            kept = "the tensors on disk are kept, and the same command goes on with the others"
+            terminal.warn(f"interrupted; {kept}. If it is not to, remove {partial(path)}")
         raise
 
 
