@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fp8x import interrupt
 from fp8x.cli import calibrate, options, plans, terminal
 from fp8x.cli.loading import load
 
@@ -138,7 +139,8 @@ def quantize(
     if verify or (planned.source_format is not None and (recipe is not None or requantize)):
         from fp8x.checkpoint.inspect import inspect
 
-        with terminal.progress("reading back", unit="bytes") as update:
+        advice = f"{destination} is complete"
+        with interrupt.advice(advice), terminal.progress("reading back", unit="bytes") as update:
             rows = inspect(destination, reference=source, progress=update).rows
     summary = {
         "recipe": recipe,
@@ -164,12 +166,9 @@ def quantize(
 def _convert(plan: "Plan", destination: Path, beside: dict[str, Any] | None) -> "Conversion":
     import fp8x
 
-    try:
-        with terminal.progress(f"writing {destination.name}", unit="bytes") as update:
-            return fp8x.convert(plan, destination, beside=beside, progress=update)
-    except KeyboardInterrupt:
-        terminal.warn(f"interrupted; the same command goes on where it was, or remove .{destination.name}.partial")
-        raise
+    advice = f"the same command goes on where it was, or remove .{destination.name}.partial"
+    with interrupt.advice(advice), terminal.progress(f"writing {destination.name}", unit="bytes") as update:
+        return fp8x.convert(plan, destination, beside=beside, progress=update)
 
 
 def _kv_scales(kind: str | None, data: Path | None, given: "Sidecar | None") -> "KVScales | None":
