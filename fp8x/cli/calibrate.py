@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fp8x import interrupt
 from fp8x.cli import options, terminal
 from fp8x.cli.loading import load, load_tokenizer
 
@@ -63,7 +64,8 @@ def calibrate(
     report = run(model, rows, calibration)
     result = sidecar(report, recipe, calibration, rows)
     if output is not None:
-        result.write(output)
+        with interrupt.shielded():
+            result.write(output)
     warn_undersampled(report, min_tokens)
     if as_json:
         return terminal.show_json(result.to_json())

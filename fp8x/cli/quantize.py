@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fp8x import interrupt
 from fp8x.cli import calibrate, options, plans, terminal
 from fp8x.cli.loading import load
 
@@ -138,7 +139,8 @@ def quantize(
     if verify or (planned.source_format is not None and (recipe is not None or requantize)):
         from fp8x.checkpoint.inspect import inspect
 
-        with terminal.progress("reading back", unit="bytes") as update:
+        advice = f"{destination} is complete"
+        with interrupt.advice(advice), terminal.progress("reading back", unit="bytes") as update:
             rows = inspect(destination, reference=source, progress=update).rows
     summary = {
         "recipe": recipe,
@@ -167,14 +169,10 @@ def _convert(plan: "Plan", destination: Path, beside: dict[str, Any] | None) -> 
     from fp8x.checkpoint.leftovers import partial
 
     path = real(destination)
-    try:
-        with terminal.progress(f"writing {path.name}", unit="bytes") as update:
-            return fp8x.convert(plan, destination, beside=beside, progress=update)
-    except KeyboardInterrupt:
-        if partial(path).exists():
-            kept = "the tensors on disk are kept, and the same command goes on with the others"
-            terminal.warn(f"interrupted; {kept}. If it is not to, remove {partial(path)}")
-        raise
+    kept = "the tensors on disk are kept, and the same command goes on with the others"
+    advice = f"{kept}. If it is not to, remove {partial(path)}"
+    with interrupt.advice(advice), terminal.progress(f"writing {path.name}", unit="bytes") as update:
+        return fp8x.convert(plan, destination, beside=beside, progress=update)
 
 
 def _kv_scales(kind: str | None, data: Path | None, given: "Sidecar | None") -> "KVScales | None":
