@@ -29,6 +29,10 @@ NumSamples = Annotated[int, typer.Option(min=1, metavar="N", help="Rows of token
 MaxLength = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Tokens a row; by default the model's context, 2048 at most.")
 ]
+Context = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Tokens that the model may read; by default what its config.json says."),
+]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Rows at a time.")]
 MinTokens = Annotated[int, typer.Option(min=0, metavar="N", help="Name the experts that saw fewer tokens.")]
 MeshText = Annotated[
@@ -147,3 +151,4 @@ class Calibration:
     mesh: "Mesh | None" = None
     kv_cache: str | None = None
     kv_cache_only: bool = False
+    context: int | None = None

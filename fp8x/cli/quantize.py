@@ -9,7 +9,7 @@ import typer
 
 from fp8x import interrupt
 from fp8x.cli import calibrate, options, plans, terminal
-from fp8x.cli.loading import load
+from fp8x.cli.loading import load, set_context
 
 if TYPE_CHECKING:
     from fp8x.calibrate import Sidecar
@@ -65,6 +65,7 @@ def quantize(
     ] = False,
     num_samples: options.NumSamples = options.NUM_SAMPLES,
     max_length: options.MaxLength = None,
+    context: options.Context = None,
     batch_size: options.BatchSize = options.BATCH_SIZE,
     seed: options.Seed = 0,
     min_tokens: options.MinTokens = options.MIN_TOKENS,
@@ -124,10 +125,14 @@ def quantize(
         # Scales that the source has are kept, unless a recipe asks for others.
         only = chosen is None
         arguments = options.Calibration(
-            data, num_samples, max_length, batch_size, seed, kv_cache=kv_cache, kv_cache_only=only
+            *(data, num_samples, max_length, batch_size, seed),
+            kv_cache=kv_cache,
+            kv_cache_only=only,
+            context=context,
         )
         samples = calibrate.read_rows(source, arguments)
         model = load(source, chosen, rules, allow_nonfinite)
+        set_context(model, source, context)
         report = calibrate.run(model, samples, arguments)
         calibrate.warn_undersampled(report, min_tokens)
         found = calibrate.sidecar(report, recipe or "none", arguments, samples)
