@@ -47,11 +47,23 @@ from fp8x.array import ScaledArray
 from fp8x.errors import RecipeError, ShapeError
 from fp8x.nn import contraction
 from fp8x.nn.contraction import Kernel
-from fp8x.nn.decide import Unsupported, check_any, check_unsupported, decide, recipe_of, say_unsupported, why_kept
+from fp8x.nn.decide import (
+    Unsupported,
+    check_any,
+    check_unsupported,
+    decide,
+    kept_of,
+    recipe_of,
+    say_unsupported,
+    why_kept,
+)
 from fp8x.nn.embed import look_up, weight_only
+from fp8x.nn.products import add_own, of_kernel
 from fp8x.nn.quantized import weight_scheme
-from fp8x.nn.report import Report, Row
+from fp8x.nn.report import Report, Row, doubt_of
 from fp8x.recipe import Decision, Recipe
+from fp8x.roles import Product, Roles
+from fp8x.roles import find as find_roles
 from fp8x.scheme import Scheme
 
 __all__ = ["Quantized", "QuantizedKernel", "intercept", "quantize", "report"]
@@ -141,8 +153,8 @@ def quantize(
         recipe: for what no rule names; a `Recipe`, its code, or None to quantize only what rules name. Static
             activation scales are refused, but for a unit scale.
         rules: regex over the paths of modules, names joined by dots (`"layers_0.attn.query"`), to a recipe, its code,
-            or None to skip; the first that matches a whole path wins. Embeddings, `lm_head`, routers and gates are
-            skipped unless a rule names them.
+            or None to skip; the first that matches a whole path wins. Embeddings, heads and routers are skipped
+            unless a rule names them (`fp8x.roles` tells them by names and shapes).
         args, kwargs: of a call of the model; arrays, or `jax.ShapeDtypeStruct`s in their place.
         method: what is called, as in `model.apply`. For a model with several, a function that calls all of them:
             `lambda model, x: model.decode(model.encode(x))`.
@@ -167,13 +179,14 @@ def quantize(
         raise RecipeError(f"model: {'.'.join(already)} is quantized already; start from the unquantized variables")
     found = _holders(call, variables, params)
     _check_any_layer(model, found)
-    found, chosen, to_do = _settle(call, variables, found, recipe, rules)
+    roles = _roles_of(found)
+    found, chosen, to_do = _settle(call, variables, found, recipe, rules, roles)
     _check_any_layer(model, found)
     check_any(its for _, its in to_do)
     if not allow_nonfinite:
         for each, _ in to_do:
             numerics.check_finite(_unboxed(each.leaf), each.path or "model")
-    say_unsupported(found, chosen, unsupported, report="fp8x.linen.report(model, variables, …)")
+    say_unsupported(found, chosen, roles, unsupported, report="fp8x.linen.report(model, variables, …)")
     for each, its in to_do:
         kernel = _quantized(each, its, allow_nonfinite)
         variables = _replaced(variables, ("params", *each.kernel_path), kernel)
@@ -200,21 +213,23 @@ def report(
     variables = core.unfreeze(variables)
     params = dict(_leaves(variables.get("params", {})))
     found = _holders(call, variables, params)
-    found, chosen, _ = _settle(call, variables, found, recipe, rules)
+    roles = _roles_of(found)
+    found, chosen, _ = _settle(call, variables, found, recipe, rules, roles)
     rows = {}
     for each in found:
         for name, (leaf, reason) in each.matrices.items():
             path = ".".join((*each.module_path, name))
             if isinstance(leaf, QuantizedKernel):
                 data, scale = (_unboxed(array) for array in (leaf.weight.data, leaf.weight.scale))
-                rows[path] = Row(path, each.type, data.shape, data.dtype, _nbytes(data, scale), leaf.recipe, "")
+                doubt = doubt_of(roles, each.path)
+                rows[path] = Row(path, each.type, data.shape, data.dtype, _nbytes(data, scale), leaf.recipe, "", doubt)
                 continue
             kernel = _unboxed(leaf)
             decision = chosen[each.path]
             # Without recipe and rules nobody knows what they said.
             if reason is None and recipe_of(each, decision) is not None:
                 reason = "fp8x.linen.quantize has not been called"
-            elif reason is None and (rules or decision.is_skip or each.on_request or each.fault is not None):
+            elif reason is None and (rules or decision.kept or each.on_request or each.fault is not None):
                 reason = why_kept(each, decision)
             reason = reason or "it is not quantized; the recipe and the rules would say why"
             rows[path] = Row(path, each.type, kernel.shape, np.dtype(kernel.dtype), _nbytes(kernel), None, reason)
@@ -400,10 +415,11 @@ def _settle(
     found: list[_Holder],
     recipe: Recipe | str | None,
     rules: Mapping[str, Recipe | str | None] | None,
+    roles: Roles,
 ) -> tuple[list[_Holder], dict[str, Decision], list[tuple[_Holder, Recipe]]]:
     """What was found, with the faults that a run shows; what was decided; and what is to be quantized, by what."""
     while True:
-        chosen = decide(found, recipe, rules)
+        chosen = decide(found, recipe, rules, kept_of(found, roles))
         recipes = [recipe_of(each, chosen[each.path]) for each in found]
         to_do = [
             (each, _checked(each, its))
@@ -416,6 +432,22 @@ def _settle(
             dataclasses.replace(each, fault=faults[each.path]) if each.layer and each.path in faults else each
             for each in found
         ]
+
+
+def _roles_of(found: Sequence[_Holder]) -> Roles:
+    """What the products of a model are."""
+    products: dict[str, Product] = {}
+    tables: dict[str, tuple[int, int]] = {}
+    for each in found:
+        if each.on_request:
+            tables[each.path] = _shape(each.leaf)[-2:]
+        elif each.layer is not None:
+            if each.dims.contracted:  # else its dims are not known
+                products[each.path] = of_kernel(each.dims, _shape(each.leaf))
+        elif not each.type.startswith("nn."):
+            for name, (leaf, _) in each.matrices.items():
+                add_own(".".join((*each.module_path, name)), _shape(leaf), products, tables)
+    return find_roles(products, tables)
 
 
 def _check_any_layer(model: nn.Module, found: Sequence[_Holder]) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
+from fp8x import roles
 from fp8x.errors import RecipeError, RuleError
 from fp8x.scheme import Scheme, as_dtype, mx, per_row, per_tensor
 
@@ -158,47 +159,54 @@ def check_stored(recipes: "Iterable[Recipe | None]") -> None:
         )
 
 
-# Small matrices whose error reaches every token or moves it to another expert: quantized only where a rule says so.
-BUILT_IN_SKIPS = (r"(.*\.)?(embed_tokens|embed|embedding|lm_head|router|gate|shared_expert_gate)",)
-
-
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What rules say of a path: a recipe or None, the pattern that said it (None: the default), and whether it is one
-    of the built-in skips."""
+    """What rules say of a path.
+
+    Attributes:
+        recipe: None where it stays as it is.
+        pattern: the rule that said it; None where none did.
+        kept: what it is (`"a head"`), where that keeps it as no rule names it.
+    """
 
     recipe: Recipe | None
     pattern: str | None
-    is_skip: bool = False
+    kept: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
     """Which module gets which recipe: an ordered mapping of path regex to a recipe (or its code), or None to skip.
 
-    The first pattern that matches a whole path (`layers.0.self_attn.q_proj`) wins; then the built-in skips
-    (embeddings, `lm_head`, routers and gates); then `default`.
+    The first pattern that matches a whole path (`layers.0.self_attn.q_proj`) wins; then embeddings, heads and routers
+    stay as they are (`fp8x.roles`); then comes `default`.
     """
 
     default: Recipe | str | None
     rules: Mapping[str, Recipe | str | None] = dataclasses.field(default_factory=dict)
 
     def resolve(self, paths: Iterable[str]) -> dict[str, Recipe | None]:
-        """The recipe of every path, None where it stays as it is.
+        """The recipe of every path, None where it stays as it is; heads and routers are told by names alone.
 
         Raises:
             RuleError: as `decide`.
         """
         return {path: decision.recipe for path, decision in self.decide(paths).items()}
 
-    def decide(self, paths: Iterable[str]) -> "dict[str, Decision]":
+    def decide(self, paths: Iterable[str], *, kept: Mapping[str, str] | None = None) -> "dict[str, Decision]":
         """What holds for every path.
+
+        Arguments:
+            paths: of the modules.
+            kept: what some of them are, which keeps them where no rule names them; None tells it by their names.
 
         Raises:
             RuleError: a pattern that is no regular expression, or that matches none of the paths: a typo must not
                 silently leave a layer in bf16.
         """
         paths = list(paths)
+        if kept is None:
+            kept = {path: reason for path in paths if (reason := roles.by_name(path)) is not None}
         table: list[tuple[re.Pattern, Recipe | None]] = []
         for pattern, value in self.rules.items():
             try:
@@ -212,14 +220,11 @@ class Rules:
                     + (f"near it: {', '.join(near)}" if near else "the model has no module that can be quantized")
                 )
             table.append((regex, None if value is None else as_recipe(value)))
-        skips = [re.compile(pattern) for pattern in BUILT_IN_SKIPS]
         default = None if self.default is None else as_recipe(self.default)
 
         def decision(path: str) -> Decision:
             if rule := next((rule for rule in table if rule[0].fullmatch(path)), None):
                 return Decision(rule[1], rule[0].pattern)
-            if any(skip.fullmatch(path) for skip in skips):
-                return Decision(None, None, is_skip=True)
-            return Decision(default, None)
+            return Decision(None, None, kept[path]) if path in kept else Decision(default, None)
 
         return {path: decision(path) for path in paths}

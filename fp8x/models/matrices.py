@@ -1,5 +1,6 @@
 """Which matrices a checkpoint has, of which modules they are, and how they are stored. Imports no JAX."""
 
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -59,6 +60,20 @@ def _matrices(reader: Reader) -> list[str]:
         for name, tensor in ((name, reader.stored(f"{name}.weight")) for name in names)
         if len(tensor.shape) == 2 and tensor.dtype in (*UNQUANTIZED, *FLOAT8) and not LOOKUPS.fullmatch(name)
     ]
+
+
+_TABLE = re.compile(r"(.*\.)?([^.]*embed[^.]*|wte|shared)(\.\d+)?", re.IGNORECASE)
+
+
+def tables_of(reader: Reader) -> dict[str, tuple[int, int]]:
+    """The shapes `[V, D]` of embeddings, by name; what config.json says of the vocabulary where none is stored."""
+    stored = {name.removesuffix(".weight"): reader.stored(name).shape for name in reader if name.endswith(".weight")}
+    tables = {name: shape for name, shape in stored.items() if len(shape) == 2 and _TABLE.fullmatch(name)}
+    tables = {name: shape for name, shape in tables.items() if LOOKUPS.fullmatch(name)}
+    sizes = reader.config.get("vocab_size"), reader.config.get("hidden_size")
+    if not tables and all(isinstance(size, int) for size in sizes):
+        tables["config.json"] = sizes
+    return tables
 
 
 def stored_by_prefix(

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,10 @@ from fp8x.checkpoint.kv_cache import QUERIES, KVScales, kv_tensors, read_kv_scal
 from fp8x.checkpoint.plan import Plan, Target
 from fp8x.errors import CheckpointError, RuleError
 from fp8x.models.config import DecoderConfig
-from fp8x.models.matrices import check_scales, dtype_of, modules_of, stored_by_prefix
+from fp8x.models.matrices import check_scales, dtype_of, modules_of, stored_by_prefix, tables_of
 from fp8x.models.plan_config import beside_of, config_of, unread_parts_of
 from fp8x.recipe import OUT_DTYPES, Recipe, Rules, as_recipe, check_stored
+from fp8x.roles import by_name
 
 if TYPE_CHECKING:
     from fp8x.checkpoint.requantize import Requantization, Requantize
@@ -116,9 +117,9 @@ def _recipes(
     if recipe is None:
         return dict(stored), _stayed(stored)
     is_dtype = isinstance(recipe, str) and recipe in OUT_DTYPES
-    decisions = Rules(None if is_dtype else as_recipe(recipe), rules or {}).decide(modules)
+    kept = _kept(reader, modules, stored)
+    decisions = Rules(None if is_dtype else as_recipe(recipe), rules or {}).decide(modules, kept=kept)
     check_stored(decision.recipe for decision in decisions.values())
-    kept = why_kept({prefix: reader.stored(f"{prefix}.weight").shape for prefix in stored})
     stayed = _stayed(stored)
     recipes, reasons = {}, {}
     for path, prefixes in modules.items():
@@ -129,14 +130,20 @@ def _recipes(
                 reason = f"rule {decision.pattern!r}" if decision.recipe is None else None
             elif prefix in stayed:
                 reason = stayed[prefix]
-            elif decision.is_skip:
-                reason = kept.get(prefix, "an embedding")
-            elif path == prefix:  # where fp8x knows the module it knows that it is none of these
-                reason = kept.get(prefix)
+            else:
+                reason = decision.kept
             recipes[prefix] = None if reason else decision.recipe
             if reason and not (is_dtype and stored[prefix] is not None):
                 reasons[prefix] = reason
     return recipes, reasons
+
+
+def _kept(reader: Reader, modules: Mapping[str, list[str]], stored: Iterable[str]) -> dict[str, str]:
+    """What modules are that stay unless a rule names them, by path."""
+    by_prefix = why_kept({prefix: reader.stored(f"{prefix}.weight").shape for prefix in stored}, tables_of(reader))
+    # Where fp8x knows a module it knows, too, that it is no tower and no projector.
+    reasons = {path: by_prefix.get(path) if [path] == prefixes else by_name(path) for path, prefixes in modules.items()}
+    return {path: reason for path, reason in reasons.items() if reason is not None}
 
 
 def _stayed(stored: Mapping[str, Recipe | None]) -> dict[str, str]:

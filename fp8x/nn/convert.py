@@ -7,7 +7,17 @@ import jax
 from flax import nnx
 
 from fp8x.errors import RecipeError, some
-from fp8x.nn.decide import Unsupported, check_any, check_unsupported, decide, recipe_of, say_unsupported, why_kept
+from fp8x.nn.decide import (
+    Unsupported,
+    check_any,
+    check_unsupported,
+    decide,
+    kept_of,
+    recipe_of,
+    say_unsupported,
+    why_kept,
+)
+from fp8x.nn.products import roles_of
 from fp8x.nn.registry import Holder, holders, known_types
 from fp8x.nn.report import remember_why
 from fp8x.nn.training import QuantizationAware, check_finished, conversion_in_training
@@ -35,9 +45,10 @@ def quantize_model(
         recipe: for what no rule names; a `Recipe`, its code, or None to quantize only what rules name. One with
             `master_weights=True` begins training: a module is put into an `fp8x.nn.QuantizationAware`.
         rules: path regex to a recipe, its code, or None to skip; the first that matches a whole path wins. Embeddings,
-            `lm_head`, routers and gates are skipped unless a rule names them.
+            heads and routers are skipped unless a rule names them (`fp8x.roles` tells them by names and shapes).
         unsupported: what to do about matrices that no rule skips and that can't be quantized: warn once, raise an
-            error, or nothing. `fp8x.report(model)` lists them with the reasons.
+            error, or nothing. `fp8x.report(model)` lists them with the reasons. The warning also names what may be the
+            router of the model's experts, where none is known.
         allow_nonfinite: quantize weights that hold NaN or Inf instead of raising.
 
     Returns:
@@ -58,7 +69,8 @@ def quantize_model(
         raise RecipeError(
             f"model: {type(model).__name__} holds no module to quantize ({known_types()}); see fp8x.nn.register"
         )
-    chosen = decide(found, recipe, rules)
+    roles = roles_of(model)
+    chosen = decide(found, recipe, rules, kept_of(found, roles))
     recipes = {holder.path: recipe_of(holder, chosen[holder.path]) for holder in found}
     check_any(recipes.values())
     for holder in found:
@@ -67,7 +79,7 @@ def quantize_model(
             if recipes[holder.path].master_weights:
                 conversion_in_training(holder.module, holder.path or "model")
             holder.conversion.check_before(holder.module, recipes[holder.path], holder.path or "model", allow_nonfinite)
-    say_unsupported(found, chosen, unsupported, report="fp8x.report(model)")
+    say_unsupported(found, chosen, roles, unsupported, report="fp8x.report(model)")
     return _convert(model, found, recipes, chosen, allow_nonfinite)
 
 

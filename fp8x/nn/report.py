@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from fp8x.nn.decide import SKIPPED
+from fp8x.nn.decide import EMBEDDING, OVERRIDE, kept_of
+from fp8x.nn.products import roles_of
 from fp8x.nn.quantized import QuantizedLayer, called_layers
 from fp8x.nn.registry import conversion_of, holders, type_name
 from fp8x.nn.training import layers_in_training
 from fp8x.nn.walk import named_layers, named_modules
-from fp8x.recipe import Recipe, Rules, describe
+from fp8x.recipe import Recipe, describe
+from fp8x.roles import Roles
 
 # Why `quantize_model` left a module. Beside the model, not in it: metadata would make it another graph to jit.
 _reasons: dict[int, tuple[weakref.ref, str]] = {}
@@ -42,6 +44,7 @@ class Row:
         recipe: what a quantized layer does; None for what is not quantized. One with `master_weights` is of a matrix
             in training, which is stored as it was and quantized at every call.
         reason: why it is not; empty for what is.
+        doubt: what else it may be, by its shape, where it is quantized and no name says what it is; or empty.
         is_called: whether the layer in 8 bits is called; None where that was not asked, or can't be seen.
     """
 
@@ -52,6 +55,7 @@ class Row:
     nbytes: int
     recipe: Recipe | None
     reason: str
+    doubt: str = ""
     is_called: bool | None = None
 
     @property
@@ -94,7 +98,7 @@ class Report:
                 "×".join(map(str, row.shape)),
                 str(row.dtype),
                 f"{row.nbytes:,}",
-                (row.code or row.reason) + ("; never called" if row.is_called is False else ""),
+                "; ".join(filter(None, (row.code or row.reason, row.doubt, "never called" * (row.is_called is False)))),
             )
             for row in self.rows
         ]
@@ -119,6 +123,7 @@ def report(model: nnx.Module, *inputs: Any) -> Report:
     rows: dict[int, tuple[int, Row]] = {}
     layers = named_layers(model)
     called = called_layers(layers, model, inputs) if inputs else None
+    roles = roles_of(model)
 
     def add(path: str, module: nnx.Module, name: str, variable: nnx.Variable, recipe: Recipe | None, reason: str):
         nbytes = _nbytes(variable)
@@ -126,7 +131,8 @@ def report(model: nnx.Module, *inputs: Any) -> Report:
             nbytes += _nbytes(module.weight_scale)
         full = f"{path}.{name}" if path else name
         dtype, is_called = np.dtype(variable.dtype), None if called is None or path not in layers else path in called
-        row = Row(full, type_name(module), variable.shape, dtype, nbytes, recipe, reason, is_called)
+        doubt = doubt_of(roles, path) if recipe is not None else ""
+        row = Row(full, type_name(module), variable.shape, dtype, nbytes, recipe, reason, doubt, is_called)
         rows.setdefault(id(variable), (order[path], row))
 
     for path, module in layers.items():
@@ -141,15 +147,20 @@ def report(model: nnx.Module, *inputs: Any) -> Report:
         if (bias := getattr(layer.source, "bias", None)) is not None and bias.ndim >= 2:
             add(inside, layer.source, "bias", bias, None, "a bias")
     found = holders(model)
-    skipped = Rules(None).decide(holder.path for holder in found)
+    kept = kept_of(found, roles)
     for holder in found:
         for name, (variable, reason) in holder.matrices.items():
             if reason is None:
                 reason = _why(holder.module) or holder.fault
-            if reason is None and (skipped[holder.path].is_skip or holder.conversion.on_request):
-                reason = SKIPPED
+            if reason is None and (holder.path in kept or holder.conversion.on_request):
+                reason = kept.get(holder.path, EMBEDDING) + OVERRIDE
             add(holder.path, holder.module, name, variable, None, reason or "no rule or recipe has taken it")
     return Report(tuple(row for _, row in sorted(rows.values(), key=lambda pair: pair[0])))
+
+
+def doubt_of(roles: Roles, path: str) -> str:
+    """What a quantized layer may be, and what to do if it is."""
+    return f"{roles.doubts[path]}; if it is, a rule with None keeps it" if path in roles.doubts else ""
 
 
 def _nbytes(variable: nnx.Variable) -> int:

@@ -110,6 +110,21 @@ def test_routers_are_known_by_their_shape_too(tmp_path):
     assert kept(plan) == {"model.layers.0.moe.chooser": "a router: a row for each of 17 experts"}
 
 
+@pytest.mark.parametrize("stored", [True, False])
+def test_heads_are_known_by_the_vocabulary_too(tmp_path, stored):
+    """Of a stored embedding, or as config.json has it; in layers nothing is a head."""
+    tensors = {"layers.0.up.weight": matrix(1000, 32), "layers.0.down.weight": matrix(32, 1000)}
+    tensors |= {"final.weight": matrix(1024, 32)}
+    source = directory(tmp_path / "a", tensors | ({"tok_embeddings.weight": matrix(1000, 32)} if stored else {}))
+    config = json.loads((source / "config.json").read_text()) | (
+        {} if stored else {"vocab_size": 1000, "hidden_size": 32}
+    )
+    (source / "config.json").write_text(json.dumps(config))
+    plan, table = fp8x.plan(source, CHANNEL), "tok_embeddings" if stored else "config.json"
+    assert kept(plan) == {"final": f"taken for a head: its 1024 outputs are the vocabulary of {table}"}
+    assert not kept(fp8x.plan(source, CHANNEL, rules={"final": CHANNEL}))
+
+
 def test_narrow_matrices_stay(tmp_path):
     # Gemma 3n's, and one that is just wide enough.
     tensors = {"prediction_coefs.weight": matrix(16, 4), "a.weight": matrix(16, 16)}

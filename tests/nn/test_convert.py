@@ -44,8 +44,9 @@ class Net(nnx.Module):
         return self.lm_head(self.head(x) @ jnp.ones((8, 32)))
 
 
-BLOCK = {"up", "moe.w13", "moe.w2", "moe.shared.gate_proj", "moe.shared.up_proj", "moe.shared.down_proj"}
-QUANTIZED = {f"layers.{i}.{path}" for i in range(2) for path in BLOCK} | {"head.layers.0", "head.layers.2"}
+# The gate beside `up` is of a gated MLP.
+BLOCK = {"up", "gate", "moe.w13", "moe.w2", "moe.shared.gate_proj", "moe.shared.up_proj", "moe.shared.down_proj"}
+QUANTIZED = {f"layers.{i}.{path}" for i in range(2) for path in BLOCK}
 
 
 def test_swaps_in_place_all_but_embeddings_heads_and_routers():
@@ -54,8 +55,8 @@ def test_swaps_in_place_all_but_embeddings_heads_and_routers():
     assert set(named_layers(net)) == QUANTIZED
     assert all(layer.recipe == fp8x.recipe(CODE) for layer in named_layers(net).values())
     kinds = {path: type(module) for path, module in named_modules(net)}
-    assert kinds["lm_head"] is kinds["layers.1.gate"] is kinds["layers.0.moe.router"] is nnx.Linear
-    assert kinds["head.layers.0"] is fp8x.nn.Linear and kinds["layers.0.moe.w2"] is fp8x.nn.GroupedLinear
+    assert kinds["lm_head"] is kinds["head.layers.2"] is kinds["layers.0.moe.router"] is nnx.Linear
+    assert kinds["layers.1.gate"] is fp8x.nn.Linear and kinds["layers.0.moe.w2"] is fp8x.nn.GroupedLinear
     assert nnx.jit(lambda net, ids: net(ids))(net, jnp.arange(3)).shape == (3, 8)
 
 

@@ -518,14 +518,41 @@ def test_rules_and_the_report():
     assert rows["layers.down.kernel"].reason == "the rule '.*\\\\.down' says so"
     assert rows["layers.up.bias"].reason == "a bias"
     assert rows["layers.LayerNorm_0.scale"].reason == "scale or bias of a norm"
-    assert "unless a rule names them" in rows["lm_head.kernel"].reason
-    assert "unless a rule names them" in rows["embed.embedding"].reason
+    assert rows["lm_head.kernel"].reason == "a head; a rule quantizes it"
+    assert rows["embed.embedding"].reason == "an embedding; a rule quantizes it"
     before = {row.path: row for row in linen.report(model, variables, CODE, rules, args=(ids,)).rows}
     assert before["layers.up.kernel"].reason == "fp8x.linen.quantize has not been called"
     bare = {row.path: row for row in linen.report(model, quantized, args=(ids,)).rows}
     assert bare["layers.down.kernel"].reason == "it is not quantized; the recipe and the rules would say why"
     only = linen.quantize(model, variables, None, {"lm_head": CODE}, args=(ids,))
     assert set(kernels(only)) == {"lm_head"}
+
+
+class Mixture(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        nn.Dense(8, name="choose")(x)
+        up = nn.Einsum((8, 64, 128), "etd,edf->etf", use_bias=False, name="up")
+        return x + up(jnp.broadcast_to(x, (8, *x.shape))).sum(0)[:, :64]
+
+
+class Language(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        x = Mixture(name="mixture")(nn.Embed(1000, 64, name="tok")(ids))
+        return nn.Dense(1000, name="final")(x)
+
+
+def test_heads_and_routers_are_told_by_their_shapes():
+    model, ids = Language(), jnp.arange(5)
+    variables = model.init(jax.random.key(0), ids)
+    quantized = linen.quantize(model, variables, CODE, args=(ids,))
+    assert set(kernels(quantized)) == {"mixture.up"}
+    reasons = {row.path: row.reason for row in linen.report(model, quantized, CODE, args=(ids,)).rows}
+    head = "taken for a head: its 1000 outputs are the vocabulary of tok; a rule quantizes it"
+    assert reasons["final.kernel"] == head
+    assert reasons["mixture.choose.kernel"] == "a router: a row for each of 8 experts; a rule quantizes it"
+    assert "final" in kernels(linen.quantize(model, variables, CODE, {"final": CODE}, args=(ids,)))
 
 
 def test_errors():

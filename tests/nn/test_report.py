@@ -116,8 +116,8 @@ def test_report_lists_every_matrix_with_its_recipe_or_the_reason():
         assert found and all(reason in row.reason and row.recipe is None for row in found), path
     assert rows["lora.lora.lora_a"].reason == "an adapter, which is trained"
     assert rows["stack.scale"].reason == "scale or bias of a norm"
-    assert rows["lm_head.kernel"].reason == rows["wte.embedding"].reason
-    assert rows["wte.embedding"].reason == "embeddings, heads, routers and gates stay unless a rule names them"
+    assert rows["lm_head.kernel"].reason == "a head; a rule quantizes it"
+    assert rows["wte.embedding"].reason == "an embedding; a rule quantizes it"
     text = str(report)
     assert all(row.path in text for row in report.rows)
     assert text.splitlines()[-1].startswith(f"{len(QUANTIZED)} of {len(rows)} in 8 bits, ")
@@ -137,7 +137,48 @@ def test_reasons_name_the_rule():
 def test_report_before_quantizing():
     rows = {row.path: row.reason for row in fp8x.report(nnx.Dict(a=linear(), conv=Net().conv, lm_head=linear())).rows}
     assert rows["a.kernel"] == "no rule or recipe has taken it"
-    assert "nnx.Conv" in rows["conv.kernel"] and "unless a rule names them" in rows["lm_head.kernel"]
+    assert "nnx.Conv" in rows["conv.kernel"] and rows["lm_head.kernel"] == "a head; a rule quantizes it"
+
+
+class Mixture(nnx.Module):
+    """What chooses experts, whose matrices are one parameter."""
+
+    def __init__(self, outputs):
+        self.choose = nnx.Linear(64, outputs, rngs=nnx.Rngs(0))
+        self.up = nnx.Einsum("ecd,edf->ecf", (8, 64, 128), rngs=nnx.Rngs(0))
+
+
+class Tied(nnx.Module):
+    """A language model whose head has a name of its own, and is padded."""
+
+    def __init__(self, outputs=8):
+        self.tok = nnx.Embed(1000, 64, rngs=nnx.Rngs(0))
+        self.layers = nnx.List([Mixture(outputs), Mixture(outputs)])
+        self.final = nnx.LinearGeneral(64, (2, 512), rngs=nnx.Rngs(0))
+
+
+def test_heads_and_routers_are_told_by_their_shapes():
+    model = fp8x.quantize_model(Tied(), CODE)
+    assert set(named_layers(model)) == {"layers.0.up", "layers.1.up"}
+    for again in (model, nnx.clone(model)):  # a copy has no memory of what quantize_model said
+        rows = {row.path: row.reason for row in fp8x.report(again).rows}
+        head = "taken for a head: its 1024 outputs are the vocabulary of tok; a rule quantizes it"
+        assert rows["final.kernel"] == head
+        assert rows["layers.1.choose.kernel"] == "a router: a row for each of 8 experts; a rule quantizes it"
+    layers = named_layers(fp8x.quantize_model(Tied(), CODE, {"final": CODE, r".*\.choose": CODE}))
+    assert {"final", "layers.0.choose"} <= set(layers)
+
+
+def test_what_may_be_a_router_is_named():
+    with pytest.warns(
+        UserWarning, match=r"router .* not known .*layers\.0\.choose \(may be a router or a head: 9 outputs"
+    ):
+        model = fp8x.quantize_model(Tied(9), CODE)
+    (row,) = (row for row in fp8x.report(model).rows if row.path == "layers.1.choose.weight")
+    assert row.doubt == "may be a router or a head: 9 outputs of 64 inputs; if it is, a rule with None keeps it"
+    assert f"{CODE}; {row.doubt}" in str(fp8x.report(model))
+    for rule in (CODE, None):  # who says what it is to be is told nothing
+        fp8x.quantize_model(Tied(9), CODE, {r".*\.choose": rule})
 
 
 def test_a_variable_that_is_held_twice_is_listed_once():
