@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from fp8x.errors import ShapeError
@@ -75,3 +76,18 @@ class ScaledArray:
         for name, value in zip(("data", "scale", "scheme"), (*leaves, scheme)):
             object.__setattr__(array, name, value)
         return array
+
+
+def as_input(x: ArrayLike | ScaledArray, name: str = "x") -> Array | ScaledArray:
+    """What a layer or an op is given as JAX has it: NumPy's arrays and Python's lists too, float64 as float32.
+
+    Raises:
+        ShapeError: something that is no array; `name` is in the message.
+    """
+    if isinstance(x, ScaledArray):
+        return x
+    try:
+        x = jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise ShapeError(f"{name}: a {type(x).__name__} came; use an array ({error})") from None
+    return x.astype(jnp.float32) if x.dtype == jnp.float64 else x

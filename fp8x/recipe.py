@@ -113,7 +113,7 @@ def _codes(out: str) -> dict[str, Recipe]:
     )
 
 
-RECIPES: dict[str, Recipe] = _codes("bf16") | _codes("f16")
+RECIPES: dict[str, Recipe] = _codes("bf16") | _codes("f16") | _codes("f32")
 
 # What Hopper's tensor cores multiply in 8 bits without calibration: float32 scales, for blocks of 128×128 or channels.
 HOPPER: tuple[Recipe, ...] = (RECIPES["fp8_e4m3fn_bf16_block_scale"], RECIPES["e4m3_e4m3_bf16_dynamic"])

@@ -35,7 +35,7 @@ IN_CALIBRATION = ["e4m3_e4m3_{}", "e5m2_e5m2_{}", "fp8_e4m3fn_{}_block_scale_sta
 
 
 class TestCodes:
-    @pytest.mark.parametrize(("out", "dtype"), [("bf16", jnp.bfloat16), ("f16", jnp.float16)])
+    @pytest.mark.parametrize(("out", "dtype"), [("bf16", jnp.bfloat16), ("f16", jnp.float16), ("f32", jnp.float32)])
     @pytest.mark.parametrize("code", CODES)
     def test_scheme_by_scheme(self, code, out, dtype):
         r = fp8x.recipe(code.format(out))
@@ -43,15 +43,15 @@ class TestCodes:
         assert r.out_dtype == dtype and r.observer is None
         assert r.is_static == (CODES[code][2] == "static")
 
-    @pytest.mark.parametrize("out", ["bf16", "f16"])
+    @pytest.mark.parametrize("out", ["bf16", "f16", "f32"])
     @pytest.mark.parametrize("code", IN_CALIBRATION)
     def test_the_same_recipe_in_calibration(self, code, out):
         code = code.format(out)
         assert recipe(f"{code}_max_calibrate") == dataclasses.replace(recipe(code), observer="max")
 
     def test_there_are_no_others(self):
-        codes = {code.format(out) for code in CODES for out in ("bf16", "f16")}
-        codes |= {f"{code.format(out)}_max_calibrate" for code in IN_CALIBRATION for out in ("bf16", "f16")}
+        codes = {code.format(out) for code in CODES for out in ("bf16", "f16", "f32")}
+        codes |= {f"{code.format(out)}_max_calibrate" for code in IN_CALIBRATION for out in ("bf16", "f16", "f32")}
         assert set(RECIPES) == codes and fp8x.RECIPES is RECIPES
 
     @pytest.mark.parametrize(

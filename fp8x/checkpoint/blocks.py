@@ -11,13 +11,17 @@ import fcntl
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from fp8x.checkpoint.journal import Journal
+
 BLOCK = 1 << 20  # a disk's full speed, and little memory; a multiple of any disk's sector
 IN_FLIGHT = 8  # blocks on their way to the disk, before those who fill more have to wait
+SYNC_SECONDS = 0.5  # what a kill costs, and the time of many an fsync, which takes some milliseconds
 O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -69,20 +73,28 @@ class Disk:
 class BlockFile:
     """A file of `size` bytes; `on_disk` is called once all of them are there.
 
+    Arguments:
+        journal: of this file. The blocks that it names stay as they are.
+
     Raises:
         OSError: the disk has no room for it.
     """
 
-    def __init__(self, path: Path, size: int, disk: Disk, on_disk: Callable[[], None]):
-        self._size, self._missing = size, size
+    def __init__(self, path: Path, size: int, disk: Disk, on_disk: Callable[[], None], journal: Journal):
+        self._size, self._journal, self._done = size, journal, journal.blocks
+        self._missing = size - sum(map(self._block_size, self._done))
+        self._unsynced: list[int] = []
+        self._synced = time.monotonic()
         self._disk, self._on_disk = disk, on_disk
         self._blocks: dict[int, _Block] = {}
         self._lock = threading.Lock()
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | (0 if self._done else os.O_TRUNC), 0o666)
         try:
             if hasattr(os, "posix_fallocate") and size:
                 os.posix_fallocate(self._descriptor, 0, size)
             self._set_direct(True)
+            if self._done and not self._missing:
+                self._finish()
         except BaseException:
             self.close()
             raise
@@ -92,19 +104,34 @@ class BlockFile:
         while data.size:
             index, start = divmod(offset, BLOCK)
             length = min(data.size, BLOCK - start)
-            with self._lock:
-                if (block := self._blocks.get(index)) is None:
-                    size = min(BLOCK, self._size - index * BLOCK)
-                    block = self._blocks[index] = _Block(self._disk.buffer(), size)
-            block.buffer[start : start + length] = data[:length]
-            with self._lock:
-                block.missing -= length
-                is_full = block.missing == 0
-                if is_full:
-                    del self._blocks[index]
-            if is_full:
-                self._disk.submit(lambda buffer, index=index: self._flush(index, buffer), block.buffer)
+            if index not in self._done:
+                self._fill(index, start, data[:length])
             data, offset = data[length:], offset + length
+
+    def _fill(self, index: int, start: int, data: np.ndarray) -> None:
+        """Writes a part of a block, and submits the block if it is the last part."""
+        with self._lock:
+            if (block := self._blocks.get(index)) is None:
+                block = self._blocks[index] = _Block(self._disk.buffer(), self._block_size(index))
+        block.buffer[start : start + data.size] = data
+        with self._lock:
+            block.missing -= data.size
+            is_full = block.missing == 0
+            if is_full:
+                del self._blocks[index]
+        if is_full:
+            self._disk.submit(lambda buffer: self._flush(index, buffer), block.buffer)
+
+    def _block_size(self, index: int) -> int:
+        return min(BLOCK, self._size - index * BLOCK)
+
+    def sync(self) -> None:
+        """Waits until all blocks that were written are on disk, and notes them; by one thread at a time."""
+        if self._unsynced:
+            os.fsync(self._descriptor)
+            self._journal.add(self._unsynced)
+            self._unsynced = []
+        self._synced = time.monotonic()
 
     def _set_direct(self, is_direct: bool) -> None:
         flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
@@ -132,13 +159,21 @@ class BlockFile:
                 self._set_direct(False)  # larger sectors than a page
                 continue
             view, offset = view[written:], offset + written
-        self._missing -= min(BLOCK, self._size - index * BLOCK)
+        self._missing -= self._block_size(index)
+        self._unsynced.append(index)
         if self._missing == 0:
-            # The last block was written whole, too.
-            os.ftruncate(self._descriptor, self._size)
-            os.fsync(self._descriptor)
-            self.close()
-            self._on_disk()
+            self._finish()
+        elif time.monotonic() - self._synced >= SYNC_SECONDS:
+            self.sync()
+
+    def _finish(self) -> None:
+        # The last block was written whole, too.
+        os.ftruncate(self._descriptor, self._size)
+        os.fsync(self._descriptor)
+        self._unsynced = []
+        self.close()
+        self._on_disk()
+        self._journal.remove()
 
 
 class _Block:

@@ -44,7 +44,7 @@ class Conversion:
         plan: that it followed.
         bytes_read: of the source's matrices and other tensors, in this run.
         bytes_written: of all tensors of the destination.
-        bytes_resumed: of those, what an earlier run, which was killed, had finished.
+        bytes_resumed: of those, the tensors that an earlier run, which was killed, had finished.
         seconds: it took, without the plan.
     """
 
@@ -105,7 +105,7 @@ def run(
     total = sum(job.bytes for job in jobs)
     unfinished = ResumableWriter(path, specs, identity, max_shard_bytes=max_shard_bytes)
     if unfinished.is_complete:
-        unfinished.tidy()
+        unfinished.complete()
         if progress is not None:
             progress(total, total)
         return Conversion(plan, 0, unfinished.bytes, unfinished.bytes, time.monotonic() - start)

@@ -1,4 +1,4 @@
-"""What everything that writes a directory has to see to: that nothing is there, that errors say where, companions."""
+"""What everything that writes a directory has to see to: that nothing is there, how it gets there, what errors say."""
 
 import contextlib
 import json
@@ -10,21 +10,100 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fp8x.checkpoint.companions import check_companions
-from fp8x.checkpoint.leftovers import leftovers
+from fp8x.checkpoint.leftovers import leftovers, lock
 from fp8x.errors import CheckpointError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
+_DESCRIPTIONS = ("config.json", "fp8x.json")  # without one of which nobody reads a directory
+
+
+def real(path: str | Path) -> Path:
+    """Where a destination lies, by whatever links.
+
+    Raises:
+        CheckpointError: a link to nothing, or a path in a working directory that is gone.
+    """
+    path = Path(path).expanduser()
+    try:
+        found = Path(os.path.realpath(path))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: the working directory is gone; change to one that is there") from None
+    if path.is_symlink() and not os.path.lexists(found):
+        raise CheckpointError(
+            f"{path}: is a link to {found}, which is not there; make that directory, or remove the link"
+        )
+    return found
+
+
 def check_free(path: Path) -> None:
-    """Raises CheckpointError unless nothing is at `path`, or an empty directory that can be replaced."""
-    if path.is_mount():
-        raise CheckpointError(f"{path}: is a mount point, which can't be replaced; name a directory in it")
-    if path.is_dir() and not any(path.iterdir()):
+    """Raises CheckpointError unless nothing is at `path`, or a directory in which nothing is."""
+    if path.is_dir() and not list(entries(path)):
         return
     if os.path.lexists(path):
         what = "is not empty" if path.is_dir() else "is a file"
         raise CheckpointError(f"{path}: exists and {what}; it is left as it is. Remove it, or write elsewhere")
+
+
+def entries(path: Path) -> Iterator[Path]:
+    """What a directory holds, besides what writers have left or are at, and what a file system has in its root."""
+    ours = leftovers(path)
+    return (entry for entry in path.iterdir() if entry not in ours and entry.name != "lost+found")
+
+
+def place(made: Path, path: Path) -> None:
+    """Moves a directory that is complete, and on disk, to where it belongs.
+
+    Raises:
+        CheckpointError: something is there; it stays untouched.
+    """
+    check_free(path)
+    if path.is_dir():
+        fill(made, path)
+        return
+    try:
+        os.rename(made, path)
+    except OSError:
+        check_free(path)  # says more, where another writer came first
+        raise
+    fsync(path.parent)
+
+
+def fill(made: Path, path: Path) -> None:
+    """Moves the contents of one directory into another, which stays what it is: somebody's working directory, a mount
+    point. What makes it a checkpoint comes last; if anything fails all goes back.
+    """
+    moved: list[Path] = []
+    with _held(path):
+        try:
+            for entry in sorted(made.iterdir(), key=lambda entry: (entry.name in _DESCRIPTIONS, entry.name)):
+                if os.path.lexists(path / entry.name):
+                    raise CheckpointError(f"{path / entry.name}: exists; it is left as it is. Write elsewhere")
+                os.rename(entry, path / entry.name)
+                moved.append(entry)
+            fsync(path)
+        except BaseException:
+            for entry in moved:
+                os.rename(path / entry.name, entry)
+            raise
+    made.rmdir()
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Keeps other writers from filling a directory meanwhile, where its file system has locks."""
+    try:
+        descriptor = lock(path)
+    except BlockingIOError:
+        raise CheckpointError(f"{path}: another process is writing it") from None
+    except OSError:
+        descriptor = None
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def check_source(source: Path, path: Path) -> None:
@@ -34,7 +113,7 @@ def check_source(source: Path, path: Path) -> None:
         CheckpointError: one is inside the other, by whatever links and mounts; `source` lies in what a killed run left
             beside `path`, which is cleared; or a tokenizer or the like that is something else (`downloads.py`).
     """
-    path, source = Path(os.path.realpath(path.expanduser())), Path(os.path.realpath(source))
+    path, source = real(path), Path(os.path.realpath(source))
     if _is_within(path, source) or _is_within(source, path):
         where = "lies in" if _is_within(path, source) else "holds"
         where = "is" if _is_within(path, source) and _is_within(source, path) else where

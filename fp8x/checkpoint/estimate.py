@@ -84,8 +84,9 @@ def _writing(destination: Path) -> float:
     """Past the page cache, in the nearest directory that is there; what can't be written is found out later."""
     directory = next(parent for parent in destination.absolute().parents if parent.is_dir())
     block = mmap.mmap(-1, _BLOCK)  # aligned to pages
-    with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=directory, prefix=".fp8x-") as file:
-        descriptor = os.open(file.name, os.O_WRONLY | getattr(os, "O_DIRECT", 0))
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=directory) as file:
+        # By way of /dev/fd: the file has no name, so that nothing is left of it whenever the process is killed.
+        descriptor = os.open(f"/dev/fd/{file.fileno()}", os.O_WRONLY | getattr(os, "O_DIRECT", 0))
         try:
             return _rate(lambda: _write(descriptor, block))
         finally:

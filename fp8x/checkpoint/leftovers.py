@@ -1,7 +1,9 @@
 """What lies beside a destination while it is written, and after the one who wrote it was killed.
 
-Both writers work in a hidden directory beside the destination, which they lock: `Writer` in `.NAME.tmp-XXXXXXXX`, a new
-one each time, `ResumableWriter` in `.NAME.partial`. A lock ends with its process, so what nobody holds nobody needs.
+Both writers work in a hidden directory, which they lock: `Writer` in `.NAME.tmp-XXXXXXXX`, a new one each time,
+`ResumableWriter` in `.NAME.partial`. It lies beside the destination, or in it where that is there already: it may be a
+mount point, and no file goes from one file system to another by a new name. A lock ends with its process, so what
+nobody holds nobody needs.
 """
 
 import contextlib
@@ -16,26 +18,41 @@ from pathlib import Path
 
 def partial(path: Path) -> Path:
     """Where `ResumableWriter` writes what will be `path`."""
-    return path.with_name(f".{path.name}.partial")
+    return _home(path) / _partial_name(path)
+
+
+def partials(path: Path) -> list[Path]:
+    """Everywhere that an earlier `ResumableWriter` of `path` may have written: `path` may have come since."""
+    return [home / _partial_name(path) for home in (path.parent, path)]
 
 
 def temporary(path: Path) -> Path:
     """A new place for `Writer` to write what will be `path`."""
-    return path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+    return _home(path) / f".{path.name}.tmp-{secrets.token_hex(4)}"
+
+
+def _home(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _partial_name(path: Path) -> str:
+    return f".{path.name}.partial"
 
 
 def leftovers(path: Path) -> list[Path]:
-    """What either writer has left beside `path`, or is writing there now."""
+    """What either writer has left beside `path` or in it, or is writing there now."""
     pattern = re.compile(re.escape(f".{path.name}.tmp-") + "[0-9a-f]{8}")
-    try:
-        beside = list(path.parent.iterdir())
-    except OSError:
-        return []
-    return sorted(other for other in beside if other == partial(path) or pattern.fullmatch(other.name))
+    found: list[Path] = []
+    for home in (path.parent, path):
+        with contextlib.suppress(OSError):
+            found += [
+                other for other in home.iterdir() if other.name == _partial_name(path) or pattern.fullmatch(other.name)
+            ]
+    return sorted(found)
 
 
 def sweep(path: Path, *, keep: Path | None = None) -> None:
-    """Removes what killed runs have left beside `path`, all but `keep`, with a warning that names it.
+    """Removes what killed runs have left beside `path` and in it, all but `keep`, with a warning that names it.
 
     What a living process holds stays. So does, with a warning, what can't be locked: nobody knows whether its writer
     lives.

@@ -1,6 +1,6 @@
 """`ResumableWriter`: a checkpoint directory whose every byte has its place before the first is written.
 
-So tensors come in any order, in pieces, from several threads, and what a killed run has finished is known to the next.
+So tensors come in any order, in pieces, from several threads, and what a killed run has written is known to the next.
 """
 
 import contextlib
@@ -16,17 +16,23 @@ from typing import Any
 
 import numpy as np
 
+from fp8x.checkpoint import blocks
 from fp8x.checkpoint.blocks import BlockFile, Disk
 from fp8x.checkpoint.companions import copy_companions
 from fp8x.checkpoint.destination import (
     DEFAULT_SHARD_BYTES,
     check_free,
+    entries,
     explained,
+    fill,
     fsync,
+    place,
+    real,
     write_json,
 )
 from fp8x.checkpoint.header import make_header, nbytes
-from fp8x.checkpoint.leftovers import described, lock, partial, sweep
+from fp8x.checkpoint.journal import Journal
+from fp8x.checkpoint.leftovers import described, lock, partial, partials, sweep
 from fp8x.checkpoint.reader import INDEX, SINGLE
 from fp8x.errors import CheckpointError
 
@@ -44,10 +50,16 @@ class ResumableWriter:
                     writer.write(name, 0, values)
             writer.add_json("config.json", config)
 
-    Files lie in `.NAME.partial` beside the destination. Each gets its final name when its last byte is on disk; the
-    directory gets its own at the end. An exception inside the block removes everything; being killed, or a
-    KeyboardInterrupt, leaves the finished files to the next run with the same `identity`. What other runs have left,
-    of a `Writer` too, is removed with a warning (`leftovers.py`).
+    Files lie in `.NAME.partial` beside the destination, or in it if it is there, empty. Each gets its final name when
+    its last byte is on disk, and all of them their place at the end. An exception inside the block removes everything;
+    being killed, or a KeyboardInterrupt, leaves files to the next run with the same `identity`, and of unfinished ones
+    what is known to be on disk (`journal.py`). What other runs have left, of a `Writer` too, is removed with a warning
+    (`leftovers.py`).
+
+        .NAME.partial/out/       the destination, as it will be; unfinished files end in .tmp
+        .NAME.partial/journal/   of each unfinished file
+        .NAME.partial/plan       what the bytes follow from; a run with another takes nothing over
+        .NAME.partial/finished   all is there, and moves to its place
 
     Arguments:
         path: the directory to make; it may exist if it is empty.
@@ -58,7 +70,7 @@ class ResumableWriter:
     Attributes:
         work: where the files lie until they are all there.
         is_complete: whether a run with the same `identity` has finished `path` and was killed right after: nothing is
-            to be done but to call `tidy`.
+            to be done but to call `complete`.
 
     Raises:
         CheckpointError: `path` exists and is not an empty directory (it stays untouched), can't be written, is being
@@ -66,19 +78,29 @@ class ResumableWriter:
     """
 
     def __init__(self, path: str | Path, specs: Specs, identity: Any, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES):
-        self.path = Path(os.path.realpath(Path(path).expanduser()))
+        self.path = real(path)
+        finished = _find_finished(self.path)
         self.work = partial(self.path)
-        self._out = self.work / "out"
         self._shards = _deal(specs, max_shard_bytes)
         self._shard_of = {name: shard for shard in self._shards for name in shard.offsets}
         self._plan = hashlib.sha256(
             json.dumps([identity, list(specs.items()), max_shard_bytes], default=str).encode()
         ).hexdigest()
         self._lock = threading.Lock()
-        self.is_complete = finished_plan(self.path) == self._plan
-        if not self.is_complete:
+        self.is_complete = finished is not None and finished[1] == self._plan
+        if self.is_complete:
+            self.work = finished[0]
+        else:
             self._remove_empty()
             check_free(self.path)
+
+    @property
+    def _out(self) -> Path:
+        return self.work / "out"
+
+    @property
+    def _journals(self) -> Path:
+        return self.work / "journal"
 
     @property
     def bytes(self) -> int:
@@ -106,12 +128,13 @@ class ResumableWriter:
         try:
             if kind is None:
                 for shard in self._shards:
-                    if shard.is_empty and not shard.is_finished:
+                    if shard.is_filled and not shard.is_finished:
                         with explained(self.path):
                             shard.open(self._out, self._disk)
             self._disk.close()
-            for shard in self._shards:
-                shard.close()
+            with explained(self.path):
+                for shard in self._shards:
+                    shard.close(is_kept=is_kept)
             if kind is None:
                 with explained(self.path):
                     self._disk.check()
@@ -125,8 +148,8 @@ class ResumableWriter:
             self._let_go()
 
     def has(self, name: str) -> bool:
-        """Whether a tensor lies in a file that an earlier run finished."""
-        return self._shard_of[name].is_taken_over
+        """Whether an earlier run has written a tensor."""
+        return self._shard_of[name].has(name)
 
     def write(self, name: str, start: int, values: np.ndarray) -> None:
         """Writes a part of a tensor, `start` bytes from its beginning. Each byte is to be written once; nothing happens
@@ -169,12 +192,13 @@ class ResumableWriter:
 
     def _remove_empty(self) -> None:
         """All that is left of a run that was killed when it had removed everything else."""
-        with contextlib.suppress(OSError):
-            descriptor = lock(self.work)  # else it may be another's, who has just made it
-            try:
-                self.work.rmdir()
-            finally:
-                os.close(descriptor)
+        for left in partials(self.path):
+            with contextlib.suppress(OSError):
+                descriptor = lock(left)  # else it may be another's, who has just made it
+                try:
+                    left.rmdir()
+                finally:
+                    os.close(descriptor)
 
     def _continue(self) -> None:
         """Takes over what a run with the same plan has finished, and removes anything else."""
@@ -186,19 +210,21 @@ class ResumableWriter:
             if self._out.exists():
                 what, is_empty = described(self.work), not any(self._out.iterdir())
                 shutil.rmtree(self._out)
+                shutil.rmtree(self._journals, ignore_errors=True)
+                fsync(self.work)
                 if not is_empty:
                     warnings.warn(
                         f"{self.path}: removed what a run with other arguments had left: {what}", stacklevel=4
                     )
             plan.write_text(self._plan)
+            fsync(plan)
         (self.work / FINISHED).unlink(missing_ok=True)
         self._out.mkdir(exist_ok=True)
-        sizes = {shard.file: shard.size for shard in self._shards}
-        for file in self._out.iterdir():
-            if sizes.get(file.name) != file.stat().st_size:
-                file.unlink()
         for shard in self._shards:
-            shard.is_taken_over = shard.is_finished = (self._out / shard.file).is_file()
+            shard.take_over(self._out, self._journals)
+        ours = {file for shard in self._shards for file in shard.taken_over}
+        for file in set(self._out.iterdir()) - ours:
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
 
     def _without_locks(self, is_ours: bool) -> None:
         """Where nobody knows whether another process is writing."""
@@ -208,10 +234,11 @@ class ResumableWriter:
         warnings.warn(f"{self.path}: {what}; it is taken for the former, and the run goes on there", stacklevel=5)
 
     def _check_space(self) -> None:
-        needed = sum(shard.size for shard in self._shards if not shard.is_finished)
+        taken = sum(512 * file.stat().st_blocks for shard in self._shards for file in shard.taken_over)
+        needed = sum(shard.size for shard in self._shards) - taken
         free = shutil.disk_usage(self._out).free
         if needed > free:
-            if not any(shard.is_finished for shard in self._shards):
+            if not any(shard.taken_over for shard in self._shards):
                 shutil.rmtree(self.work)
             raise CheckpointError(
                 f"{self.path}: needs {needed:,} bytes, but {free:,} are free on its disk; make room, or write elsewhere"
@@ -227,16 +254,30 @@ class ResumableWriter:
             if file.suffix != ".safetensors":
                 fsync(file)
         fsync(self._out)
-        check_free(self.path)
         write_json(self.work / FINISHED, {"plan": self._plan, "files": _files(self._out)})
         fsync(self.work / FINISHED)
         fsync(self.work)
-        os.rename(self._out, self.path)
-        fsync(self.path.parent)
+        place(self._out, self.path)
         self.tidy()
 
+    def complete(self) -> None:
+        """Does what little a run that was killed at its very end has left to do.
+
+        Raises:
+            CheckpointError: another process is at it.
+        """
+        descriptor = self._take()
+        try:
+            with explained(self.path):
+                if self._out.is_dir():
+                    fill(self._out, self.path)
+            self.tidy()
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
     def tidy(self) -> None:
-        """Removes what is left beside a complete destination; what says that it is complete last."""
+        """Removes what is left of the work on a complete destination; what says that it is complete last."""
         with contextlib.suppress(OSError):
             for file in self.work.iterdir():
                 if file.name != FINISHED:
@@ -248,21 +289,30 @@ class ResumableWriter:
 def finished_plan(path: Path) -> str | None:
     """The plan of the run that has made `path` and was killed before it had removed its working directory; else None.
 
-    Files keep their number, size and time when the directory that they lie in is renamed, so no other directory of that
-    name is taken for the one that the run has made.
+    Files keep their number, size and time when they, or the directory that they lie in, are renamed, so no others of
+    these names are taken for those that the run has made.
     """
-    path = Path(os.path.realpath(path.expanduser()))
-    try:
-        found = json.loads((partial(path) / FINISHED).read_text())
-        return found["plan"] if found["files"] == _files(path) else None
-    except (OSError, ValueError, KeyError, TypeError):  # none, or half of one
-        return None
+    found = _find_finished(real(path))
+    return found and found[1]
+
+
+def _find_finished(path: Path) -> tuple[Path, str] | None:
+    """The working directory of such a run, and its plan. Some files may still lie there."""
+    for work in partials(path):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or half of one
+            found, out = json.loads((work / FINISHED).read_text()), work / "out"
+            if found["files"] == _files(path) | (_files(out) if out.is_dir() else {}):
+                return work, found["plan"]
+    return None
 
 
 def _files(directory: Path) -> dict[str, list[int]]:
     """What tells the files of a directory from others of their names."""
-    found = {file.name: file.lstat() for file in directory.iterdir()}
-    return {name: [stat.st_ino, stat.st_size, stat.st_mtime_ns] for name, stat in sorted(found.items())}
+    found = {}
+    for entry in entries(directory):
+        stat = entry.lstat()
+        found[entry.name] = [stat.st_ino, *([] if entry.is_dir() else [stat.st_size, stat.st_mtime_ns])]
+    return found
 
 
 class _Shard:
@@ -273,7 +323,8 @@ class _Shard:
         offsets: where each tensor begins in the file.
         start: where the first does: after the header.
         size: of the file.
-        is_finished: whether it has its name; is_taken_over: from an earlier run.
+        is_finished: whether it has its name; was_finished: from an earlier run.
+        taken_over: the file that an earlier run has left, finished or not; empty without one.
     """
 
     def __init__(self, file: str, specs: Specs):
@@ -281,27 +332,53 @@ class _Shard:
         self._header, self.offsets = make_header(specs)
         self.start = len(self._header)
         self.size = self.start + sum(nbytes(*spec) for spec in specs.values())
-        self.is_empty = self.size == self.start
-        self.is_finished = self.is_taken_over = False
+        self.is_finished = self.was_finished = False
+        self.taken_over: list[Path] = []
+        self._ends = {name: self.offsets[name] + nbytes(*spec) for name, spec in specs.items()}
+        self._journal: Journal | None = None  # of the unfinished file
         self._open: BlockFile | None = None
+
+    def take_over(self, directory: Path, journals: Path) -> None:
+        """Looks what an earlier run with the same plan has left."""
+        finished, unfinished = directory / self.file, self._unfinished(directory)
+        self.is_finished = self.was_finished = finished.is_file() and finished.stat().st_size == self.size
+        self._journal = Journal(journals / self.file, unfinished, blocks.BLOCK, self.size)
+        self.taken_over = [finished] if self.is_finished else [unfinished] if self._journal.blocks else []
+
+    def has(self, name: str) -> bool:
+        """Whether an earlier run has written a tensor."""
+        if not self.taken_over:
+            return False
+        needed = range(self.offsets[name] // blocks.BLOCK, -(-self._ends[name] // blocks.BLOCK))
+        return self.was_finished or self._journal.blocks.issuperset(needed)
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether no tensor is missing, so that nobody will write one."""
+        return self.size == self.start or all(map(self.has, self.offsets))
 
     def open(self, directory: Path, disk: Disk) -> BlockFile:
         """The unfinished file, which is made when it is first asked for."""
         if self._open is None:
-            unfinished = directory / f"{self.file}.tmp"
+            unfinished = self._unfinished(directory)
 
             def finish() -> None:
                 os.rename(unfinished, directory / self.file)
                 fsync(directory)
                 self.is_finished = True
 
-            self._open = BlockFile(unfinished, self.size, disk, finish)
+            self._open = BlockFile(unfinished, self.size, disk, finish, self._journal)
             self._open.write(0, np.frombuffer(self._header, np.uint8))
         return self._open
 
-    def close(self) -> None:
+    def close(self, *, is_kept: bool) -> None:
         if self._open is not None:
+            if is_kept:
+                self._open.sync()
             self._open.close()
+
+    def _unfinished(self, directory: Path) -> Path:
+        return directory / f"{self.file}.tmp"
 
 
 def _deal(specs: Specs, max_bytes: int) -> list[_Shard]:

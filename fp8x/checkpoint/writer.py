@@ -14,6 +14,8 @@ from fp8x.checkpoint.destination import (
     check_free,
     explained,
     fsync,
+    place,
+    real,
     write_json,
 )
 from fp8x.checkpoint.header import DTYPE_NAMES, make_header
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Writer:
-    """Writes a checkpoint directory, atomically: into a temporary sibling, which is renamed when everything is on disk.
+    """Writes a checkpoint directory, completely or not at all: files lie elsewhere until everything is on disk.
 
         with Writer(path) as writer:
             writer.add("model.norm.weight", scale)
@@ -52,7 +54,7 @@ class Writer:
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         progress: Callable[[int], None] | None = None,
     ):
-        self.path = Path(os.path.realpath(Path(path).expanduser()))
+        self.path = real(path)
         if max_shard_bytes < 1:
             raise CheckpointError(f"max_shard_bytes: {max_shard_bytes} does not fit; use a positive number of bytes")
         check_free(self.path)
@@ -130,17 +132,11 @@ class Writer:
             self.add_json(INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
         for file in [*self._temporary.iterdir(), self._temporary]:
             fsync(file)
-        check_free(self.path)
-        try:
-            os.rename(self._temporary, self.path)
-        except OSError:
-            check_free(self.path)  # says more, where another writer came first
-            raise
-        fsync(self.path.parent)
+        place(self._temporary, self.path)
 
 
 def _make_temporary(path: Path) -> tuple[Path, int | None]:
-    """A hidden sibling of `path`, and the descriptor of a lock on it that lasts as long as this process."""
+    """A hidden directory, and the descriptor of a lock on it that lasts as long as this process."""
     while True:
         directory = temporary(path)
         directory.mkdir()

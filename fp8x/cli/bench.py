@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fp8x import interrupt
 from fp8x.cli import options, terminal
 
 if TYPE_CHECKING:
@@ -140,7 +141,8 @@ def _tune(cases: Cases, most: int, path: Path | None, as_json: bool) -> None:
                 trials = ranked([*trials, trial])
                 update(len(trials), None)
                 if trials[0].seconds is not None:  # at once: the next one may hang
-                    tuning.write(path, kind, [entry(shape, recipe, trials[0])])
+                    with interrupt.shielded():
+                        tuning.write(path, kind, [entry(shape, recipe, trials[0])])
         results.append({"recipe": code, **dataclasses.asdict(shape), "trials": list(map(dataclasses.asdict, trials))})
     if as_json:
         return terminal.show_json({"device": kind, "table": path, "results": results})

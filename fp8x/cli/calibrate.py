@@ -1,13 +1,15 @@
 """`fp8x calibrate`, and the calibration that `quantize` and `eval` do with it."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fp8x import interrupt
 from fp8x.cli import options, terminal
-from fp8x.cli.loading import load, load_tokenizer
+from fp8x.cli.loading import load, load_tokenizer, set_context
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +26,7 @@ def calibrate(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the scales to this JSON file.")] = None,
     num_samples: options.NumSamples = options.NUM_SAMPLES,
     max_length: options.MaxLength = None,
+    context: options.Context = None,
     batch_size: options.BatchSize = options.BATCH_SIZE,
     seed: options.Seed = 0,
     method: options.MethodName = options.METHOD,
@@ -55,15 +58,17 @@ def calibrate(
     check_method(method, percentile)
     devices = options.parse_mesh(mesh)
     calibration = options.Calibration(
-        data, num_samples, max_length, batch_size, seed, method, percentile, devices, kv_cache
+        data, num_samples, max_length, batch_size, seed, method, percentile, devices, kv_cache, context=context
     )
     rows = read_rows(source, calibration)
     is_split = devices is not None and any(devices.shape.get(axis, 1) > 1 for axis in ("tensor", "expert"))
     model = load(source, chosen, rules, mesh=devices if is_split else None)
+    set_context(model, source, context)
     report = run(model, rows, calibration)
     result = sidecar(report, recipe, calibration, rows)
     if output is not None:
-        result.write(output)
+        with interrupt.shielded():
+            result.write(output)
     warn_undersampled(report, min_tokens)
     if as_json:
         return terminal.show_json(result.to_json())
@@ -82,11 +87,12 @@ def read_rows(source: Path, calibration: options.Calibration) -> "np.ndarray":
     from fp8x.errors import DataError
     from fp8x.models import DecoderConfig
     from fp8x.models.evaluate import default_context, first_token
+    from fp8x.models.inputs import check_context
 
     config = DecoderConfig.from_hf(Reader(source).config)
-    limit = config.hf.get("max_position_embeddings")
-    if isinstance(limit, int) and (calibration.max_length or 0) > limit:
-        raise DataError(f"--max-length: {calibration.max_length} is over the model's {limit} positions")
+    if calibration.context is not None:
+        config = dataclasses.replace(config, context=calibration.context)
+    check_context("--max-length", calibration.max_length or 1, config.context)
     texts = read_texts(calibration.data, report=terminal.warn)
     rows = pack(
         texts,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fp8x.cli import calibrate, options, terminal
-from fp8x.cli.loading import load, load_tokenizer
+from fp8x.cli.loading import load, load_tokenizer, set_context
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -44,7 +44,11 @@ def evaluate(
     percentile: options.Percentile = options.PERCENTILE,
     context: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Tokens in a window; by default the model's context, 2048 at most."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tokens in a window, and that the models may read; by default what all were made for, 2048 at most.",
+        ),
     ] = None,
     batch_size: options.BatchSize = options.BATCH_SIZE,
     seed: options.Seed = 0,
@@ -66,12 +70,16 @@ def evaluate(
 
     from fp8x.calibrate.data import read_texts
     from fp8x.calibrate.methods import check_method
+    from fp8x.checkpoint import Reader
+    from fp8x.models import DecoderConfig
     from fp8x.models import evaluate as rule
 
     recipes, devices = _recipes(recipe or [], calibration_data), options.parse_mesh(mesh)
     kinds = _kv_caches(kv_cache or [], calibration_data)
     texts = read_texts(data, report=terminal.warn)
     tokenizers = _check_checkpoints(checkpoints, recipes)
+    # All read the same windows.
+    window = context or min(rule.default_context(DecoderConfig.from_hf(Reader(path).config)) for path in checkpoints)
     calibration = rows = None
     if any(map(options.needs_calibration, recipes.values())) or set(kinds) - {TOKEN}:
         check_method(method, percentile)
@@ -81,7 +89,6 @@ def evaluate(
         rows = calibrate.read_rows(checkpoints[0], calibration)
 
     def measure(path: Path, code: str | None, kind: str | None) -> dict[str, Any]:
-        nonlocal context
         model = load(path, recipes.get(code), mesh=devices)
         if options.needs_calibration(recipes.get(code)):
             calibrate.run(model, rows, calibration)
@@ -89,16 +96,16 @@ def evaluate(
             model.set_kv_cache("e4m3")
         elif kind is not None:
             calibrate.run(model, rows, dataclasses.replace(calibration, kv_cache=kind, kv_cache_only=True))
-        context = context or rule.default_context(model.config)  # of the first, for all
+        set_context(model, path, context)
         with terminal.progress(f"evaluating {code or path.name}") as update:
             found = rule.evaluate(
-                model, tokenizers[path], texts, context=context, batch_size=batch_size, progress=update
+                model, tokenizers[path], texts, context=window, batch_size=batch_size, progress=update
             )
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
         texts_at_once = 1 if devices is None else devices.shape.get("data", 1)
-        cache = jax.eval_shape(lambda: model.init_cache(texts_at_once, context).layers)
+        cache = jax.eval_shape(lambda: model.init_cache(texts_at_once, window).layers)
         nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-        per_token = nbytes / context / texts_at_once
+        per_token = nbytes / window / texts_at_once
         row = {"checkpoint": str(path), "recipe": code, "kv_cache": kind, **dataclasses.asdict(found)}
         return row | {"model_bytes": size, "cache_bytes_per_token": per_token}
 
@@ -112,7 +119,7 @@ def evaluate(
         result["delta_percent"] = 100 * (result["bits_per_byte"] / baseline["bits_per_byte"] - 1)
         results.append(result)
     if as_json:
-        return terminal.show_json({"data": data.name, "context": context, "results": results})
+        return terminal.show_json({"data": data.name, "context": window, "results": results})
     _show(results, data, markdown)
 
 

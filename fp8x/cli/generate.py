@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fp8x.cli import options, terminal
-from fp8x.cli.loading import load, load_tokenizer
+from fp8x.cli.loading import load, load_tokenizer, set_context
 from fp8x.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def generate(
     cache_dtype: Annotated[
         str | None, typer.Option(metavar="TYPE", help="Keys and values in 8 bits: e4m3 or e5m2; or in bf16, f16, f32.")
     ] = None,
+    context: options.Context = None,
     mesh: options.MeshText = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -65,6 +66,10 @@ def generate(
     $ fp8x generate MODEL-fp8 "def add(" "def sub(" --stop "def " --json\n
     $ fp8x generate MODEL-fp8 "A function that" --mesh tensor=4,expert=2
     """
+    from fp8x.checkpoint import Reader
+    from fp8x.models import DecoderConfig, stream
+    from fp8x.models.inputs import check_length
+
     for name, text in (("prompt", "".join(prompts)), ("--stop", "".join(stop or [])), ("--system", system or "")):
         if text != text.encode(errors="replace").decode():
             raise DataError(f"{name}: it is not UTF-8")
@@ -73,13 +78,15 @@ def generate(
     devices = options.parse_mesh(mesh)
     tokenizer = load_tokenizer(checkpoint)
     ids = [_encode(checkpoint, tokenizer, prompt, system, chat) for prompt in prompts]
-    model = load(checkpoint, mesh=devices)
-    if (largest := max(map(max, ids))) >= model.config.vocab_size:
+    # Before the model is loaded, which may take minutes.
+    config = DecoderConfig.from_hf(Reader(checkpoint).config)
+    if (largest := max(map(max, ids))) >= config.vocab_size:
         raise DataError(
-            f"{checkpoint}/tokenizer.json: gives id {largest}, beyond the model's vocab_size {model.config.vocab_size}"
+            f"{checkpoint}/tokenizer.json: gives id {largest}, beyond the model's vocab_size {config.vocab_size}"
         )
-    from fp8x.models import stream
-
+    check_length(max(map(len, ids)), max_new_tokens, context or config.context)
+    model = load(checkpoint, mesh=devices)
+    set_context(model, checkpoint, context)
     ends = _ends(checkpoint, model)
     start = time.monotonic()
     columns = stream(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fp8x import interrupt
 from fp8x.cli import options, terminal
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def inspect(
         from fp8x.cli import plots
 
         title = f"{checkpoint.absolute().name}, {recipe or found.format or 'not quantized'}"
-        plots.draw(found.rows, title, plot)
+        with interrupt.shielded():
+            plots.draw(found.rows, title, plot)
     for row in found.rows:
         if row.nonfinite:
             terminal.warn(f"{row.name}: {row.nonfinite:,} of {row.size:,} values are NaN or Inf")

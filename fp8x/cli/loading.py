@@ -29,6 +29,18 @@ def load(
         return fp8x.load(path, recipe, mesh, rules=rules, allow_nonfinite=allow_nonfinite, progress=update)
 
 
+def set_context(model: "Decoder", path: Path, context: int | None) -> None:
+    """What `--context` says: a warning where it is more than the model was made for. None leaves the model as it is."""
+    if context is None:
+        return
+    limit = model.config.context
+    if limit is not None and context > limit:
+        terminal.warn(
+            f"--context {context}: {path.name} was made for {limit} tokens; what comes behind may be worthless"
+        )
+    model.set_context(context)
+
+
 def load_tokenizer(path: Path) -> "Tokenizer":
     """The tokenizer of a checkpoint directory.
 

@@ -20,7 +20,8 @@ Rule = Annotated[
     typer.Option(
         "--rule",
         metavar="REGEX=CODE",
-        help="Another recipe, or `none`, for modules whose whole path or name in SRC matches. Repeatable: the first wins.",
+        help="Another recipe, or `none`, where a module's whole path or name in SRC matches. Repeatable: the "
+        "first match wins.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
@@ -28,6 +29,10 @@ Seed = Annotated[int, typer.Option(metavar="N", help="Draws the order of the doc
 NumSamples = Annotated[int, typer.Option(min=1, metavar="N", help="Rows of tokens to calibrate on.")]
 MaxLength = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Tokens a row; by default the model's context, 2048 at most.")
+]
+Context = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Tokens that the model may read; by default what its config.json says."),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Rows at a time.")]
 MinTokens = Annotated[int, typer.Option(min=0, metavar="N", help="Name the experts that saw fewer tokens.")]
@@ -147,3 +152,4 @@ class Calibration:
     mesh: "Mesh | None" = None
     kv_cache: str | None = None
     kv_cache_only: bool = False
+    context: int | None = None

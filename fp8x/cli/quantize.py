@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fp8x import interrupt
 from fp8x.cli import calibrate, options, plans, terminal
-from fp8x.cli.loading import load
+from fp8x.cli.loading import load, set_context
 
 if TYPE_CHECKING:
     from fp8x.calibrate import Sidecar
@@ -64,6 +65,7 @@ def quantize(
     ] = False,
     num_samples: options.NumSamples = options.NUM_SAMPLES,
     max_length: options.MaxLength = None,
+    context: options.Context = None,
     batch_size: options.BatchSize = options.BATCH_SIZE,
     seed: options.Seed = 0,
     min_tokens: options.MinTokens = options.MIN_TOKENS,
@@ -81,13 +83,13 @@ def quantize(
 
     Towers, projectors, heads, routers and embeddings stay in 16 bits, and so does, where SRC is in 8 bits, what it has
     in 16; --rule overrides that. No model is built, except to calibrate it: memory stays below half a gigabyte. Where
-    something fails nothing is left of DST, and a DST that is there already is left alone. If it is killed, the same
-    command goes on where it was.
+    something fails nothing is left of DST, and a DST that holds anything is left alone. If it is killed as it writes,
+    the same command goes on with the tensors that are not on disk.
 
     From 8 bits to others the added error is measured. Scales from --calibrate are in DST/calibration.json too.
     """
     from fp8x.calibrate import sidecar
-    from fp8x.checkpoint.destination import check_free, check_source
+    from fp8x.checkpoint.destination import check_free, check_source, real
     from fp8x.checkpoint.resumable import finished_plan
 
     start = time.monotonic()
@@ -95,7 +97,7 @@ def quantize(
     rules = options.parse_rules(rule)
     check_source(source, destination)
     if finished_plan(destination) is None:  # else `convert` finds out whether this command has finished it
-        check_free(destination)
+        check_free(real(destination))
     given = None if calibration is None else sidecar.read(calibration)
     kv_scales = _kv_scales(kv_cache, data, given)
 
@@ -123,10 +125,14 @@ def quantize(
         # Scales that the source has are kept, unless a recipe asks for others.
         only = chosen is None
         arguments = options.Calibration(
-            data, num_samples, max_length, batch_size, seed, kv_cache=kv_cache, kv_cache_only=only
+            *(data, num_samples, max_length, batch_size, seed),
+            kv_cache=kv_cache,
+            kv_cache_only=only,
+            context=context,
         )
         samples = calibrate.read_rows(source, arguments)
         model = load(source, chosen, rules, allow_nonfinite)
+        set_context(model, source, context)
         report = calibrate.run(model, samples, arguments)
         calibrate.warn_undersampled(report, min_tokens)
         found = calibrate.sidecar(report, recipe or "none", arguments, samples)
@@ -138,7 +144,8 @@ def quantize(
     if verify or (planned.source_format is not None and (recipe is not None or requantize)):
         from fp8x.checkpoint.inspect import inspect
 
-        with terminal.progress("reading back", unit="bytes") as update:
+        advice = f"{destination} is complete"
+        with interrupt.advice(advice), terminal.progress("reading back", unit="bytes") as update:
             rows = inspect(destination, reference=source, progress=update).rows
     summary = {
         "recipe": recipe,
@@ -163,13 +170,14 @@ def quantize(
 
 def _convert(plan: "Plan", destination: Path, beside: dict[str, Any] | None) -> "Conversion":
     import fp8x
+    from fp8x.checkpoint.destination import real
+    from fp8x.checkpoint.leftovers import partial
 
-    try:
-        with terminal.progress(f"writing {destination.name}", unit="bytes") as update:
-            return fp8x.convert(plan, destination, beside=beside, progress=update)
-    except KeyboardInterrupt:
-        terminal.warn(f"interrupted; the same command goes on where it was, or remove .{destination.name}.partial")
-        raise
+    path = real(destination)
+    kept = "the tensors on disk are kept, and the same command goes on with the others"
+    advice = f"{kept}. If it is not to, remove {partial(path)}"
+    with interrupt.advice(advice), terminal.progress(f"writing {path.name}", unit="bytes") as update:
+        return fp8x.convert(plan, destination, beside=beside, progress=update)
 
 
 def _kv_scales(kind: str | None, data: Path | None, given: "Sidecar | None") -> "KVScales | None":

@@ -36,7 +36,8 @@ def command(function: Callable) -> Callable:
             with _warnings_as_lines():
                 return function(*args, **kwargs)
         except (Fp8xError, *_PATH_ERRORS) as error:
-            _say("error", error, "red")
+            is_lost = isinstance(error, FileNotFoundError) and error.filename is None  # what os.getcwd raises
+            _say("error", "the working directory is gone; change to one that is there" if is_lost else error, "red")
             raise typer.Exit(2) from None
 
     return guarded

@@ -38,7 +38,8 @@ class DecoderConfig:
         full_layers: indices of the layers without that window.
         eos_token_id: the tokens that end a text; may be empty.
         skipped_layers: layers behind the last, for multi-token prediction, which are not loaded.
-        context: how many tokens it was trained to read; None where config.json is silent.
+        context: how many tokens it reads at most: `max_position_embeddings`, stretched as `rope` says. None: no limit,
+            as where config.json is silent. A sliding window is none: it ends what one token sees, not the text.
         dtype: name of the parameters' type.
         hf: the raw `config.json`; takes no part in comparison.
 

@@ -37,7 +37,8 @@ def convert(
     what `fp8x.load(src, recipe)` makes of them, byte by byte. From 8 bits to other 8 bits they go through float32;
     `fp8x.checkpoint.inspect.inspect(dst, reference=src)` measures what that adds.
 
-    A conversion that is killed goes on where it was when the same call is made again, and ends with the same bytes.
+    After a conversion was killed the same call goes on with the tensors that are not on disk, within a file too, and
+    ends with the same bytes.
 
     Arguments:
         src: a directory with config.json and safetensors files, quantized or not; or what `fp8x.plan` has made of one,

@@ -1,5 +1,6 @@
 """The one decoder of all families: its module tree and numbers follow transformers."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -13,10 +14,11 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Float32, Int
 
 from fp8x.array import ScaledArray
-from fp8x.errors import RecipeError
+from fp8x.errors import ConfigError, RecipeError
 from fp8x.models.attention import Attention, RMSNorm, causal_mask
 from fp8x.models.config import DecoderConfig
 from fp8x.models.hf_names import flat, linear_names, rule_names
+from fp8x.models.inputs import check_context, check_room
 from fp8x.models.kv_cache import Cache, KeyValues
 from fp8x.models.kv_quantizer import KVQuantizer, KVQuantizers, as_scheme, make_quantizers
 from fp8x.models.latent import LatentAttention
@@ -124,8 +126,10 @@ class Decoder(nnx.Module):
         """Logits after each token of `ids`; a token id outside the vocabulary gives NaN.
 
         Raises:
+            DataError: more tokens than the model's context (`set_context`).
             MeshError: a batch that the devices along the axis `data` can't share evenly.
         """
+        check_context("ids", ids.shape[1], self.config.context)
         if self.placement is not None:
             check_batch(self.placement, ids.shape[0], "ids")
             rows = batch_spec(self.placement)
@@ -137,6 +141,22 @@ class Decoder(nnx.Module):
         """How rules of `fp8x.quantize_model` may call its layers, by path: by the names of their matrices."""
         modules = {path: [prefix for _, prefix in flat(names)] for path, names in linear_names(self.config).items()}
         return rule_names(modules | {"embed_tokens": ["model.embed_tokens"]})
+
+    def set_context(self, tokens: int | None) -> None:
+        """Says how many tokens the model may read, whatever it was made for: more are an error everywhere.
+
+        By default `config.context`: `max_position_embeddings`, stretched as config.json says. Beyond it positions come
+        that the model has not learned, and what it predicts there may be worth nothing.
+
+        Arguments:
+            tokens: how many; None for no limit.
+
+        Raises:
+            ConfigError: no positive integer.
+        """
+        if tokens is not None and (not isinstance(tokens, int | np.integer) or tokens < 1):
+            raise ConfigError(f"tokens: {tokens!r} does not fit; use a positive integer, or None for no limit")
+        self.config = dataclasses.replace(self.config, context=None if tokens is None else int(tokens))
 
     @property
     def kv_cache(self) -> Scheme | None:
@@ -207,8 +227,14 @@ class Decoder(nnx.Module):
 
         Raises:
             CalibrationError: a scheme whose scales hold for all tokens, and the model has none.
+            DataError: a capacity beyond the model's context (`set_context`).
             RecipeError: a type or scheme that does not fit keys and values.
         """
+        check_context("capacity", capacity, self.config.context)
+        return self.empty_cache(batch, capacity, dtype)
+
+    def empty_cache(self, batch: int, capacity: int, dtype: Scheme | str | DTypeLike | None) -> Cache:
+        """`init_cache` of any capacity: for whole chunks of prompts, which may end beyond the context."""
         sharding = None
         if self.placement is not None:
             check_batch(self.placement, batch, "batch")
@@ -237,14 +263,21 @@ class Decoder(nnx.Module):
     def extend(
         self, ids: Int[Array, "b t"], cache: Cache, lengths: Int[Array, " b"] | None = None
     ) -> tuple[Float[Array, "b t hidden"], Cache]:
-        """Reads `ids` after what `cache` holds. The caller sees to the capacity: writes beyond it are misplaced.
+        """Reads `ids` after what `cache` holds.
+
+        Inside a compiled function, where nobody knows how much that is, the caller sees to the capacity: writes beyond
+        it are misplaced.
 
         Arguments:
             lengths: how many ids of each text count, from the first; by default all. What is given behind them is read
                 too, but what is read next takes its place, and nothing that counts sees it.
 
         Returns the final hidden states, of which `logits` makes logits, and the longer cache.
+
+        Raises:
+            DataError: more tokens than the cache has room for, or a cache of another number of texts.
         """
+        check_room(ids, cache)
         if self.placement is not None:
             rows = batch_spec(self.placement)
             before = self.cache_specs(jnp.ndim(cache.length))

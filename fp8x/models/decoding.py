@@ -106,7 +106,7 @@ class Prefill:
             picked = jnp.take_along_axis(hidden, jnp.clip(place, 0, self.chunk - 1)[:, None, None], axis=1)[:, 0]
             return cache, jnp.where(is_here[:, None], picked, final)
 
-        cache = model.init_cache(batch, width + self.max_new_tokens, self.cache_dtype)
+        cache = model.empty_cache(batch, width + self.max_new_tokens, self.cache_dtype)
         final = jnp.zeros((batch, model.config.hidden_size), model.embed_tokens.embedding.dtype)
         cache, final = jax.lax.fori_loop(0, width // self.chunk, read, (cache, final))
         # What was read behind the end of a prompt, the next tokens overwrite.

@@ -16,6 +16,7 @@ from fp8x.calibrate.data import tokenize
 from fp8x.errors import ConfigError, DataError
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
+from fp8x.models.inputs import check_context
 from fp8x.nn.walk import check_calibrated
 from fp8x.sharding.run import batch_spec, call, fill_batch
 
@@ -61,18 +62,19 @@ def evaluate(
         model: the decoder.
         tokenizer: its tokenizer.
         texts: the documents. Empty ones are passed over.
-        context: tokens in a window; by default what the model was made for, 2048 at most.
+        context: tokens in a window; by default the model's context, 2048 at most.
         batch_size: windows at a time. One shape is compiled, whatever the documents' lengths.
         bos_id: what stands before a document; by default the config's `bos_token_id`, or else `eos_token_id`.
         progress: called with the windows done and the windows in all.
 
     Raises:
-        DataError: nothing to predict; a document that is token ids; or ids beyond the vocabulary, which come from
-            another model's tokenizer.
+        DataError: nothing to predict; windows beyond the model's context (`Decoder.set_context`); a document that is
+            token ids; or ids beyond the vocabulary, which come from another model's tokenizer.
         ConfigError: the config names no token to begin with, and none is given.
         CalibrationError: a layer's static activation scale is missing, or the layer is in calibration.
     """
     context = default_context(model.config) if context is None else context
+    check_context("context", context, model.config.context)
     bos_id = first_token(model.config) if bos_id is None else bos_id
     if context < 1 or batch_size < 1:
         raise DataError(f"context {context} and batch_size {batch_size} do not fit; both have to be positive")
@@ -96,9 +98,8 @@ def evaluate(
 
 
 def default_context(config: DecoderConfig) -> int:
-    """The tokens that a decoder was made to read at once, 2048 at most."""
-    limit = config.hf.get("max_position_embeddings")
-    return min(limit, DEFAULT_CONTEXT) if isinstance(limit, int) and limit > 0 else DEFAULT_CONTEXT
+    """The tokens that a decoder may read at once, 2048 at most."""
+    return DEFAULT_CONTEXT if config.context is None else min(config.context, DEFAULT_CONTEXT)
 
 
 def first_token(config: DecoderConfig) -> int:

@@ -65,12 +65,9 @@ def generate(
             prompts of as many chunks share a compilation.
         cache_dtype: what the cache holds, as `Decoder.init_cache` takes it: "e4m3" for 8 bits.
 
-    Warns:
-        UserWarning: texts may become longer than the model was trained to read.
-
     Raises:
-        DataError: an empty prompt, token ids outside the vocabulary, an option out of range, or a tokenizer whose
-            tokens have no bytes of their own.
+        DataError: texts that may become longer than the model's context (`Decoder.set_context`), an empty prompt, token
+            ids outside the vocabulary, an option out of range, or a tokenizer whose tokens have no bytes of their own.
         CalibrationError: a layer's static activation scale is missing, or the cache's, or the layer is in calibration.
         MeshError: a number of prompts that the devices along the axis `data` can't share evenly.
         RecipeError: a `cache_dtype` that does not fit keys and values.
@@ -122,7 +119,7 @@ def stream(
     Ends when all texts have ended; those that end before others give the first of `eos_id`, or 0. The prefill and a
     step are compiled, each as often as `generate`.
 
-    Arguments, warnings and errors are those of `generate`; they come with the call, before the first token.
+    Arguments and errors are those of `generate`; they come with the call, before the first token.
 
     Raises:
         MeshError: also for a model on devices of several processes.

@@ -28,7 +28,6 @@ from fp8x.array import ScaledArray
 from fp8x.errors import CalibrationError, RecipeError, ShapeError
 from fp8x.models.config import DecoderConfig
 from fp8x.nn.calibrated import Calibrated, InputScale
-from fp8x.ops.groups import concrete
 from fp8x.recipe import OUT_DTYPES
 from fp8x.scheme import ELEMENTS, KV_HEAD, KV_TENSOR, Scheme, is_kv_static, per_row
 
@@ -89,8 +88,7 @@ class KVQuantizer(Calibrated):
 
     def scale_of(self, shape: tuple[int, ...]) -> Float[Array, "b 1 heads 1"]:
         """The static scale, as an array of `shape` `[B, S, heads, dim]` has it."""
-        values = concrete(self.input_scale[...])
-        if values is not None and np.isnan(values).any():
+        if self.input_scale.is_missing:
             raise CalibrationError(
                 "kv_cache: its scales are missing; run fp8x.calibrate(model, batches, kv_cache=True), or store one a "
                 "token: model.set_kv_cache('e4m3')"

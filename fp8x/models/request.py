@@ -14,6 +14,7 @@ from jaxtyping import Int, Int32, UInt32
 from fp8x.errors import DataError
 from fp8x.models.decoder import Decoder
 from fp8x.models.decoding import Controls, Prefill, Step
+from fp8x.models.inputs import check_length
 from fp8x.models.kv_quantizer import as_scheme
 from fp8x.models.sampling import Sampling
 from fp8x.models.stop import Stops
@@ -77,17 +78,11 @@ def make_request(
     sampling, top_k = _read_sampling(temperature, top_k, top_p, min_p, seed, batch, vocab_size)
     ends = _check_ids("eos_id", () if eos_id is None else eos_id, vocab_size).reshape(-1)
     stops = _read_stops(stop_strings, tokenizer, vocab_size)
+    check_length(longest, max_new_tokens, model.config.context)
     check_calibrated(model)
     if cache_dtype is not None:
         cache_dtype = as_scheme(cache_dtype, model.kv_cache, "cache_dtype")
     model.init_cache(0, 0, cache_dtype)  # raises where scales are missing, which a compiled function can't see
-    limit = model.config.context
-    if limit is not None and longest + max_new_tokens > limit:
-        warnings.warn(
-            f"max_new_tokens: {max_new_tokens} after a prompt of {longest} tokens are {longest + max_new_tokens}, but "
-            f"the model was trained to read {limit} (max_position_embeddings)",
-            stacklevel=3,
-        )
     chunk = longest if prefill_chunk is None else prefill_chunk
     prompt = np.pad(prompt, ((0, 0), (0, -longest % chunk)))
     if (lengths == longest).all():

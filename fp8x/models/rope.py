@@ -73,6 +73,16 @@ class Rope:
             return (found / factor * (1 - kept) + found * kept).astype(np.float32)
         return found
 
+    def context(self, positions: int | None) -> int | None:
+        """How many tokens a model reads whose `max_position_embeddings` are `positions`; None: no limit.
+
+        As vLLM has it (`_get_and_verify_max_len`): "linear" stretches that number, "llama3" and no stretching leave it.
+        YaRN stretches `original`; some configs state the result, others what was before, so the larger one holds.
+        """
+        if self.kind == "yarn":
+            return max(positions or 0, int(self.original * self.factor))
+        return int(positions * self.factor) if positions is not None and self.kind == "linear" else positions
+
     def _ramp(self) -> Float32[np.ndarray, " dim/2"]:
         """How far each frequency is interpolated: 0 for the quick ones, 1 for the slow ones."""
         bounds = [

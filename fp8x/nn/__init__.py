@@ -12,6 +12,7 @@ from fp8x.nn.registry import register
 from fp8x.nn.report import Report, report
 from fp8x.nn.training import QuantizationAware, finish_training
 from fp8x.nn.unquantized import GatedMLP, UnquantizedGroupedLinear
+from fp8x.nn.walk import check_calibrated
 
 __all__ = [
     "Einsum",
@@ -28,6 +29,7 @@ __all__ = [
     "Report",
     "UnquantizedGroupedLinear",
     "WeightScale",
+    "check_calibrated",
     "finish_training",
     "quantize_model",
     "register",

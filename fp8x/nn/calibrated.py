@@ -1,9 +1,12 @@
 """`Calibrated`: what has a static scale for what it is fed, and finds it in calibration."""
 
+from typing import Any, Self
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.typing import MISSING
 from jaxtyping import Array, Float, Int
 
 from fp8x import meshes, numerics
@@ -14,7 +17,60 @@ from fp8x.scheme import Scheme
 
 
 class InputScale(nnx.Variable):
-    """A static activation scale, float32 `[1, ceil(K / block_k)]`; NaN until it is calibrated."""
+    """A static activation scale, float32 `[1, ceil(K / block_k)]`; NaN until it is calibrated.
+
+    Its metadata has `is_missing` as long as it is known not to be finite. Metadata is static, so a compiled call knows
+    it while it is traced, when it can't look at the value.
+    """
+
+    def __init__(self, value: Float[Array, "... groups"], **metadata: Any):
+        super().__init__(value, **metadata)
+        self._mark(value)
+
+    def set_value(self, value: Any, *, index: Any = MISSING) -> None:
+        super().set_value(value, index=index)
+        self._mark(self.get_raw_value())
+
+    # Flax's ways to put a value of nnx.jit, nnx.update or nnx.merge into a variable. A traced value changes nothing: it
+    # is the same scale, seen from inside.
+
+    def set_raw_value(self, value: Any, **options: bool) -> None:
+        super().set_raw_value(value, **options)
+        self._look_again()
+
+    def update_from_state(self, variable_state: nnx.Variable) -> None:
+        super().update_from_state(variable_state)
+        self._look_again()
+
+    @classmethod
+    def from_metadata(cls, value: Any, attributes: dict[str, Any]) -> Self:
+        variable = super().from_metadata(value, attributes)
+        if not isinstance(value, jax.core.Tracer):
+            variable._mark(value)  # a variable made inside of nnx.jit comes out by this way too
+        return variable
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether it is not calibrated. False inside jit where what is traced can't tell."""
+        return self.get_metadata("is_missing", False) or _is_unset(self.get_raw_value())
+
+    def _look_again(self) -> None:
+        if self.get_metadata("is_missing", False) and not isinstance(self.get_raw_value(), jax.core.Tracer):
+            self._mark(self.get_raw_value())
+
+    def _mark(self, value: Any) -> None:
+        if _is_unset(value):
+            self.set_metadata("is_missing", True)
+        elif self.has_metadata("is_missing"):
+            self.del_metadata("is_missing")
+
+
+def _is_unset(value: Any) -> bool:
+    """Of the values that are known: not while they are traced or abstract, nor those that other processes hold."""
+    if isinstance(value, jax.core.Tracer) or not isinstance(value, jax.Array | np.ndarray):
+        return False
+    parts = [shard.data for shard in value.addressable_shards] if isinstance(value, jax.Array) else [value]
+    return not all(np.isfinite(np.asarray(part)).all() for part in parts)
 
 
 class Calibrated(nnx.Module):

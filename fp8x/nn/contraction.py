@@ -241,9 +241,9 @@ class LinearGeneral(Contraction):
 
         Raises:
             ShapeError: `x` does not fit the kernel, or the layer is a stack.
-            CalibrationError: a static activation scale is not calibrated; inside jit the result is NaN instead.
+            CalibrationError: a static activation scale is not calibrated; see `check_calibrated`.
         """
-        self.begin_call()
+        x = self.begin_call(x)
         labels = general_labels(x.ndim, self.axis, self.batch_axis, len(self.kernel.features))
         return place(contract(x, self.kernel, labels, self._multiply, self.described), out_sharding)
 
@@ -339,11 +339,11 @@ class Einsum(Contraction):
 
         Raises:
             ShapeError: `x` does not fit the kernel, `einsum_str` is another equation, or the layer is a stack.
-            CalibrationError: a static activation scale is not calibrated; inside jit the result is NaN instead.
+            CalibrationError: a static activation scale is not calibrated; see `check_calibrated`.
         """
         if einsum_str is not None and einsum_str.replace(" ", "") != self.einsum_str:
             raise ShapeError(f"einsum_str: {einsum_str!r} is not the equation that was quantized, {self.einsum_str!r}")
-        self.begin_call()
+        x = self.begin_call(x)
         if (labels := einsum_labels(self.einsum_str, x.ndim)) is None:
             raise ShapeError(f"x: shape {x.shape} does not fit the kernel {self.kernel.shape} of {self.described}")
         return place(contract(x, self.kernel, labels, self._multiply, self.described), out_sharding)

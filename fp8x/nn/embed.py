@@ -58,12 +58,12 @@ class Embed(QuantizedLayer):
         Raises:
             ShapeError: ids that are no integers, or the layer is a stack.
         """
-        self.begin_call()
+        ids = self.begin_call(ids, "ids")
         return look_up(self.quantized_weight, ids, self.recipe.out_dtype, out_sharding)
 
     def attend(self, query: Float[Array, "... d"], out_sharding=None) -> Float[Array, "... v"]:
         """`query @ table.T`: the logits of a head that is tied to the table."""
-        self.begin_call()
+        query = self.begin_call(query, "query")
         y = ops.matmul(query, self.quantized_weight, out_dtype=self.recipe.out_dtype)
         return place(y, out_sharding)
 

@@ -115,7 +115,7 @@ class GroupedLinear(QuantizedLayer):
 
         Raises:
             ShapeError: `x` is not `[T, K]`, or group sizes that do not fit.
-            CalibrationError: a static activation scale is not calibrated; inside jit the result is NaN instead.
+            CalibrationError: a static activation scale is not calibrated; see `check_calibrated`.
         """
         x, gate = self._check_input(x, gate)
         if rows is not None and not self._quantizes_in_any_order:
@@ -183,7 +183,7 @@ class GroupedLinear(QuantizedLayer):
 
     def _check_input(self, x: Float[Array, "m ..."], gate: str | None) -> tuple[Float[Array, "m ..."], str | None]:
         """`x` and the gate that is still to be applied: none where magnitudes behind it are looked at before."""
-        self.begin_call()
+        x = self.begin_call(x)
         k = self.weight.shape[-1]
         rows = (k,) if gate is None else (2, k)
         if x.shape[1:] != rows:

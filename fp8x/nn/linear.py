@@ -87,9 +87,9 @@ class Linear(QuantizedLayer):
 
         Raises:
             ShapeError: `x`'s last dim is not K, or the layer is a stack.
-            CalibrationError: a static activation scale is not calibrated; inside jit the result is NaN instead.
+            CalibrationError: a static activation scale is not calibrated; see `check_calibrated`.
         """
-        self.begin_call()
+        x = self.begin_call(x)
         k = self.weight.shape[-1]
         if x.shape[-1:] != (k,):
             raise ShapeError(f"x: shape is {x.shape}, but the layer takes [..., {k}]")

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fp8x import meshes
+from fp8x.array import as_input
 from fp8x.errors import ShapeError
 from fp8x.nn.convert import quantize_model
 from fp8x.nn.grouped import GroupedLinear
@@ -128,6 +129,7 @@ class MoE(nnx.Module):
             quantize_model(self.shared, recipe)
 
     def __call__(self, x: Float[Array, "... h"]) -> Float[Array, "... h"]:
+        x = as_input(x)
         hidden = source_of(self.w2).weight.shape[1]
         if x.shape[-1:] != (hidden,):
             raise ShapeError(f"x: shape is {x.shape}, but the layer takes [..., {hidden}]")

@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.core.spmd import get_pspec
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from fp8x import meshes, numerics
-from fp8x.array import ScaledArray
+from fp8x.array import ScaledArray, as_input
 from fp8x.errors import CalibrationError, RecipeError, ShapeError
 from fp8x.nn.calibrated import Calibrated, InputScale
-from fp8x.ops.groups import concrete, row_mask
+from fp8x.ops.groups import row_mask
 from fp8x.recipe import Recipe, check_stored
 from fp8x.scheme import Scheme
 
@@ -117,14 +117,19 @@ class QuantizedLayer(Calibrated):
         """The leading axes of a stack of layers; empty for one layer."""
         return self.weight.shape[: -self.rank]
 
-    def begin_call(self) -> None:
-        """What every call begins with. Raises a ShapeError where a stack of layers is called like one."""
+    def begin_call(self, x: ArrayLike | ScaledArray, name: str = "x") -> Array | ScaledArray:
+        """What every call begins with. The input as an array.
+
+        Raises:
+            ShapeError: a stack of layers is called like one, or `x` is no array; `name` is in the message.
+        """
         if (names := _called.get()) is not None:
             names.add(self.name)
         if self.stack:
             raise ShapeError(
                 f"layer: it is a stack of {list(self.stack)} layers, made by nnx.vmap; run it by nnx.scan or nnx.vmap"
             )
+        return as_input(x, name)
 
     @property
     def static_scheme(self) -> Scheme | None:
@@ -157,8 +162,7 @@ class QuantizedLayer(Calibrated):
             scale = numerics.compute_scale(self.amax[...], scheme)
         elif self.recipe.is_static:
             scale = self.input_scale[...]
-            values = concrete(scale)
-            if values is not None and np.isnan(values).any():
+            if self.input_scale.is_missing:
                 raise CalibrationError(
                     f"input_scale: the layer [{self.weight.shape[-1]} -> {self.weight.shape[-2]}] is not calibrated; "
                     "run fp8x.calibrate(model, batches), or use a recipe with dynamic activation scales"
@@ -173,7 +177,7 @@ class QuantizedLayer(Calibrated):
 
     def dequantized_input(self, x: Float[Array, "... k"]) -> Float[Array, "... k"]:
         """`x` as a product of this layer reads it: through 8 bits and back, if the recipe quantizes activations."""
-        self.begin_call()
+        x = self.begin_call(x)
         scheme, scale = self._activation(x).values()
         if scheme is None:
             return x

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from fp8x.array import as_input
 from fp8x.errors import ShapeError
 from fp8x.ops.gate import gate_activation, gated
 from fp8x.ops.groups import check_group_sizes, row_groups
@@ -71,6 +72,7 @@ class UnquantizedGroupedLinear(nnx.Module):
         """
         weight = self.weight[...]
         dtype = self.dtype or weight.dtype
+        x = as_input(x)
         x = x if gate is None else gated(x, gate)
         if x.ndim != 2 or x.shape[1] != weight.shape[-1]:
             raise ShapeError(f"x: shape is {x.shape}, but the layer takes [M, {weight.shape[-1]}]")

@@ -2,9 +2,7 @@
 
 from collections.abc import Iterator
 
-import numpy as np
 from flax import nnx
-from jax import Array
 
 from fp8x.errors import CalibrationError, RecipeError, some
 from fp8x.nn.calibrated import Calibrated
@@ -50,7 +48,11 @@ def named_static(model: nnx.Module) -> dict[str, Calibrated]:
 
 
 def check_calibrated(model: nnx.Module) -> None:
-    """Looks before work for what a layer can tell only outside of jit.
+    """Looks for layers that can't infer yet, before a model is compiled or saved.
+
+    A layer that is called without its static scale raises by itself, inside jit too. It can't tell, and returns NaN,
+    only where the compiled function has made the layer itself, or was given the state of another model than the one
+    whose graph it merges. Then call this on the model outside of jit.
 
     Raises:
         CalibrationError: layers that are in calibration, or whose static activation scale is missing, by name.
@@ -58,18 +60,11 @@ def check_calibrated(model: nnx.Module) -> None:
     static = named_static(model)
     if calibrating := [path for path, layer in static.items() if layer.is_calibrating]:
         raise CalibrationError(f"model: {some(calibrating)} in calibration; end it with fp8x.calibrate(model, batches)")
-    scales = {path: layer.input_scale[...] for path, layer in static.items()}
-    if missing := [path for path, scale in scales.items() if not _is_finite(scale)]:
+    if missing := [path for path, layer in static.items() if layer.input_scale.is_missing]:
         raise CalibrationError(
             f"model: {some(missing)} not calibrated; run fp8x.calibrate(model, batches), or use a recipe with dynamic "
             "activation scales"
         )
-
-
-def _is_finite(array: Array | np.ndarray) -> bool:
-    """Whether the part that this process has holds neither NaN nor Inf."""
-    parts = [shard.data for shard in array.addressable_shards] if isinstance(array, Array) else [array]
-    return all(np.isfinite(np.asarray(part)).all() for part in parts)
 
 
 def check_settable(model: nnx.Module, path: str) -> None:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fp8x import meshes
-from fp8x.array import ScaledArray
+from fp8x.array import ScaledArray, as_input
 from fp8x.errors import ShapeError
 from fp8x.ops.dispatch import Call, Choice, backend, choose, explain
 from fp8x.ops.gate import gate_activation
@@ -59,7 +59,7 @@ def matmul(
     """`dequantize(x) @ dequantize(w).T` in float32, then bias, then one cast to `out_dtype`.
 
     Arguments:
-        x: `[..., K]`; an Array, or a ScaledArray that is quantized already.
+        x: `[..., K]`; an Array, or a ScaledArray that is quantized already. float64, as NumPy has it, becomes float32.
         w: `[N, K]`, K-major.
         activation: the scheme in which an Array `x` is quantized first (over `[M, K]`, leading dims flattened);
             None multiplies it as it is (weight-only).
@@ -73,6 +73,7 @@ def matmul(
         BackendError: a backend was asked for that can't run this call.
     """
     _check_weight(w, 2)
+    x = as_input(x)
     rows = _rows(x)
     _check_input(rows, w, activation, activation_scale)
     _check_bias(bias, w.shape[:1])
@@ -116,6 +117,7 @@ def grouped_matmul(
         BackendError: a backend was asked for that can't run this call.
     """
     _check_weight(w, 3)
+    x = as_input(x)
     _check_input(x, w, activation, activation_scale, gate)
     m = x.shape[0] if rows is None else _check_rows(rows, x, activation)
     group_sizes = check_group_sizes(group_sizes, w.shape[0], m)
@@ -156,6 +158,7 @@ def expert_matmul(
         BackendError: a backend was asked for that can't run this call.
     """
     _check_weight(w, 3)
+    x = as_input(x)
     _check_input(x, w, activation, activation_scale, gate)
     r = x.shape[0] if rows is None else _check_rows(rows, x, activation)
     experts = check_experts(experts, w.shape[0], r)
@@ -206,6 +209,7 @@ def gated_matmul(
     if not isinstance(w, ScaledArray) or w.ndim != 4 or w.shape[1] != 2:
         raise ShapeError(f"w: {getattr(w, 'shape', type(w).__name__)} does not fit; use a ScaledArray [E, 2, I, K]")
     gate_activation(gate)
+    x = as_input(x)
     _check_input(x, w, activation, activation_scale)
     m = x.shape[0] if rows is None else _check_rows(rows, x, activation)
     group_sizes = check_group_sizes(group_sizes, w.shape[0], m)

@@ -176,17 +176,19 @@ def killed_at(step, path):
 
 def again(path):
     if resumable(path).is_complete:
-        resumable(path).tidy()
+        resumable(path).complete()
         return 1
     convert(path)
     return 0
 
-base, results = Path(sys.argv[1]), []
+base, results, is_there = Path(sys.argv[1]), [], sys.argv[2] == "there"
 for step in range(1000):
     path = base / str(step) / "out"
     path.parent.mkdir()
+    if is_there:
+        path.mkdir()
     ended = child(lambda: killed_at(step, path))
-    was_there, left = path.exists(), listing(path.parent)
+    was_there, left = (path / "config.json").exists(), listing(path if is_there else path.parent)
     second = child(lambda: again(path)) if ended else None
     results.append((ended, was_there, left, second, listing(path.parent)))
     if not ended:
@@ -195,14 +197,24 @@ print(json.dumps(results))
 """
 
 
-def test_a_kill_at_every_step(tmp_path):
-    command = [sys.executable, "-c", EVERY_STEP, str(tmp_path)]
+def every_step(tmp_path, *, is_there: bool) -> list[list]:
+    """Of every kill: how it ended, whether all was there, beside what; how the next run ended, and what was there."""
+    command = [sys.executable, "-c", EVERY_STEP, str(tmp_path), "there" if is_there else ""]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     *killed, through = json.loads(run.stdout)
-    assert through == [0, True, ["out"], None, ["out"]] and len(killed) > 30
+    assert (through[0], through[1], through[3]) == (0, True, None) and len(killed) > 30
     assert all(ended == -signal.SIGKILL for ended, *_ in killed)
     expected = {file.name: file.read_bytes() for file in (tmp_path / str(len(killed)) / "out").iterdir()}
+    for step, (*_, beside) in enumerate([*killed, through]):
+        assert beside == ["out"], step
+        found = {file.name: file.read_bytes() for file in (tmp_path / str(step) / "out").iterdir()}
+        assert found == expected, step
+    return killed
+
+
+def test_a_kill_at_every_step(tmp_path):
+    killed = every_step(tmp_path, is_there=False)
     after = [(was_there, left, second) for _, was_there, left, second, _ in killed]
     # Until the directory has its name the same call goes on; then it says that all is there.
     renamed = [was_there for was_there, *_ in after].index(True)
@@ -211,10 +223,16 @@ def test_a_kill_at_every_step(tmp_path):
     # The last step removes a directory that says nothing any more; then, and later, the destination exists.
     assert [second for _, _, second in after[renamed:]] == [1] * (len(after) - renamed - 1) + [9]
     assert all(".out.partial" in left for _, left, _ in after[renamed:])
-    for step, (*_, beside) in enumerate(killed):
-        assert beside == ["out"], step
-        found = {file.name: file.read_bytes() for file in (tmp_path / str(step) / "out").iterdir()}
-        assert found == expected, step
+
+
+def test_a_kill_at_every_step_of_filling_a_directory(tmp_path):
+    killed = every_step(tmp_path, is_there=True)
+    seconds = [second for *_, second, _ in killed]
+    # All is made (0), or only moved (1); of the last step nothing is left to do.
+    assert seconds == sorted(seconds) and seconds.count(9) == 1 and set(seconds) == {0, 1, 9}
+    # What is half moved has no config.json, and nobody reads it.
+    moving = [left for _, was_there, left, second, _ in killed if second == 1 and not was_there]
+    assert len(moving) >= 3 and any("model-00001-of-00002.safetensors" in left for left in moving)
 
 
 def just_finished(monkeypatch, work, *arguments) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from fp8x.checkpoint import Reader, blocks
 from fp8x.checkpoint.blocks import BLOCK, BlockFile, Disk
+from fp8x.checkpoint.journal import Journal
 from fp8x.checkpoint.resumable import ResumableWriter
 from fp8x.errors import CheckpointError
 
@@ -48,7 +49,8 @@ def test_a_file_in_any_order_by_several_threads(tmp_path, size):
     pieces = list(itertools.pairwise(cuts))
     np.random.default_rng(2).shuffle(pieces)
     disk, done = Disk(), []
-    file = BlockFile(tmp_path / "file", size, disk, lambda: done.append(True))
+    journal = Journal(tmp_path / "journals" / "file", tmp_path / "file", BLOCK, size)
+    file = BlockFile(tmp_path / "file", size, disk, lambda: done.append(True), journal)
 
     def work(part) -> None:
         for start, stop in part:

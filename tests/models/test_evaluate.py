@@ -121,7 +121,7 @@ def test_the_first_token():
 def test_default_context():
     sizes = {None: 2048, 64: 64, 131072: 2048}
     for given, expected in sizes.items():
-        assert default_context(dataclasses.replace(CONFIG, hf={"max_position_embeddings": given})) == expected
+        assert default_context(dataclasses.replace(CONFIG, context=given)) == expected
 
 
 def test_an_uncalibrated_model_is_refused(tiny_checkpoint, byte_tokenizer):

@@ -1,7 +1,5 @@
 """Whole texts. Most tests share prompts of 12 and 7 tokens and 16 new ones: XLA compiles for every other shape."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -215,16 +213,6 @@ def test_caches_that_do_not_fit(model, ids):
     uncalibrated.set_kv_cache(Scheme("e4m3", block=KV_HEAD))
     with pytest.raises(CalibrationError, match=r"layers\.0\.self_attn\.k_cache, .* are not calibrated"):
         generate(uncalibrated, ids, max_new_tokens=4)
-
-
-def test_texts_beyond_the_context_are_warned_of(model, ids):
-    short = nnx.clone(model)
-    short.config = dataclasses.replace(model.config, context=15)
-    message = (
-        r"max_new_tokens: 4 after a prompt of 12 tokens are 16, but the model was trained to read 15 \(max_position"
-    )
-    with pytest.raises(UserWarning, match=message):  # an error here
-        generate(short, ids, max_new_tokens=4)
 
 
 def test_an_uncalibrated_model_is_refused(qwen, ids):

@@ -77,7 +77,7 @@ def static(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("code", fp8x.RECIPES)
+@pytest.mark.parametrize("code", [code for code in fp8x.RECIPES if "_f32" not in code])
 def test_round_trip_of_every_recipe(tmp_path, code):
     model = hub.load(MIXTRAL, code)
     recipe = fp8x.RECIPES[code]

@@ -235,6 +235,8 @@ def test_a_model_without_its_scales_says_so():
     model.set_kv_cache(TENSOR)
     with pytest.raises(CalibrationError, match=r"kv_cache: its scales are missing"):
         model(IDS)
+    with pytest.raises(CalibrationError, match=r"kv_cache: its scales are missing"):
+        nnx.jit(lambda model, ids: model(ids))(model, IDS)
     with pytest.raises(CalibrationError, match=r"layers\.0\.self_attn\.k_cache, .* are not calibrated"):
         fp8x.models.generate(model, IDS, max_new_tokens=2)
 

@@ -55,7 +55,7 @@ def common(fields: Fields, head_dim: int | None = None, **rope: Any) -> dict[str
                 f"hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads}) without head_dim"
             )
         head_dim = hidden // heads
-    rope_dim = rope.pop("rope_dim", head_dim)
+    rotation = read_rope(fields, rope.pop("rope_dim", head_dim), **rope)
     return {
         "model_type": fields.model_type,
         "vocab_size": fields.positive_int("vocab_size"),
@@ -66,10 +66,10 @@ def common(fields: Fields, head_dim: int | None = None, **rope: Any) -> dict[str
         "head_dim": head_dim,
         "hidden_act": _activation(fields),
         "rms_norm_eps": fields.positive_float("rms_norm_eps"),
-        "rope": read_rope(fields, rope_dim, **rope),
+        "rope": rotation,
         "tie_word_embeddings": fields.flag("tie_word_embeddings"),
         "eos_token_id": fields.ints("eos_token_id"),
-        "context": fields.optional_positive_int("max_position_embeddings"),
+        "context": rotation.context(fields.optional_positive_int("max_position_embeddings")),
         "dtype": _dtype(fields),
     }
 
