@@ -118,3 +118,31 @@ def test_the_token_before_a_document(model, byte_tokenizer):
     for bos_id in (258, -1):
         with pytest.raises(DataError, match=f"bos_id: {bos_id} is outside the model's vocabulary"):
             evaluate(model, byte_tokenizer, ["text"], bos_id=bos_id)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([1, 2], r"ids: is a list; give an array \[B, T\], such as np.array\(\[\[1, 2, 3\]\]\)"),
+        ([[1, 2]], r"ids: is a list; give an array"),
+        (((1, 2),), r"ids: is a tuple"),
+        (3, r"ids: is a int"),
+        (np.array([1, 2]), r"ids: shape is \[2\]; give \[B, T\], for one text ids\[None\]"),
+        (jnp.array([1, 2]), r"ids: shape is \[2\]; give \[B, T\], for one text ids\[None\]"),
+        (np.zeros((1, 2, 3), int), r"ids: shape is \[1, 2, 3\]; give \[B, T\]$"),
+    ],
+)
+def test_what_is_no_batch_of_ids(model, ids, message):
+    with pytest.raises(DataError, match=message):
+        model(ids)
+    with pytest.raises(DataError, match=message):
+        model.extend(ids, model.init_cache(1, 4))
+    with pytest.raises(DataError, match=message.replace("ids: ", r"batches\[0\]: ", 1)):
+        fp8x.calibrate(fp8x.quantize_model(model, "e4m3_e4m3_bf16"), [(ids,)])
+
+
+def test_no_texts_and_no_tokens(model):
+    for shape in ((0, 3), (2, 0), (0, 0)):
+        assert model(np.zeros(shape, int)).shape == (*shape, 258)
+        hidden, cache = model.extend(np.zeros(shape, int), model.init_cache(shape[0], 3))
+        assert hidden.shape == (*shape, 16) and cache.length == shape[1]
