@@ -476,5 +476,5 @@ def test_numbers_out_of_range_and_text_that_is_none(tiny_checkpoint, texts, tmp_
     invoke("generate", tiny_checkpoint, "text", "--seed", 2**64, code=2)
     invoke("generate", tiny_checkpoint, "text", "-n", 10**11, code=2)
     calibrate = ("calibrate", tiny_checkpoint, texts, "--recipe", STATIC)
-    assert "--max-length: 65 is over the model's 64 positions" in error(*calibrate, "--max-length", 65)
+    assert "--max-length: 65 tokens, but the model's context is 64" in error(*calibrate, "--max-length", 65)
     assert f"--output {tmp_path}: is a directory" in error(*calibrate, "--output", tmp_path)

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -62,7 +62,7 @@ def calibrate(
     Raises:
         CalibrationError: the model has no static layer, an unknown method, or layers (named) that saw NaN or Inf, or
             nothing but zeros.
-        DataError: no batches.
+        DataError: no batches, or one that a decoder can't be called with (`Decoder.check_ids`).
         MeshError: a mesh that the batches do not fit, or that is not the one the model is on.
     """
     check_method(method, percentile)
@@ -115,7 +115,7 @@ def _calibrate(
     parts = start(model, histogram=method != "max", layers=layers)
     try:
         observer = _Observer(*parts) if mesh is None else ShardedObserver(*parts, mesh, placement is not None)
-        count = _observe_all(observer, batches)
+        count = _observe_all(observer, batches, getattr(model, "check_ids", None))
         nnx.update(model, observer.result())
         _check_inputs(layers)
         found = {path: _statistics(layer, method, percentile) for path, layer in layers.items()}
@@ -143,11 +143,17 @@ class _Observer:
         return self.statistics
 
 
-def _observe_all(observer: "_Observer | ShardedObserver", batches: Iterable) -> int:
+def _observe_all(
+    observer: "_Observer | ShardedObserver", batches: Iterable, check: Callable[[Any, str], None] | None
+) -> int:
+    """How many batches there were; `check` is of what a decoder is called with, which a compiled step can't look at."""
     count = 0
     for batch in batches:
+        batch = batch if isinstance(batch, tuple) else (batch,)
+        if check is not None:
+            check(*batch, f"batches[{count}]")
         count += 1
-        observer.add(batch if isinstance(batch, tuple) else (batch,))
+        observer.add(batch)
     if count == 0:
         raise DataError("batches: there are none; calibration needs at least one")
     return count

@@ -84,29 +84,24 @@ def read_rows(source: Path, calibration: options.Calibration) -> "np.ndarray":
     """The rows of tokens to calibrate on; done before the model is loaded, so that bad data costs no time."""
     from fp8x.calibrate.data import pack, read_texts
     from fp8x.checkpoint import Reader
-    from fp8x.errors import DataError
     from fp8x.models import DecoderConfig
     from fp8x.models.evaluate import default_context, first_token
-    from fp8x.models.inputs import check_context
+    from fp8x.models.inputs import check_context, check_tokens
 
     config = DecoderConfig.from_hf(Reader(source).config)
     if calibration.context is not None:
         config = dataclasses.replace(config, context=calibration.context)
     check_context("--max-length", calibration.max_length or 1, config.context)
-    texts = read_texts(calibration.data, report=terminal.warn)
+    texts, tokenizer = read_texts(calibration.data, report=terminal.warn), load_tokenizer(source)
     rows = pack(
         texts,
-        load_tokenizer(source),
+        tokenizer,
         calibration.max_length or default_context(config),
         calibration.num_samples,
         calibration.seed,
         bos_id=first_token(config),
     )
-    if rows.max() >= config.vocab_size:
-        raise DataError(
-            f"{calibration.data}: gives token id {rows.max()}, beyond the model's vocab_size {config.vocab_size}; "
-            "are the ids, or the tokenizer, another model's?"
-        )
+    check_tokens(f"{calibration.data}", rows.flat, tokenizer, config.vocab_size)
     return rows
 
 

@@ -1,5 +1,6 @@
 """`fp8x generate`."""
 
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ def generate(
     """
     from fp8x.checkpoint import Reader
     from fp8x.models import DecoderConfig, stream
-    from fp8x.models.inputs import check_length
+    from fp8x.models.inputs import check_length, check_tokens
 
     for name, text in (("prompt", "".join(prompts)), ("--stop", "".join(stop or [])), ("--system", system or "")):
         if text != text.encode(errors="replace").decode():
@@ -80,10 +81,7 @@ def generate(
     ids = [_encode(checkpoint, tokenizer, prompt, system, chat) for prompt in prompts]
     # Before the model is loaded, which may take minutes.
     config = DecoderConfig.from_hf(Reader(checkpoint).config)
-    if (largest := max(map(max, ids))) >= config.vocab_size:
-        raise DataError(
-            f"{checkpoint}/tokenizer.json: gives id {largest}, beyond the model's vocab_size {config.vocab_size}"
-        )
+    check_tokens(f"{checkpoint}/tokenizer.json", itertools.chain(*ids), tokenizer, config.vocab_size)
     check_length(max(map(len, ids)), max_new_tokens, context or config.context)
     model = load(checkpoint, mesh=devices)
     set_context(model, checkpoint, context)

@@ -18,7 +18,7 @@ from fp8x.errors import ConfigError, RecipeError
 from fp8x.models.attention import Attention, RMSNorm, causal_mask
 from fp8x.models.config import DecoderConfig
 from fp8x.models.hf_names import flat, linear_names, rule_names
-from fp8x.models.inputs import check_context, check_room
+from fp8x.models.inputs import check_context, check_ids, check_room
 from fp8x.models.kv_cache import Cache, KeyValues
 from fp8x.models.kv_quantizer import KVQuantizer, KVQuantizers, as_scheme, make_quantizers
 from fp8x.models.latent import LatentAttention
@@ -123,13 +123,16 @@ class Decoder(nnx.Module):
         )
 
     def __call__(self, ids: Int[Array, "b t"]) -> Float32[Array, "b t vocab"]:
-        """Logits after each token of `ids`; a token id outside the vocabulary gives NaN.
+        """Logits after each token of `ids`.
+
+        Inside a compiled function, where nobody knows their values, an id outside the vocabulary makes its text's
+        logits NaN; `check_ids` finds it before.
 
         Raises:
-            DataError: more tokens than the model's context (`set_context`).
+            DataError: `ids` that `check_ids` refuses.
             MeshError: a batch that the devices along the axis `data` can't share evenly.
         """
-        check_context("ids", ids.shape[1], self.config.context)
+        self.check_ids(ids)
         if self.placement is not None:
             check_batch(self.placement, ids.shape[0], "ids")
             rows = batch_spec(self.placement)
@@ -141,6 +144,19 @@ class Decoder(nnx.Module):
         """How rules of `fp8x.quantize_model` may call its layers, by path: by the names of their matrices."""
         modules = {path: [prefix for _, prefix in flat(names)] for path, names in linear_names(self.config).items()}
         return rule_names(modules | {"embed_tokens": ["model.embed_tokens"]})
+
+    def check_ids(self, ids: Int[Array, "b t"], name: str = "ids") -> None:
+        """What the model does before it reads `ids`: for those who compile a function that calls it.
+
+        Arguments:
+            name: what errors call them.
+
+        Raises:
+            DataError: ids that are no integers, or outside the vocabulary (where their values are known: not inside a
+                compiled function, nor where other processes hold some), or more than the model's context.
+        """
+        check_ids(name, ids, self.config.vocab_size)
+        check_context(name, ids.shape[1], self.config.context)
 
     def set_context(self, tokens: int | None) -> None:
         """Says how many tokens the model may read, whatever it was made for: more are an error everywhere.
@@ -266,7 +282,7 @@ class Decoder(nnx.Module):
         """Reads `ids` after what `cache` holds.
 
         Inside a compiled function, where nobody knows how much that is, the caller sees to the capacity: writes beyond
-        it are misplaced.
+        it are misplaced. An id outside the vocabulary makes its text NaN there.
 
         Arguments:
             lengths: how many ids of each text count, from the first; by default all. What is given behind them is read
@@ -275,8 +291,10 @@ class Decoder(nnx.Module):
         Returns the final hidden states, of which `logits` makes logits, and the longer cache.
 
         Raises:
-            DataError: more tokens than the cache has room for, or a cache of another number of texts.
+            DataError: `ids` that `check_ids` refuses, more of them than the cache has room for, or a cache of another
+                number of texts.
         """
+        self.check_ids(ids)
         check_room(ids, cache)
         if self.placement is not None:
             rows = batch_spec(self.placement)
@@ -302,7 +320,9 @@ class Decoder(nnx.Module):
 
     def _embed(self, ids: Int[Array, "b t"]) -> Float[Array, "b t hidden"]:
         if not self.vocab_axes:
-            return self.embed_tokens(ids)
+            # Beyond the table's end NaN comes, but a negative id would count from there.
+            ids = jnp.asarray(ids, jnp.int32)
+            return self.embed_tokens(jnp.where(ids < 0, self.embed_tokens.embedding.shape[0], ids))
         # Every device has some rows of the table; the sum finds the one row that is not zero, exactly.
         here = self.embed_tokens.embedding.shape[0]
         row = ids - here * jax.lax.axis_index(self.vocab_axes)

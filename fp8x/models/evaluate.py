@@ -16,7 +16,7 @@ from fp8x.calibrate.data import tokenize
 from fp8x.errors import ConfigError, DataError
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
-from fp8x.models.inputs import check_context
+from fp8x.models.inputs import check_context, check_tokens, read_ids
 from fp8x.nn.walk import check_calibrated
 from fp8x.sharding.run import batch_spec, call, fill_batch
 
@@ -76,6 +76,7 @@ def evaluate(
     context = default_context(model.config) if context is None else context
     check_context("context", context, model.config.context)
     bos_id = first_token(model.config) if bos_id is None else bos_id
+    read_ids("bos_id", bos_id, model.config.vocab_size)
     if context < 1 or batch_size < 1:
         raise DataError(f"context {context} and batch_size {batch_size} do not fit; both have to be positive")
     documents = [_tokens(text, tokenizer, bos_id, model.config.vocab_size) for text in texts if text]
@@ -122,10 +123,7 @@ def _tokens(text: str, tokenizer: Tokenizer, bos_id: int, vocab_size: int) -> li
     if not isinstance(text, str):
         raise DataError("texts: a document is token ids, and bits per byte needs its text; give documents with 'text'")
     ids = tokenize(text, tokenizer, bos_id)
-    if max(ids) >= vocab_size:
-        raise DataError(
-            f"tokenizer: gives id {max(ids)}, beyond the model's vocab_size {vocab_size}; use this model's tokenizer"
-        )
+    check_tokens("tokenizer", ids, tokenizer, vocab_size)
     return ids
 
 

@@ -1,11 +1,72 @@
 """What a decoder is called with, checked before anything is computed."""
 
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
 import jax
 import numpy as np
-from jaxtyping import Array, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Int, Int32
 
 from fp8x.errors import DataError
 from fp8x.models.kv_cache import Cache
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+def read_ids(name: str, ids: ArrayLike | Sequence, vocab_size: int) -> Int32[np.ndarray, "..."]:
+    """Token ids of any shape, as numpy has them.
+
+    Raises:
+        DataError: they are no integers, or one is outside the vocabulary.
+    """
+    try:
+        array = np.asarray(ids)
+    except ValueError:
+        raise DataError(f"{name}: is no list of token ids") from None
+    if array.size:  # an empty list is float64
+        _check_type(name, array)
+    _check_range(name, array, vocab_size)
+    return array.astype(np.int32)
+
+
+def check_ids(name: str, ids: Int[Array, "b t"], vocab_size: int) -> None:
+    """Raises DataError unless `ids` are integers `[B, T]` and, where their values are known, in the vocabulary."""
+    if not isinstance(ids, np.ndarray | jax.Array):
+        raise DataError(f"{name}: is a {type(ids).__name__}; give an array [B, T], such as np.array([[1, 2, 3]])")
+    if ids.ndim != 2:
+        one = ", for one text ids[None]" if ids.ndim == 1 else ""
+        raise DataError(f"{name}: shape is {list(ids.shape)}; give [B, T]{one}")
+    _check_type(name, ids)
+    if is_known(ids):
+        _check_range(name, np.asarray(ids), vocab_size)
+
+
+def _check_type(name: str, ids: Array | np.ndarray) -> None:
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise DataError(f"{name}: dtype is {ids.dtype}; token ids are integers")
+
+
+def _check_range(name: str, ids: np.ndarray, vocab_size: int) -> None:
+    if not ids.size or (ids.min() >= 0 and ids.max() < vocab_size):
+        return
+    place = np.argwhere((ids < 0) | (ids >= vocab_size))[0].tolist()
+    raise DataError(
+        f"{name}{place or ''}: {ids[tuple(place)]} is outside the model's vocabulary of {vocab_size}; use 0 to "
+        f"{vocab_size - 1}"
+    )
+
+
+def check_tokens(source: str, ids: Iterable[int], tokenizer: "Tokenizer", vocab_size: int) -> None:
+    """Raises DataError where `source` gives tokens that the model does not have, such as added ones."""
+    largest = max(ids, default=0)
+    if largest >= vocab_size:
+        token = tokenizer.id_to_token(int(largest))
+        raise DataError(
+            f"{source}: gives token id {largest}{f' ({token!r})' if token else ''}, beyond the model's vocab_size "
+            f"{vocab_size}; use the tokenizer of this model, without tokens that were added to it"
+        )
 
 
 def check_context(name: str, tokens: int, context: int | None) -> None:

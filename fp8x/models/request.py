@@ -14,7 +14,7 @@ from jaxtyping import Int, Int32, UInt32
 from fp8x.errors import DataError
 from fp8x.models.decoder import Decoder
 from fp8x.models.decoding import Controls, Prefill, Step
-from fp8x.models.inputs import check_length
+from fp8x.models.inputs import check_length, read_ids
 from fp8x.models.kv_quantizer import as_scheme
 from fp8x.models.sampling import Sampling
 from fp8x.models.stop import Stops
@@ -76,7 +76,7 @@ def make_request(
     if prefill_chunk is not None:
         _check_positive("prefill_chunk", prefill_chunk, "whole prompts at once")
     sampling, top_k = _read_sampling(temperature, top_k, top_p, min_p, seed, batch, vocab_size)
-    ends = _check_ids("eos_id", () if eos_id is None else eos_id, vocab_size).reshape(-1)
+    ends = read_ids("eos_id", () if eos_id is None else eos_id, vocab_size).reshape(-1)
     stops = _read_stops(stop_strings, tokenizer, vocab_size)
     check_length(longest, max_new_tokens, model.config.context)
     check_calibrated(model)
@@ -111,7 +111,7 @@ def _read_prompts(
         )
     batch, width = array.shape
     if lengths is None:
-        return _check_ids("ids", array, vocab_size), np.full(batch, width, np.int32)
+        return read_ids("ids", array, vocab_size), np.full(batch, width, np.int32)
     given = np.asarray(lengths)
     if given.shape != (batch,) or not np.issubdtype(given.dtype, np.integer):
         raise DataError(f"lengths: {given.dtype} of shape {list(given.shape)} does not fit; give {batch} integers")
@@ -119,7 +119,7 @@ def _read_prompts(
         raise DataError(f"lengths: {bad[0]} does not fit; ids are {width} wide, so use 1 to {width}")
     is_read = np.arange(width) < given[:, None]
     # Whatever is behind a prompt, be it a pad token outside the vocabulary.
-    array = _check_ids("ids", np.where(is_read, array, 0), vocab_size)
+    array = read_ids("ids", np.where(is_read, array, 0), vocab_size)
     return array[:, : given.max()], given.astype(np.int32)
 
 
@@ -127,7 +127,7 @@ def _read_rows(
     rows: Sequence[Sequence[int]], vocab_size: int
 ) -> tuple[Int32[np.ndarray, "b longest"], Int32[np.ndarray, " b"]]:
     """`_read_prompts` of lists of different lengths."""
-    arrays = [_check_ids(f"ids[{number}]", row, vocab_size) for number, row in enumerate(rows)]
+    arrays = [read_ids(f"ids[{number}]", row, vocab_size) for number, row in enumerate(rows)]
     for number, row in enumerate(arrays):
         if row.ndim != 1 or not row.size:
             raise DataError(
@@ -199,15 +199,3 @@ def _check_positive(name: str, value: int, none: str | None = None) -> None:
         is_positive = False
     if not is_positive:
         raise DataError(f"{name}: {value} does not fit; use 1 or more{f', or None for {none}' if none else ''}")
-
-
-def _check_ids(name: str, ids, vocab_size: int) -> Int32[np.ndarray, "..."]:
-    try:
-        array = np.asarray(ids)
-    except ValueError:
-        raise DataError(f"{name}: is no list of token ids") from None
-    if array.size and not np.issubdtype(array.dtype, np.integer):
-        raise DataError(f"{name}: dtype is {array.dtype}; token ids are integers")
-    if bad := array[(array < 0) | (array >= vocab_size)].tolist():
-        raise DataError(f"{name}: {bad[0]} is outside the model's vocabulary; use 0 to {vocab_size - 1}")
-    return array.astype(np.int32)
