@@ -129,7 +129,8 @@ def recipe(code: str) -> Recipe:
         return RECIPES[code]
     near = difflib.get_close_matches(str(code), RECIPES, n=3, cutoff=0.3) or list(RECIPES)
     raise RecipeError(
-        f"recipe: {code!r} is unknown; near it: {', '.join(near)} (fp8x.RECIPES lists all {len(RECIPES)})"
+        f"recipe: {code!r} is unknown; near it: {', '.join(near)} (fp8x.RECIPES lists all {len(RECIPES)}; "
+        f"where a checkpoint is loaded or converted {', '.join(OUT_DTYPES)} dequantize it)"
     )
 
 

@@ -27,12 +27,13 @@ from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import Names, flat, linear_names, param_names, rule_names, unquantized_names
 from fp8x.models.loading import Loader, check_counts, get
+from fp8x.models.matrices import with_dtype
 from fp8x.models.mesh_loading import MeshLoader
 from fp8x.models.modules import save_module
 from fp8x.nn.quantized import QuantizedLayer
 from fp8x.nn.training import check_finished
 from fp8x.nn.walk import check_calibrated
-from fp8x.recipe import Recipe, Rules, as_recipe, check_stored
+from fp8x.recipe import OUT_DTYPES, Recipe, Rules, as_recipe, check_stored
 from fp8x.scheme import Scheme, is_kv_static, per_row
 from fp8x.sharding.layers import gathered
 from fp8x.sharding.model import plan_of
@@ -62,7 +63,8 @@ def load(
 
     Arguments:
         path: a directory with config.json and safetensors files.
-        recipe: quantizes while loading, as `fp8x.quantize_model` does: a `Recipe` or its code.
+        recipe: quantizes while loading, as `fp8x.quantize_model` does: a `Recipe` or its code. Or "bf16", "f16", "f32":
+            the whole model in that type, and what is in 8 bits on disk dequantized, as `fp8x.convert` has it.
         mesh: lays the model out on it as `fp8x.sharding.shard` does; each process reads only what its devices hold.
         rules: exceptions to `recipe`, as `fp8x.quantize_model` takes them; modules go by their path or by the names of
             their matrices in the checkpoint.
@@ -80,7 +82,7 @@ def load(
         CalibrationError: a calibration file that can't be read, or that does not fit the model or recipe; a recipe to
             requantize to whose static activation scales the checkpoint lacks.
         CheckpointError: the checkpoint is missing, damaged, quantized in a way that is not supported, or quantized
-            already where a recipe is given, or not where `requantize` is.
+            already where a recipe or rules without one are given, or not where `requantize` is.
         ConfigError: config.json describes no model that fp8x can build.
         MeshError: a mesh with an unknown axis, or one that does not divide the model's heads or experts.
         RecipeError: an unknown recipe, or `requantize` beside another.
@@ -93,12 +95,14 @@ def load(
         check_mesh(mesh)
     reader = Reader(path)
     # As transformers does, in memory only: `save` finds the tokenizer there.
-    config = DecoderConfig.from_hf(reader.config | {"_name_or_path": str(reader.path)})
+    dtype = OUT_DTYPES.get(recipe) if isinstance(recipe, str) else None
+    hf = reader.config if dtype is None else with_dtype(reader.config, dtype)
+    config = DecoderConfig.from_hf(hf | {"_name_or_path": str(reader.path)})
     format = format_of(reader.config)
-    if format is not None and (recipe is not None or rules):
+    if format is not None and dtype is None and (recipe is not None or rules):
         raise CheckpointError(
-            f"recipe: {reader.path} is quantized already ({format.name}); load it without a recipe, "
-            "give the unquantized checkpoint, or requantize in the place of recipe"
+            f"recipe: {reader.path} is quantized already ({format.name}); load it without a recipe, with 'bf16' to "
+            "dequantize it, give the unquantized checkpoint, or requantize in the place of recipe"
         )
     check_counts(reader, config)
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
@@ -108,16 +112,18 @@ def load(
     recipes = loader.stored
     if requantize is not None:
         recipes = loader.choose(requantize)
-    elif format is None:
+    elif format is None or dtype is not None:
+        default = None if recipe is None or dtype is not None else as_recipe(recipe)
         modules = {path: [prefix for _, prefix in flat(names)] for path, names in loader.names.items()}
-        decisions = Rules(None if recipe is None else as_recipe(recipe), rules or {}).decide(
+        decisions = Rules(default, rules or {}).decide(
             modules, names=rule_names(modules, reader.fused), others=unquantized_names(config)
         )
         recipes = {path: decision.recipe for path, decision in decisions.items()}
         check_stored(recipes.values())
     scales = None if calibration is None else sidecar.read(calibration)
     if scales is None or scales.kv_cache is None:
-        loader.set_kv_cache()
+        # Where all else leaves 8 bits, keys and values do too.
+        loader.set_kv_cache() if dtype is None or any(recipes.values()) else loader.warn_of_kv_cache(recipe)
     if scales is not None:
         static = {path: each.activation for path, each in recipes.items() if each is not None and each.is_static}
         scales.check({path: (scheme, loader.shapes[path][-1]) for path, scheme in static.items()})

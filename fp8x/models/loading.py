@@ -131,6 +131,15 @@ class Loader:
         except ShapeError as error:
             raise CheckpointError(f"{self.reader.path}: the scales of its KV cache do not fit: {error}") from None
 
+    def warn_of_kv_cache(self, dtype: str) -> None:
+        """Says, where the checkpoint has keys and values stored in 8 bits, that the model has them in 16."""
+        if self.kv_scales is not None:
+            warnings.warn(
+                f"{self.reader.path}: the scales of its KV cache are not used: recipe {dtype!r} leaves keys and values "
+                "in the model's type, too",
+                stacklevel=3,
+            )
+
     def choose(self, requantize: Requantize) -> dict[str, Recipe | None]:
         """The recipe of every linear module: where it is stored in 8 bits the best of some. Arguments and errors as
         `fp8x.checkpoint.requantize.choose` has them."""
@@ -157,15 +166,16 @@ class Loader:
             if recipe is not None:
                 set_module(self.model, path, self._quantized_layer(path, names, recipe, shape))
             elif isinstance(names, str):
-                get(self.model, path).kernel.set_value(self._array(f"{names}.weight", shape).T)
+                get(self.model, path).kernel.set_value(self._matrix(names, self.stored[path], shape).T)
             else:
-                get(self.model, path).weight.set_value(self._stack(names, shape))
+                get(self.model, path).weight.set_value(self._stack(names, self.stored[path], shape))
 
     def _quantized_layer(self, path: str, names: Names, recipe: Recipe, shape: tuple[int, ...]) -> QuantizedLayer:
         scheme = weight_scheme(recipe, len(shape))
         if len(scheme.block) > 2:
             # Scales across experts: the layer has to be whole before it is quantized.
-            weight = numerics.quantize_weight(self._stack(names, shape), scheme, name=path, allow_nonfinite=True)
+            stack = self._stack(names, self.stored[path], shape)
+            weight = numerics.quantize_weight(stack, scheme, name=path, allow_nonfinite=True)
             return GroupedLinear.from_arrays(weight, recipe)
         data, scale = aligned(shape, scheme.dtype), aligned(scheme.scale_shape(shape), scheme.scale_dtype)
         input_scale = None
@@ -221,12 +231,22 @@ class Loader:
             )
         return found
 
-    def _stack(self, names: Names, shape: tuple[int, ...]) -> Array:
+    def _stack(self, names: Names, stored: Recipe | None, shape: tuple[int, ...]) -> Array:
         """The experts' matrices in one array."""
         stack = aligned(shape, self.dtype)
         for index, prefix in flat(names):
-            stack[index] = self._array(f"{prefix}.weight", shape[-2:])
+            stack[index] = self._matrix(prefix, stored, shape[-2:])
         return jax.device_put(stack)
+
+    def _matrix(self, prefix: str, stored: Recipe | None, shape: tuple[int, ...]) -> Array:
+        """One matrix in the model's type."""
+        if stored is None:
+            return self._array(f"{prefix}.weight", shape)
+        found = self._scales(prefix, stored, shape)
+        codes = found.codes(prefix, stored, shape, self.reader)
+        self._check_finite(f"{prefix}.weight", codes)
+        self._finish(*self._tensors(prefix, stored, shape))
+        return dequantized(ScaledArray(codes, found.scale, stored.weight)).astype(self.dtype)
 
     def _array(self, name: str, shape: tuple[int, ...], dtype: np.dtype | None = None) -> Array:
         """An unquantized tensor, in the model's type unless another is given."""

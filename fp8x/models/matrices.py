@@ -86,6 +86,12 @@ def stored_by_prefix(
     return stored_recipes(source_format, reader, prefixes, dtype_of(reader.config))
 
 
+def with_dtype(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
+    """A config.json that states the model's type."""
+    named = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
+    return dict(config) | dict.fromkeys(named, str(dtype))
+
+
 def dtype_of(config: Mapping[str, Any]) -> np.dtype:
     """The type in which a model computes, as its config says; bfloat16 without a word."""
     named = config.get("dtype") or config.get("torch_dtype")

@@ -76,11 +76,14 @@ class MeshLoader(Loader):
         calibrated: np.ndarray | None,
     ) -> None:
         shape, split, module = self.shapes[path], layout.layers[path], get(self.model, path)
-        read = _stacked(names, lambda prefix: self._part_of(f"{prefix}.weight", shape[-2:]))
+        stored = self.stored[path]
+        if stored is None:
+            read = _stacked(names, lambda prefix: self._part_of(f"{prefix}.weight", shape[-2:]))
+        else:
+            read = _cast(self._dequantized(names, stored, shape), self.dtype)
         if recipe is not None:
             layer = _abstract(recipe, shape)
             layer.bias = nnx.data(module.bias)
-            stored = self.stored[path]
             if stored is None:
                 weight, scale = self._quantized(layer, split, read)
             elif stored.weight == recipe.weight:
@@ -95,7 +98,7 @@ class MeshLoader(Loader):
         else:
             place_weight(module, split, self.mesh, read, bias)
         for _, prefix in flat(names):
-            self._finish(*self._tensors(prefix, self.stored[path], shape[-2:]))
+            self._finish(*self._tensors(prefix, stored, shape[-2:]))
 
     def _quantized(self, layer: QuantizedLayer, split: LayerSplit, read: Read) -> tuple[ScaledArray, np.ndarray | None]:
         """A weight that is quantized on the way, and the static activation scale of an uncalibrated layer."""
@@ -121,17 +124,20 @@ class MeshLoader(Loader):
     ) -> tuple[ScaledArray, np.ndarray | None]:
         """A weight from the 8 bits that are stored to others, and its static activation scale."""
         shape, dims = layer.weight.shape, split.dims(layer.weight.ndim)
-        scales = functools.cache(lambda prefix: self._scales(prefix, stored, shape[-2:]))
+        placed = place(self._dequantized(names, stored, shape), shape, np.dtype(np.float32), dims, self.mesh)
+        weight = quantize_placed(placed, layer.weight_scheme, shape, dims, self.mesh)
+        scales = (self._scales(prefix, stored, shape[-2:]).input_scale for _, prefix in flat(names))
+        return weight, _input_scale(layer, stored, scales)
+
+    def _dequantized(self, names: Names, stored: Recipe, shape: tuple[int, ...]) -> Read:
+        """Reads of a layer's matrices in 8 bits, in float32."""
 
         @functools.cache
         def view(prefix: str) -> _Dequantized:
-            codes = self._view(prefix, stored, scales(prefix), shape[-2:])
-            return _Dequantized(codes, scales(prefix).scale, stored.weight)
+            scales = self._scales(prefix, stored, shape[-2:])
+            return _Dequantized(self._view(prefix, stored, scales, shape[-2:]), scales.scale, stored.weight)
 
-        read = _stacked(names, lambda prefix: self._checked(f"{prefix}.weight", view(prefix)))
-        placed = place(read, shape, np.dtype(np.float32), dims, self.mesh)
-        weight = quantize_placed(placed, layer.weight_scheme, shape, dims, self.mesh)
-        return weight, _input_scale(layer, stored, (scales(prefix).input_scale for _, prefix in flat(names)))
+        return _stacked(names, lambda prefix: self._checked(f"{prefix}.weight", view(prefix)))
 
     def _view(self, prefix: str, stored: Recipe, found: MatrixScales, shape: tuple[int, ...]) -> Slices | np.ndarray:
         """The codes of one matrix in 8 bits, in the scheme's type; whole where they have to be translated."""
@@ -173,6 +179,10 @@ class _Dequantized:
             inner.append(slice(part.start - start, part.stop - start))
         whole = ScaledArray(self.codes[tuple(outer)], self.scale[tuple(of_scales)], self.scheme)
         return np.asarray(dequantized(whole))[tuple(inner)]
+
+
+def _cast(read: Read, dtype: np.dtype) -> Read:
+    return lambda index: read(index).astype(dtype)
 
 
 def _input_scale(layer: QuantizedLayer, stored: Recipe, scales: Iterable[np.ndarray]) -> np.ndarray | None:

@@ -12,7 +12,7 @@ from fp8x.checkpoint.companions import Companions, find_companions
 from fp8x.checkpoint.kv_cache import KVScales
 from fp8x.checkpoint.plan import Target, matrix_shape
 from fp8x.checkpoint.reader import INDEX, LEGACY
-from fp8x.models.matrices import dtype_of
+from fp8x.models.matrices import dtype_of, with_dtype
 from fp8x.recipe import Recipe
 
 KV_FIELDS = ("kv_cache_scheme", "kv_cache_quant_algo")  # mean nothing where the scales do not come along
@@ -30,9 +30,7 @@ def config_of(
     source = reader.config
     config = {key: value for key, value in source.items() if key != "quantization_config"}
     if dtype_of(config) != out_dtype:
-        config |= dict.fromkeys(
-            [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"], str(out_dtype)
-        )
+        config = with_dtype(config, out_dtype)
     unread = {} if source_format is None else dict(source["quantization_config"].unread())
     if format is not None:
         # An `lm_head` that is tied is still a matrix to others, which must not look for its scales.
