@@ -25,6 +25,7 @@ def calibrate(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the scales to this JSON file.")] = None,
     num_samples: options.NumSamples = options.NUM_SAMPLES,
     max_length: options.MaxLength = None,
+    document_rows: options.DocumentRows = options.DOCUMENT_ROWS,
     batch_size: options.BatchSize = options.BATCH_SIZE,
     seed: options.Seed = 0,
     method: options.MethodName = options.METHOD,
@@ -56,7 +57,8 @@ def calibrate(
     check_method(method, percentile)
     devices = options.parse_mesh(mesh)
     calibration = options.Calibration(
-        data, num_samples, max_length, batch_size, seed, method, percentile, devices, kv_cache
+        *(data, num_samples, max_length, batch_size, seed, method, percentile, devices, kv_cache),
+        document_rows=document_rows,
     )
     rows = read_rows(source, calibration)
     is_split = devices is not None and any(devices.shape.get(axis, 1) > 1 for axis in ("tensor", "expert"))
@@ -97,6 +99,8 @@ def read_rows(source: Path, calibration: options.Calibration) -> "np.ndarray":
         calibration.num_samples,
         calibration.seed,
         bos_id=first_token(config),
+        document_rows=calibration.document_rows,
+        report=lambda message: terminal.warn(f"{calibration.data}: {message}"),
     )
     if rows.max() >= config.vocab_size:
         raise DataError(
@@ -138,7 +142,8 @@ def sidecar(
     """What scales were found, and on what."""
     from fp8x.calibrate import Dataset, Sidecar
 
-    return Sidecar(recipe, report, Dataset.of(calibration.data, rows, calibration.seed))
+    dataset = Dataset.of(calibration.data, rows, calibration.seed, calibration.document_rows)
+    return Sidecar(recipe, report, dataset)
 
 
 def warn_undersampled(report: "CalibrationReport", min_tokens: int) -> None:
