@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 import fp8x
 from fp8x.calibrate import Dataset, Sidecar
-from fp8x.calibrate.data import batches, pack, read_texts
+from fp8x.calibrate.data import DOCUMENT_ROWS, batches, pack, read_texts
 from fp8x.models.evaluate import default_context, first_token
 
 
@@ -44,7 +44,7 @@ def main(arguments: argparse.Namespace) -> None:
     size = arguments.batch_size * jax.local_device_count()
     report = fp8x.calibrate(model, watched(batches(mine, size)), mesh, method=arguments.method)
     if jax.process_index() == 0:
-        dataset = Dataset.of(arguments.data, rows, arguments.seed)
+        dataset = Dataset.of(arguments.data, rows, arguments.seed, DOCUMENT_ROWS)
         Sidecar(arguments.recipe, report, dataset).write(arguments.output)
         print(f"wrote {arguments.output}: {len(report.layers)} layers, {rows.size} tokens")
 

@@ -125,12 +125,22 @@ def test_data_that_is_not_needed_is_left_out(tiny_checkpoint, tmp_path, texts):
 
 def test_calibrate(tiny_checkpoint, texts, tmp_path):
     data = tmp_path / "data.jsonl"
-    data.write_text(texts.read_text() + "{\n")
+    data.write_text(texts.read_text() + "{\n" + texts.read_text() + json.dumps({"text": "x" * 2000}) + "\n")
     arguments = ("calibrate", tiny_checkpoint, data, "--recipe", STATIC + "_max_calibrate", "--min-tokens", 10**6)
-    result = invoke(*arguments, "-o", tmp_path / "scales.json")
+    result = invoke(*arguments, "-o", tmp_path / "scales.json", "--document-rows", 2)
     assert "layers.0.self_attn.q_proj" in result.stdout
     assert "data.jsonl: line 13: not JSON" in result.stderr and "fewer than 1000000 tokens" in result.stderr
-    assert read_json(*arguments) == json.loads((tmp_path / "scales.json").read_text())
+    assert "data.jsonl: 12 of 25 documents are copies of others" in result.stderr
+    assert "data.jsonl: 256 rows of 64 tokens (16,384) were asked for, but the texts give 2," in result.stderr
+    assert "data.jsonl: one document ('xxxx" in result.stderr and "too few or too short for 256 rows" in result.stderr
+    written = json.loads((tmp_path / "scales.json").read_text())
+    assert (written["length"], written["document_rows"]) == (64, 2)
+    result = invoke(*arguments, "--num-samples", 5, "--json", "-o", tmp_path / "scales.json")
+    assert "were asked for" not in result.stderr and "one document" not in result.stderr
+    printed = json.loads(result.stdout)
+    assert printed == json.loads((tmp_path / "scales.json").read_text())
+    assert (printed["samples"], printed["tokens"], printed["document_rows"]) == (5, 320, 1)
+    assert printed["rows_sha256"] != written["rows_sha256"]
 
 
 def test_quantize_dry_run(tiny_checkpoint, tmp_path):
@@ -166,7 +176,9 @@ def test_eval_side_by_side(tiny_checkpoint, quantized, texts):
 
 
 def test_eval_prints_markdown(tiny_checkpoint, texts):
-    lines = invoke("eval", tiny_checkpoint, "-d", texts, "--context", 16, "--markdown").stdout.splitlines()
+    result = invoke("eval", tiny_checkpoint, "-d", texts, "--context", 16, "--markdown", "--calibrate", texts)
+    lines = result.stdout.splitlines()
+    assert "warning: --calibrate is not used: no --recipe has a calibrated scale" in result.stderr
     assert lines[0].startswith("| model | bits per byte |") and lines[2].startswith("| tiny | ") and len(lines) == 3
 
 

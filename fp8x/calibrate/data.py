@@ -1,9 +1,10 @@
 """Texts to calibrate and evaluate on: read from JSON and JSONL, tokenized, packed into rows of one length."""
 
+import collections
 import json
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from fp8x.errors import DataError
 Text = str | list[int]
 
 MAX_REPORTS = 10
+DOCUMENT_ROWS = 1
+DOMINANT = 0.25  # a share of all tokens that one document gives only with a word
 _FORMS = "'text', 'messages', 'conversations', 'ids' or 'input_ids'"
 _WHERE = "JSONL, or a JSON array, of lists of token ids or objects with"
 
@@ -58,10 +61,10 @@ def read_texts(path: str | Path, *, report: Callable[[str], None] = warnings.war
     return texts
 
 
-def tokenize(text: Text, tokenizer: Tokenizer, bos_id: int) -> list[int]:
+def tokenize(text: str | Sequence[int], tokenizer: Tokenizer, bos_id: int) -> list[int]:
     """The ids of one document, `bos_id` first; ids that begin with it already stay as they are."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids if isinstance(text, str) else text
-    return list(ids) if isinstance(text, list) and ids[0] == bos_id else [bos_id, *ids]
+    return list(ids) if not isinstance(text, str) and ids[0] == bos_id else [bos_id, *ids]
 
 
 def pack(
@@ -72,26 +75,81 @@ def pack(
     seed: int = 0,
     *,
     bos_id: int,
+    document_rows: int = DOCUMENT_ROWS,
+    report: Callable[[str], None] = warnings.warn,
 ) -> Int32[np.ndarray, "samples length"]:
     """Rows of `length` tokens: the documents in an order drawn from `seed`, each after `bos_id`, end to end.
+
+    Of a document that is longer than `document_rows` rows, a piece of that size is taken, the one drawn from `seed`:
+    so no document crowds out others, as in GPTQ and llm-compressor, whose samples are of one document each. Only when
+    all have given one and rows are missing come the next pieces of the long ones. A document that is there several
+    times counts once.
 
     Returns at most `num_samples` rows, fewer where the texts end earlier. Nothing is padded, since padding would enter
     the amax: what does not fill a row is left out, and texts shorter than one row make one shorter row.
 
+    Arguments:
+        report: called with a message for each of these: documents that are there several times, fewer tokens than were
+            asked for, and a document that gives a quarter of them, and more than `document_rows` rows.
+
     Raises:
-        DataError: there is no text.
+        DataError: there is no text, or a number below 1.
     """
-    order = random.Random(seed).sample(range(len(texts)), len(texts))
-    ids: list[int] = []
-    for index in order:
-        ids += tokenize(texts[index], tokenizer, bos_id)
-        if len(ids) >= num_samples * length:
-            break
-    if not ids:
+    for name, value in {"length": length, "num_samples": num_samples, "document_rows": document_rows}.items():
+        if value < 1:
+            raise DataError(f"{name}: {value} does not fit; use 1 or more")
+    documents = list(dict.fromkeys(text if isinstance(text, str) else tuple(text) for text in texts))
+    if copies := len(texts) - len(documents):
+        report(f"{copies:,} of {len(texts):,} documents are copies of others; each counts once")
+    if not documents:
         raise DataError("texts: there are none to pack")
-    length = min(length, len(ids))
-    count = min(num_samples, len(ids) // length)
+    draw, needed, ids, given = random.Random(seed), num_samples * length, [], collections.Counter()
+    order = draw.sample(range(len(documents)), len(documents))
+    tokenized = ((number, tokenize(documents[number], tokenizer, bos_id)) for number in order)
+    for number, piece in _pieces(tokenized, document_rows * length, draw):
+        given[number] += min(len(piece), needed - len(ids))
+        ids += piece
+        if len(ids) >= needed:
+            break
+    tokens = min(len(ids), needed)
+    if tokens < needed:
+        asked = f"{num_samples:,} rows of {length:,} tokens ({needed:,}) were asked for"
+        report(f"{asked}, but the texts give {tokens:,} tokens; give more, or ask for fewer or shorter rows")
+    ((longest, most),) = given.most_common(1)
+    if most > max(document_rows * length, DOMINANT * tokens):
+        report(
+            f"one document{_beginning(documents[longest])} gives {most:,} of {tokens:,} tokens: the texts hold "
+            f"{len(documents):,} documents, too few or too short for {num_samples:,} rows; give more"
+        )
+    length = min(length, tokens)
+    count = tokens // length
     return np.asarray(ids[: count * length], np.int32).reshape(count, length)
+
+
+def _pieces(
+    documents: Iterable[tuple[int, list[int]]], size: int, draw: random.Random
+) -> Iterator[tuple[int, list[int]]]:
+    """Pieces of `size` ids with their document's number: of each document one, then of the longer ones the next, and
+    so on, until they are at an end. Each begins with the document's first id.
+    """
+    longer = []
+    for number, (bos_id, *ids) in documents:
+        step = max(1, size - 1)
+        pieces = [[bos_id, *ids[start : start + step]] for start in range(0, len(ids), step)] or [[bos_id]]
+        first = draw.randrange(max(1, len(ids) // step))  # a whole one
+        yield number, pieces[first]
+        if len(pieces) > 1:
+            longer.append((number, [*pieces[first + 1 :], *pieces[:first]]))
+    while longer:
+        for number, pieces in longer:
+            yield number, pieces.pop(0)
+        longer = [(number, pieces) for number, pieces in longer if pieces]
+
+
+def _beginning(text: str | Sequence[int]) -> str:
+    """By which the user knows a document."""
+    words = " ".join(text[:200].split()) if isinstance(text, str) else ""
+    return f" ({words[:40]!r} …)" if words else ""
 
 
 def batches(rows: Int32[np.ndarray, "samples length"], batch_size: int) -> Iterator[Int32[np.ndarray, "batch length"]]:

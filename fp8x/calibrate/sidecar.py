@@ -19,7 +19,7 @@ from fp8x.scheme import ELEMENTS, KV_HEAD, KV_TENSOR, Scheme
 if TYPE_CHECKING:
     from flax import nnx
 
-VERSION = 1
+VERSION = 2
 
 _KV_PATHS = (".k_cache", ".v_cache")
 _KV_SCHEMES = {
@@ -39,8 +39,10 @@ class Dataset:
 
     Attributes:
         file: the data file's name; `sha256`: of its bytes.
-        seed: drew the order of its documents.
+        seed: drew the order of its documents, and the pieces of long ones.
+        document_rows: rows that one document fills at most, while others are left.
         samples, length: rows of tokens, and tokens in each. `tokens`: in all.
+        rows_sha256: of the rows' ids as little-endian int32: of the same data, another tokenizer gives others.
     """
 
     file: str
@@ -49,13 +51,16 @@ class Dataset:
     samples: int
     length: int
     tokens: int
+    document_rows: int
+    rows_sha256: str
 
     @classmethod
-    def of(cls, path: str | Path, rows: Int[np.ndarray, "samples length"], seed: int) -> "Dataset":
+    def of(cls, path: str | Path, rows: Int[np.ndarray, "samples length"], seed: int, document_rows: int) -> "Dataset":
         """What rows of tokens were drawn from."""
         with Path(path).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return cls(Path(path).name, digest, seed, *rows.shape, rows.size)
+        of_rows = hashlib.sha256(rows.astype("<i4").tobytes()).hexdigest()
+        return cls(Path(path).name, digest, seed, *rows.shape, rows.size, document_rows, of_rows)
 
     def to_json(self) -> dict[str, Any]:
         found = dataclasses.asdict(self)
@@ -63,7 +68,8 @@ class Dataset:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> "Dataset":
-        return cls(**found["dataset"], **{key: found[key] for key in ("seed", "samples", "length", "tokens")})
+        others = [field.name for field in dataclasses.fields(cls) if field.name not in ("file", "sha256")]
+        return cls(**found["dataset"], **{name: found[name] for name in others})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ def calibrate(
     num_samples: options.NumSamples = options.NUM_SAMPLES,
     max_length: options.MaxLength = None,
     context: options.Context = None,
+    document_rows: options.DocumentRows = options.DOCUMENT_ROWS,
     batch_size: options.BatchSize = options.BATCH_SIZE,
     seed: options.Seed = 0,
     method: options.MethodName = options.METHOD,
@@ -58,7 +59,9 @@ def calibrate(
     check_method(method, percentile)
     devices = options.parse_mesh(mesh)
     calibration = options.Calibration(
-        data, num_samples, max_length, batch_size, seed, method, percentile, devices, kv_cache, context=context
+        *(data, num_samples, max_length, batch_size, seed, method, percentile, devices, kv_cache),
+        context=context,
+        document_rows=document_rows,
     )
     rows = read_rows(source, calibration)
     is_split = devices is not None and any(devices.shape.get(axis, 1) > 1 for axis in ("tensor", "expert"))
@@ -100,6 +103,8 @@ def read_rows(source: Path, calibration: options.Calibration) -> "np.ndarray":
         calibration.num_samples,
         calibration.seed,
         bos_id=first_token(config),
+        document_rows=calibration.document_rows,
+        report=lambda message: terminal.warn(f"{calibration.data}: {message}"),
     )
     check_tokens(f"{calibration.data}", rows.flat, tokenizer, config.vocab_size)
     return rows
@@ -137,7 +142,8 @@ def sidecar(
     """What scales were found, and on what."""
     from fp8x.calibrate import Dataset, Sidecar
 
-    return Sidecar(recipe, report, Dataset.of(calibration.data, rows, calibration.seed))
+    dataset = Dataset.of(calibration.data, rows, calibration.seed, calibration.document_rows)
+    return Sidecar(recipe, report, dataset)
 
 
 def warn_undersampled(report: "CalibrationReport", min_tokens: int) -> None:

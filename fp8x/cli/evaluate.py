@@ -87,6 +87,8 @@ def evaluate(
             calibration_data, options.NUM_SAMPLES, None, batch_size, seed, method, percentile
         )
         rows = calibrate.read_rows(checkpoints[0], calibration)
+    elif calibration_data is not None:
+        terminal.warn("--calibrate is not used: no --recipe has a calibrated scale, nor has a --kv-cache")
 
     def measure(path: Path, code: str | None, kind: str | None) -> dict[str, Any]:
         model = load(path, recipes.get(code), mesh=devices)

@@ -25,7 +25,7 @@ Rule = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-Seed = Annotated[int, typer.Option(metavar="N", help="Draws the order of the documents.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Draws the order of the documents, and pieces of long ones.")]
 NumSamples = Annotated[int, typer.Option(min=1, metavar="N", help="Rows of tokens to calibrate on.")]
 MaxLength = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Tokens a row; by default the model's context, 2048 at most.")
@@ -33,6 +33,9 @@ MaxLength = Annotated[
 Context = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", help="Tokens that the model may read; by default what its config.json says."),
+]
+DocumentRows = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Rows that one document fills at most, while there are others.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Rows at a time.")]
 MinTokens = Annotated[int, typer.Option(min=0, metavar="N", help="Name the experts that saw fewer tokens.")]
@@ -53,7 +56,7 @@ KVCache = Annotated[
 ]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Accept weights that hold NaN or Inf.")]
 
-NUM_SAMPLES, BATCH_SIZE, MIN_TOKENS = 256, 8, 64
+NUM_SAMPLES, DOCUMENT_ROWS, BATCH_SIZE, MIN_TOKENS = 256, 1, 8, 64
 METHOD, PERCENTILE = "max", 99.99
 DATA_HELP = "JSONL with `text`, chat `messages`, ShareGPT `conversations` or token `ids`."
 
@@ -153,3 +156,4 @@ class Calibration:
     kv_cache: str | None = None
     kv_cache_only: bool = False
     context: int | None = None
+    document_rows: int = DOCUMENT_ROWS

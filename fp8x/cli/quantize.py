@@ -66,6 +66,7 @@ def quantize(
     num_samples: options.NumSamples = options.NUM_SAMPLES,
     max_length: options.MaxLength = None,
     context: options.Context = None,
+    document_rows: options.DocumentRows = options.DOCUMENT_ROWS,
     batch_size: options.BatchSize = options.BATCH_SIZE,
     seed: options.Seed = 0,
     min_tokens: options.MinTokens = options.MIN_TOKENS,
@@ -129,6 +130,7 @@ def quantize(
             kv_cache=kv_cache,
             kv_cache_only=only,
             context=context,
+            document_rows=document_rows,
         )
         samples = calibrate.read_rows(source, arguments)
         model = load(source, chosen, rules, allow_nonfinite)
@@ -204,7 +206,10 @@ def _check(plan: "Plan", code: str | None, data: Path | None, calibration: "Side
     if data is not None and calibration is not None:
         raise CalibrationError("--calibration: stands beside --calibrate; give the data or the scales, not both")
     if (data or calibration) is not None and not finds_kv and not _needs_calibration(plan):
-        terminal.warn(f"--{'calibrate' if data else 'calibration'} is not used: recipe {code} has no calibrated scale")
+        option = "calibrate" if data else "calibration"
+        terminal.warn(
+            f"--{option} is not used: {f'recipe {code}' if code else 'what is written'} has no calibrated scale"
+        )
     # Where the source is quantized, its own scales may do; `convert` knows.
     elif plan.source_format is None and data is calibration is None and _needs_calibration(plan):
         raise CalibrationError(

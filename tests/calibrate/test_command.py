@@ -29,9 +29,11 @@ def test_a_mesh_a_method_and_the_file_that_load_takes(tiny_checkpoint, data, tmp
     devices(2)
     output = tmp_path / "calibration.json"
     options = ("--recipe", CODE, "--max-length", 16, "--mesh", "data=2", "--method", "percentile", "--percentile", 99)
-    result = invoke("calibrate", tiny_checkpoint, data, *options, "--batch-size", 6, "--output", output)
+    result = invoke(
+        "calibrate", tiny_checkpoint, data, *options, "--batch-size", 6, "--output", output, "--min-tokens", 1000
+    )
     assert result.exit_code == 0, result.output
-    assert "fewer than 64 tokens in layers.1.mlp.w13 expert 0" in result.stderr
+    assert "fewer than 1000 tokens in layers.0.mlp.w13 expert 0" in result.stderr
     found = json.loads(output.read_text())
     assert (found["method"], found["percentile"], found["length"]) == ("percentile", 99, 16)
     model = fp8x.load(tiny_checkpoint, CODE, calibration=output)

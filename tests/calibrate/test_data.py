@@ -139,28 +139,94 @@ def test_tokenize_puts_bos_first_once(byte_tokenizer):
     assert tokenize([BOS, 6], byte_tokenizer, BOS) == [BOS, 6]
 
 
-def test_pack_lays_documents_end_to_end(byte_tokenizer):
-    rows = pack([[1, 2, 3], [4, 5, 6]], byte_tokenizer, 3, 8, seed=0, bos_id=BOS)
-    assert rows.dtype == np.int32 and rows.shape == (2, 3)
-    documents = [[BOS, 1, 2, 3], [BOS, 4, 5, 6]]
-    assert rows.ravel().tolist() in [[*a, *b][:6] for a, b in (documents, documents[::-1])]
+@pytest.fixture
+def packed(byte_tokenizer):
+    """The rows of texts, and what was reported."""
+
+    def packed(texts, length, num_samples, seed=0, **options):
+        reports = []
+        rows = pack(texts, byte_tokenizer, length, num_samples, seed, bos_id=BOS, report=reports.append, **options)
+        return rows, reports
+
+    return packed
 
 
-def test_pack_of_less_than_a_row_is_a_shorter_row(byte_tokenizer):
-    assert pack([[1, 2, 3]], byte_tokenizer, 16, 8, bos_id=BOS).tolist() == [[BOS, 1, 2, 3]]
+def test_pack_lays_documents_end_to_end(packed):
+    rows, reports = packed([[1, 2], [4, 5]], 3, 2)
+    assert rows.dtype == np.int32 and rows.shape == (2, 3) and reports == []
+    documents = [[BOS, 1, 2], [BOS, 4, 5]]
+    assert rows.ravel().tolist() in [[*a, *b] for a, b in (documents, documents[::-1])]
+    rows, _ = packed([[1, 2, 3], [4, 5, 6]], 5, 1)
+    assert rows.tolist() in [[[BOS, 1, 2, 3, BOS]], [[BOS, 4, 5, 6, BOS]]]
 
 
-def test_pack_is_decided_by_the_seed(byte_tokenizer):
-    texts = [f"document {i}" for i in range(50)]
-    rows = [pack(texts, byte_tokenizer, 16, 4, seed, bos_id=BOS) for seed in (0, 0, 1)]
+def test_pack_of_less_than_a_row_is_a_shorter_row(packed):
+    rows, reports = packed([[1, 2, 3]], 16, 8)
+    assert rows.tolist() == [[BOS, 1, 2, 3]]
+    (report,) = reports
+    assert report.startswith("8 rows of 16 tokens (128) were asked for, but the texts give 4 tokens; give more")
+
+
+def test_pack_is_decided_by_the_seed(packed):
+    texts = [f"document {i} " * (1 + i % 9) for i in range(50)]  # some longer than a row
+    rows = [packed(texts, 16, 4, seed)[0] for seed in (0, 0, 1)]
     assert rows[0].shape == (4, 16)
     np.testing.assert_array_equal(rows[0], rows[1])
     assert (rows[0] != rows[2]).any()
 
 
-def test_pack_of_nothing(byte_tokenizer):
+@pytest.mark.parametrize("document_rows", [1, 3])
+def test_a_long_document_gives_no_more_than_its_rows(packed, document_rows):
+    short = [[1, *divmod(i, 100)] * 7 for i in range(200)]
+    counts = set()
+    for seed in range(8):
+        rows, reports = packed([[200] * 10_000, *short], 16, 200, seed, document_rows=document_rows)
+        assert len(rows) == 200 and reports == []
+        counts.add(int((rows == 200).sum()))
+    assert max(counts) == 16 * document_rows - 1  # and the first token
+
+
+def test_all_have_a_turn_before_the_next_pieces_of_long_documents(packed):
+    texts = [[*range(28)], [*range(100, 128)], [*range(90, 97)]]
+    rows, reports = packed(texts, 8, 9)  # pieces are as long as rows
+    assert rows[:, 0].tolist() == [BOS] * 9
+    assert sorted(rows[:, 1:].ravel().tolist()) == sorted(token for text in texts for token in text)
+    of = [next(number for number, text in enumerate(texts) if row[1] in text) for row in rows.tolist()]
+    assert sorted(of[:3]) == [0, 1, 2]
+    assert of[3:] == [number for number in of[:3] if number != 2] * 3
+    for number in (0, 1):  # one after the other, from any on
+        starts = [row[1] - 100 * number for row, each in zip(rows.tolist(), of) if each == number]
+        assert [(start - starts[0]) % 28 for start in starts] == [0, 7, 14, 21]
+    (report,) = reports
+    assert "gives 32 of 72 tokens: the texts hold 3 documents" in report
+
+
+def test_one_long_document_still_fills_all_rows(packed):
+    text = " ".join(map(str, range(3000)))
+    rows, reports = packed([text], 16, 64)
+    assert rows.shape == (64, 16) and (rows[:, 0] == BOS).all()
+    assert len({tuple(row) for row in rows.tolist()}) == 64
+    (report,) = reports
+    assert report.startswith("one document ('") and report.endswith(
+        "…) gives 1,024 of 1,024 tokens: the texts hold 1 documents, too few or too short for 64 rows; give more"
+    )
+
+
+def test_copies_count_once(packed, byte_tokenizer):
+    rows, reports = packed(["x", [5, 6], "x", [5, 6], "x", "y"], 7, 1)
+    assert sorted(rows[0].tolist()) == sorted([5, 6, BOS, BOS, BOS, *byte_tokenizer.encode("xy").ids])
+    assert reports == ["3 of 6 documents are copies of others; each counts once"]
+
+
+@pytest.mark.parametrize("option", ["length", "num_samples", "document_rows"])
+def test_pack_refuses(packed, option):
+    with pytest.raises(DataError, match=f"{option}: 0 does not fit; use 1 or more"):
+        packed(["a"], **({"length": 2, "num_samples": 2} | {option: 0}))
+
+
+def test_pack_of_nothing(packed):
     with pytest.raises(DataError, match="none to pack"):
-        pack([], byte_tokenizer, 16, 4, bos_id=BOS)
+        packed([], 16, 4)
 
 
 def test_batches_hold_every_row_once():

@@ -1,5 +1,6 @@
 """`examples/calibrate_multihost.py`, in two processes on this machine."""
 
+import json
 import os
 import signal
 import socket
@@ -32,7 +33,8 @@ def start(tiny_checkpoint, tmp_path, compiled):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    (tmp_path / "texts.jsonl").write_text('{"text": "The quick brown fox jumps over the lazy dog"}\n' * 4)
+    texts = [f"Document {i}: the quick brown fox jumps over the lazy dog" for i in range(12)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     started = []
 
     def start():

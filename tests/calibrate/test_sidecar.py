@@ -24,7 +24,7 @@ def statistics(k=256, activation="e4m3 ·×128 f32", seed=0, tokens=9):
 
 def sidecar(**layers):
     report = CalibrationReport(layers or {"0": statistics(seed=1), "1": statistics(seed=2)}, 3, "percentile", 99.9)
-    return Sidecar(CODE, report, Dataset("texts.jsonl", "ab12", 5, 2, 64, 128))
+    return Sidecar(CODE, report, Dataset("texts.jsonl", "ab12", 5, 2, 64, 128, 3, "cd34"))
 
 
 def model(code=CODE):
@@ -48,19 +48,19 @@ def test_what_is_written_is_read_bit_for_bit(tmp_path):
 def test_the_file(tmp_path):
     sidecar().write(tmp_path / "calibration.json")
     found = json.loads((tmp_path / "calibration.json").read_text())
-    assert found["method"] == "percentile" and found["percentile"] == 99.9 and found["version"] == 1
+    assert found["method"] == "percentile" and found["percentile"] == 99.9 and found["version"] == 2
     assert found["dataset"] == {"file": "texts.jsonl", "sha256": "ab12"}
-    assert {key: found[key] for key in ("seed", "samples", "length", "tokens")} == {
-        "seed": 5, "samples": 2, "length": 64, "tokens": 128
-    }  # fmt: skip
+    expected = {"seed": 5, "samples": 2, "length": 64, "tokens": 128, "document_rows": 3, "rows_sha256": "cd34"}
+    assert {key: found[key] for key in expected} == expected
     assert set(found["layers"]["1"]) == {"activation", "amax", "scale", "tokens"}
 
 
 def test_dataset_of_a_file(tmp_path):
     (tmp_path / "d.jsonl").write_bytes(b"abc")
-    found = Dataset.of(tmp_path / "d.jsonl", np.zeros((3, 5), np.int32), 7)
+    found = Dataset.of(tmp_path / "d.jsonl", np.frombuffer(b"abcdefgh", "<i4")[None], 7, 4)
     sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
-    assert found == Dataset("d.jsonl", sha256, 7, 3, 5, 15)
+    of_rows = "9c56cc51b374c3ba189210d5b6d4bf57790d351c96c47c02190ecf1e430635ab"  # printf abcdefgh | sha256sum
+    assert found == Dataset("d.jsonl", sha256, 7, 1, 2, 2, 4, of_rows)
 
 
 def test_apply_sets_what_calibrate_sets():
@@ -95,11 +95,11 @@ def test_what_does_not_fit_is_named(code, layers, message):
 BROKEN = {
     "no such file": (None, "No such file"),
     "no json": ("{", "is no JSON"),
-    "a list": ("[]", "is of version None, not 1"),
-    "of the future": ('{"version": 2}', "is of version 2, not 1"),
-    "cut": ('{"version": 1, "recipe": "x"}', "is damaged: KeyError('layers')"),
+    "a list": ("[]", "is of version None, not 2"),
+    "of the future": ('{"version": 3}', "is of version 3, not 2"),
+    "cut": ('{"version": 2, "recipe": "x"}', "is damaged: KeyError('layers')"),
     "zero": (
-        '{"version": 1, "recipe": "x", "batches": 1, "method": "max", "layers": {"a.b": {"activation": "e4m3", '
+        '{"version": 2, "recipe": "x", "batches": 1, "method": "max", "layers": {"a.b": {"activation": "e4m3", '
         '"amax": [[1]], "scale": [[0.0]], "tokens": 1}}}',
         "a.b has a scale that is not finite and positive",
     ),
