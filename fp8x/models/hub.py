@@ -113,12 +113,7 @@ def load(
     if requantize is not None:
         recipes = loader.choose(requantize)
     elif format is None or dtype is not None:
-        default = None if recipe is None or dtype is not None else as_recipe(recipe)
-        modules = {path: [prefix for _, prefix in flat(names)] for path, names in loader.names.items()}
-        decisions = Rules(default, rules or {}).decide(
-            modules, names=rule_names(modules, reader.fused), others=unquantized_names(config)
-        )
-        recipes = {path: decision.recipe for path, decision in decisions.items()}
+        recipes = _chosen(loader, None if dtype is not None else recipe, rules or {})
         check_stored(recipes.values())
     scales = None if calibration is None else sidecar.read(calibration)
     if scales is None or scales.kv_cache is None:
@@ -135,6 +130,17 @@ def load(
     if scales is not None:
         scales.apply(model)
     return model
+
+
+def _chosen(
+    loader: Loader | MeshLoader, recipe: Recipe | str | None, rules: Mapping[str, Recipe | str | None]
+) -> dict[str, Recipe | None]:
+    """What recipe and rules say of every layer, by path; rules may go by the names of the checkpoint's matrices."""
+    modules = {path: [prefix for _, prefix in flat(names)] for path, names in loader.names.items()}
+    decisions = Rules(None if recipe is None else as_recipe(recipe), rules).decide(
+        modules, names=rule_names(modules, loader.reader.fused), others=unquantized_names(loader.model.config)
+    )
+    return {path: decision.recipe for path, decision in decisions.items()}
 
 
 def save(
