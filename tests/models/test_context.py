@@ -83,7 +83,7 @@ CALLS = {
     "stream": (lambda model: stream(model, LONG, max_new_tokens=1), "max_new_tokens: 1 after a prompt of 9 .* are 10"),
     "calibrate": (
         lambda model: fp8x.calibrate(fp8x.quantize_model(model, "e4m3_e4m3_bf16"), [LONG]),
-        "ids: 9 tokens",
+        r"batches\[0\]: 9 tokens",
     ),
 }
 
