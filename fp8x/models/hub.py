@@ -32,7 +32,7 @@ from fp8x.models.mesh_loading import MeshLoader
 from fp8x.models.modules import save_module
 from fp8x.nn.quantized import QuantizedLayer
 from fp8x.nn.training import check_finished
-from fp8x.nn.walk import check_calibrated
+from fp8x.nn.walk import check_calibrated, remember_paths
 from fp8x.recipe import OUT_DTYPES, Recipe, Rules, as_recipe, check_stored
 from fp8x.scheme import Scheme, is_kv_static, per_row
 from fp8x.sharding.layers import gathered
@@ -125,8 +125,10 @@ def load(
         scales.set_kv_cache(model)
     if mesh is not None:
         loader.load(recipes, {} if scales is None else scales.scales)
+        remember_paths(model)
         return model
     loader.load(recipes)
+    remember_paths(model)
     if scales is not None:
         scales.apply(model)
     return model

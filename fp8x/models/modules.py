@@ -26,7 +26,7 @@ from fp8x.checkpoint.header import DTYPES
 from fp8x.errors import CheckpointError, Fp8xError, some
 from fp8x.models.module_shardings import Leaf, abstract, shardings_of
 from fp8x.nn.convert import quantize_model
-from fp8x.nn.walk import check_calibrated, get_module, named_layers, named_modules, set_module
+from fp8x.nn.walk import check_calibrated, get_module, named_layers, named_modules, remember_paths, set_module
 from fp8x.recipe import Recipe
 
 VERSION = 1
@@ -124,7 +124,9 @@ def load_into(
         done += reader.stored(name).nbytes
         if progress is not None:
             progress(done, total)
-    return _install(model, target, rules, arrays)
+    model = _install(model, target, rules, arrays)
+    remember_paths(model)
+    return model
 
 
 @dataclasses.dataclass(frozen=True)

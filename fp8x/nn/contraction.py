@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from fp8x import meshes, numerics, ops
 from fp8x.array import ScaledArray
 from fp8x.errors import ShapeError
-from fp8x.nn.quantized import QuantizedLayer, initial_weight, place, weight_scheme
+from fp8x.nn.quantized import QuantizedLayer, initial_weight, names_layer, place, weight_scheme
 from fp8x.recipe import Recipe, as_recipe
 
 Labels = Sequence[Hashable]
@@ -236,6 +236,7 @@ class LinearGeneral(Contraction):
     def described(self) -> str:
         return f"LinearGeneral over axes {self.axis}"
 
+    @names_layer
     def __call__(self, x: Float[Array, "..."], out_sharding=None) -> Float[Array, "..."]:
         """The batch axes, the other axes of `x` in order, then the features; of the recipe's output type.
 
@@ -334,6 +335,7 @@ class Einsum(Contraction):
     def described(self) -> str:
         return f"Einsum {self.einsum_str!r}"
 
+    @names_layer
     def __call__(self, x: Float[Array, "..."], einsum_str: str | None = None, out_sharding=None) -> Float[Array, "..."]:
         """What the equation says, of the recipe's output type.
 

@@ -19,9 +19,9 @@ from fp8x.nn.decide import (
 )
 from fp8x.nn.products import roles_of
 from fp8x.nn.registry import Holder, holders, known_types, without_matrices
-from fp8x.nn.report import remember_why
+from fp8x.nn.report import why_left
 from fp8x.nn.training import QuantizationAware, check_finished, conversion_in_training
-from fp8x.nn.walk import check_settable, named_layers, set_module
+from fp8x.nn.walk import check_settable, named_layers, remember_paths, set_module
 from fp8x.recipe import Decision, Recipe
 
 
@@ -83,7 +83,9 @@ def quantize_model(
                 conversion_in_training(holder.module, holder.path or "model")
             holder.conversion.check_before(holder.module, recipes[holder.path], holder.path or "model", allow_nonfinite)
     say_unsupported(found, chosen, roles, unsupported, report="fp8x.report(model)")
-    return _convert(model, found, recipes, chosen, allow_nonfinite)
+    model = _convert(model, found, recipes, chosen, allow_nonfinite)
+    remember_paths(model)
+    return model
 
 
 def _convert(
@@ -99,7 +101,7 @@ def _convert(
         holder = found.popleft()  # its module is gone before the next one is converted
         path, recipe = holder.path, recipes[holder.path]
         if recipe is None:
-            remember_why(holder.module, why_kept(holder, chosen[path]))
+            why_left.set(holder.module, why_kept(holder, chosen[path]))
             continue
         if id(holder.module) not in converted:
             try:

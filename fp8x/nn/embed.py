@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from fp8x import numerics, ops
 from fp8x.array import ScaledArray
 from fp8x.errors import ShapeError
-from fp8x.nn.quantized import QuantizedLayer, initial_weight, place
+from fp8x.nn.quantized import QuantizedLayer, initial_weight, names_layer, place
 from fp8x.recipe import Recipe, as_recipe
 
 
@@ -52,6 +52,7 @@ class Embed(QuantizedLayer):
         layer.keep_sharding(source.embedding, None)
         return layer
 
+    @names_layer
     def __call__(self, ids: Int[Array, "..."], out_sharding=None) -> Float[Array, "... d"]:
         """The rows of `ids`, of the recipe's output type; NaN for one that is not in the table, as Flax has it.
 
@@ -61,6 +62,7 @@ class Embed(QuantizedLayer):
         ids = self.begin_call(ids, "ids")
         return look_up(self.quantized_weight, ids, self.recipe.out_dtype, out_sharding)
 
+    @names_layer
     def attend(self, query: Float[Array, "... d"], out_sharding=None) -> Float[Array, "... v"]:
         """`query @ table.T`: the logits of a head that is tied to the table."""
         query = self.begin_call(query, "query")

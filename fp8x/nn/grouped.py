@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from fp8x import numerics, ops
 from fp8x.array import ScaledArray
 from fp8x.errors import CalibrationError, ShapeError
-from fp8x.nn.quantized import QuantizedLayer, initial_weight, weight_scheme
+from fp8x.nn.quantized import QuantizedLayer, initial_weight, names_layer, weight_scheme
 from fp8x.nn.unquantized import UnquantizedGroupedLinear, features, once
 from fp8x.ops.experts import Factor, gated_experts
 from fp8x.ops.gate import gated
@@ -100,6 +100,7 @@ class GroupedLinear(QuantizedLayer):
         layer.keep_sharding(source.weight, source.bias)
         return layer
 
+    @names_layer
     def __call__(
         self,
         x: Float[Array, "t k"] | Float[Array, "t 2 k"],
@@ -125,6 +126,7 @@ class GroupedLinear(QuantizedLayer):
         op = functools.partial(ops.grouped_matmul, group_sizes=group_sizes, rows=rows, gate=gate)
         return self._multiply(op, x, options)
 
+    @names_layer
     def by_expert(
         self,
         x: Float[Array, "r k"] | Float[Array, "r 2 k"],
@@ -148,6 +150,7 @@ class GroupedLinear(QuantizedLayer):
         op = functools.partial(ops.expert_matmul, experts=experts, rows=rows, gate=gate)
         return self._multiply(op, x, self._activation(x))
 
+    @names_layer
     def with_gate(
         self,
         w2: "GroupedLinear",

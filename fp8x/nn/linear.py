@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from fp8x import numerics, ops
 from fp8x.array import ScaledArray
 from fp8x.errors import ShapeError
-from fp8x.nn.quantized import QuantizedLayer, initial_weight, place
+from fp8x.nn.quantized import QuantizedLayer, initial_weight, names_layer, place
 from fp8x.recipe import Recipe, as_recipe
 
 
@@ -82,6 +82,7 @@ class Linear(QuantizedLayer):
     def source_matrix(self) -> Float[Array, "... k n"]:
         return super().source_matrix().mT
 
+    @names_layer
     def __call__(self, x: Float[Array, "... k"], out_sharding=None) -> Float[Array, "... n"]:
         """One product, of the recipe's output type, whatever the batch.
 

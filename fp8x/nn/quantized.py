@@ -2,7 +2,8 @@
 
 import contextvars
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,14 @@ from jaxtyping import Array, Float, Int
 
 from fp8x import meshes, numerics
 from fp8x.array import ScaledArray, as_input
-from fp8x.errors import CalibrationError, RecipeError, ShapeError
+from fp8x.errors import CalibrationError, Fp8xError, RecipeError, ShapeError
 from fp8x.nn.calibrated import Calibrated, InputScale
+from fp8x.nn.notes import Notes
 from fp8x.ops.groups import row_mask
 from fp8x.recipe import Recipe, check_stored
 from fp8x.scheme import Scheme
+
+layer_paths = Notes()  # of layers in models that fp8x has quantized or loaded
 
 _called: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar("called", default=None)
 
@@ -29,6 +33,22 @@ class Float8Weight(nnx.Variable):
 
 class WeightScale(nnx.Variable):
     """The scales of a `Float8Weight`."""
+
+
+def names_layer(method: Callable) -> Callable:
+    """A call of a layer, of which errors say whose they are."""
+
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        try:
+            return method(self, *args, **kwargs)
+        except Fp8xError as error:
+            if not hasattr(error, "layer"):  # a layer that calls another has its errors pass by
+                error.layer = self.title
+                error.args = (f"{error.layer}: {error}",)
+            raise
+
+    return call
 
 
 class QuantizedLayer(Calibrated):
@@ -104,6 +124,14 @@ class QuantizedLayer(Calibrated):
         _copy_partitioning(weight, self.weight_scale, tuple(of_scales))
 
     @property
+    def title(self) -> str:
+        """The layer, for errors: its path where it is known, its type and sizes."""
+        *_, n, k = self.weight.shape
+        what = f"{type(self).__name__} {k} -> {n}"
+        path = layer_paths.get(self)
+        return f"{path} ({what})" if path else what
+
+    @property
     def quantized_weight(self) -> ScaledArray:
         """Weight and scale as one array."""
         return ScaledArray(self.weight[...], self.weight_scale[...], self.weight_scheme)
@@ -175,6 +203,7 @@ class QuantizedLayer(Calibrated):
             scale = numerics.compute_scale(amax, scheme)
         return {"activation": scheme, "activation_scale": scale}
 
+    @names_layer
     def dequantized_input(self, x: Float[Array, "... k"]) -> Float[Array, "... k"]:
         """`x` as a product of this layer reads it: through 8 bits and back, if the recipe quantizes activations."""
         x = self.begin_call(x)

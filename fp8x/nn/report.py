@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-import weakref
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from fp8x.nn.decide import EMBEDDING, OVERRIDE, kept_of
+from fp8x.nn.notes import Notes
 from fp8x.nn.products import roles_of
 from fp8x.nn.quantized import QuantizedLayer, called_layers
 from fp8x.nn.registry import conversion_of, holders, type_name
@@ -17,19 +17,7 @@ from fp8x.nn.walk import named_layers, named_modules
 from fp8x.recipe import Recipe, describe
 from fp8x.roles import Roles
 
-# Why `quantize_model` left a module. Beside the model, not in it: metadata would make it another graph to jit.
-_reasons: dict[int, tuple[weakref.ref, str]] = {}
-
-
-def remember_why(module: nnx.Module, reason: str) -> None:
-    """Keeps the reason why a module was left, as long as there is the module."""
-    key = id(module)
-    _reasons[key] = (weakref.ref(module, lambda _: _reasons.pop(key, None)), reason)
-
-
-def _why(module: nnx.Module) -> str | None:
-    reference, reason = _reasons.get(id(module), (lambda: None, None))
-    return reason if reference() is module else None
+why_left = Notes()  # of modules that `quantize_model` left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +139,7 @@ def report(model: nnx.Module, *inputs: Any) -> Report:
     for holder in found:
         for name, (variable, reason) in holder.matrices.items():
             if reason is None:
-                reason = _why(holder.module) or holder.fault
+                reason = why_left.get(holder.module) or holder.fault
             if reason is None and (holder.path in kept or holder.conversion.on_request):
                 reason = kept.get(holder.path, EMBEDDING) + OVERRIDE
             add(holder.path, holder.module, name, variable, None, reason or "no rule or recipe has taken it")

@@ -14,7 +14,7 @@ from fp8x.errors import RecipeError, some
 from fp8x.nn.embed import weight_only
 from fp8x.nn.quantized import QuantizedLayer
 from fp8x.nn.registry import Conversion, conversion_of, type_name
-from fp8x.nn.walk import check_settable, named_modules, set_module
+from fp8x.nn.walk import check_settable, named_modules, remember_paths, set_module
 from fp8x.recipe import Recipe, as_recipe
 
 
@@ -229,4 +229,5 @@ def finish_training(
         if not path:
             return finished[id(layer)]
         set_module(model, path, finished[id(layer)])
+    remember_paths(model)
     return model

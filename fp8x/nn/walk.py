@@ -6,7 +6,7 @@ from flax import nnx
 
 from fp8x.errors import CalibrationError, RecipeError, some
 from fp8x.nn.calibrated import Calibrated
-from fp8x.nn.quantized import QuantizedLayer
+from fp8x.nn.quantized import QuantizedLayer, layer_paths
 
 
 def named_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
@@ -35,6 +35,12 @@ def _walk(node, path: tuple[str, ...], above: tuple) -> Iterator[tuple[str, nnx.
 def named_layers(model: nnx.Module) -> dict[str, QuantizedLayer]:
     """The quantized layers of a model, by path."""
     return {path: module for path, module in named_modules(model) if isinstance(module, QuantizedLayer)}
+
+
+def remember_paths(model: nnx.Module) -> None:
+    """Has errors of a model's quantized layers name their paths; of one that is held twice, the first."""
+    for path, layer in reversed(named_layers(model).items()):
+        layer_paths.set(layer, path)
 
 
 def named_static(model: nnx.Module) -> dict[str, Calibrated]:
