@@ -43,14 +43,15 @@ class CompressedTensors(Format):
         return None
 
     def to_config(self, recipes: Recipes, out_dtype: np.dtype) -> dict[str, Any]:
-        # The commonest recipe takes every matrix that no other group names, as the library's own files have it.
-        ordered = [recipe for recipe, _ in Counter(r for r in recipes.values() if r is not None).most_common()]
+        # The commonest recipe takes every matrix that no other group names, as the library's own files have it. Last:
+        # the library warns of every target that matches only what an earlier one did (`match_named_modules`).
+        ordered = [r for r, _ in reversed(Counter(r for r in recipes.values() if r is not None).most_common())]
         formats = {recipe: MXFP8 if recipe.weight.is_mx else FLOAT for recipe in ordered}
         groups, added = {}, {}
         for index, recipe in enumerate(ordered):
             name, mine = f"group_{index}", [prefix for prefix, other in recipes.items() if other == recipe]
             groups[name] = {
-                "targets": [LINEAR] if index == 0 else patterns(mine, set(recipes) - set(mine)),
+                "targets": [LINEAR] if recipe == ordered[-1] else patterns(mine, set(recipes) - set(mine)),
                 "weights": _weight_args(recipe),
                 "input_activations": _input_args(recipe),
                 "output_activations": None,

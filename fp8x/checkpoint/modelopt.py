@@ -26,7 +26,7 @@ import numpy as np
 from fp8x.checkpoint.extras import KEY, apply_extras, extras
 from fp8x.checkpoint.fields import Fields
 from fp8x.checkpoint.format import SCALE_DTYPES, Format, Layout, Recipes, TensorSpec, weight_spec
-from fp8x.checkpoint.names import wildcards
+from fp8x.checkpoint.names import shell_wildcards, wildcards
 from fp8x.checkpoint.reader import LEGACY
 from fp8x.recipe import Recipe
 from fp8x.scheme import KV_SCHEMES, Scheme, mx, per_row, per_tensor
@@ -67,7 +67,10 @@ class ModelOpt(Format):
             "quant_method": self.quant_method,
             "producer": PRODUCER,
             "quant_algo": algorithm,
-            "ignore": [prefix for prefix, other in recipes.items() if other is None],
+            "ignore": shell_wildcards(
+                [prefix for prefix, other in recipes.items() if other is None],
+                [prefix for prefix, other in recipes.items() if other is not None],
+            ),
         } | ({KEY: fields} if fields else {})
 
     def beside(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

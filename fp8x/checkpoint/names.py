@@ -3,6 +3,7 @@
 A model has tens of thousands of experts' matrices, so a name is looked up in sets; only patterns are tried in turn.
 """
 
+import bisect
 import fnmatch
 import functools
 import re
@@ -12,35 +13,105 @@ from fp8x.errors import CheckpointError
 
 Matcher = Callable[[str], bool]
 
+_ROUTER = re.compile(r"gate|router|shared_expert_gate")
 _PLAIN = re.compile(r"[\w.-]*")
 
 
 def patterns(names: Iterable[str], others: Collection[str]) -> list[str]:
-    """compressed-tensors targets that match all of `names` and none of `others`.
+    """The fewest compressed-tensors targets that match all of `names` and none of `others`.
 
-    A model has thousands of experts: a name becomes a `re:` pattern over all layers and experts, or over the experts of
-    its layer, where no other name matches; else it stays itself.
+    Names that differ in numbers alone become one `re:` pattern: any number where none of `others` lies, else those that
+    it is. Patterns that differ in the last part alone become one. The library warns of each target that matches no
+    module of its model, and transformers 5 has no modules for single experts.
     """
-    taken = {pattern for other in others for pattern in _generalized(other)}
-    return list(dict.fromkeys(_shortest(name, taken) for name in names))
+    wanted, unwanted = _by_template(names), _by_template(others)
+    ends: dict[str, list[str]] = {}  # what stands before the last part -> the last parts
+    for template, numbers in wanted.items():
+        *parents, last = template
+        where = _pattern(parents, numbers, unwanted.get(template, set()))
+        ends.setdefault(where, []).append(r"\d+" if last is None else _escaped(last))
+    return [_target(where, parts) for where, parts in ends.items()]
 
 
-def _shortest(name: str, taken: Collection[str]) -> str:
-    return next((f"re:{pattern}" for pattern in _generalized(name) if pattern not in taken), name)
+_Numbers = tuple[str, ...]
 
 
-def _generalized(name: str) -> list[str]:
-    """Patterns with any number for every number of a name, and for its last. Two names share one that matches both."""
-    parts = [_escaped(part) for part in name.split(".")]
-    numbers = [index for index, part in enumerate(parts) if part.isdecimal()]
-    return [
-        r"\.".join(r"\d+" if index in indices else part for index, part in enumerate(parts)) + "$"
-        for indices in (numbers, numbers[-1:])
-        if indices
-    ]
+def _by_template(names: Iterable[str]) -> dict[tuple[str | None, ...], set[_Numbers]]:
+    """A name's parts, None in the place of numbers but at the end -> the numbers of all names like it."""
+    found: dict[tuple[str | None, ...], set[_Numbers]] = {}
+    for name in names:
+        *parents, last = name.split(".")
+        template = (*(None if part.isdecimal() else part for part in parents), last)
+        found.setdefault(template, set()).add(tuple(part for part in parents if part.isdecimal()))
+    return found
+
+
+def _pattern(template: list[str | None], wanted: set[_Numbers], unwanted: set[_Numbers]) -> str:
+    """A pattern for the parts of a template, each with a dot behind it."""
+    if None not in template:
+        return "".join(rf"{_escaped(part)}\." for part in template)
+    first = template.index(None)
+    inner, outer = _by_first(wanted), _by_first(unwanted)
+    alike: dict[str, list[str]] = {}  # numbers after which all goes on in the same way
+    for number, rest in inner.items():
+        alike.setdefault(_pattern(template[first + 1 :], rest, outer.get(number, set())), []).append(number)
+    if len(alike) == 1 and outer.keys() <= inner.keys():
+        (only,) = alike
+        branches = [rf"\d+\.{only}"]
+    else:
+        branches = [rf"{_any_of(numbers)}\.{rest}" for rest, numbers in alike.items()]
+    return "".join(rf"{_escaped(part)}\." for part in template[:first]) + _any_of(branches)
+
+
+def _by_first(numbers: Iterable[_Numbers]) -> dict[str, set[_Numbers]]:
+    found: dict[str, set[_Numbers]] = {}
+    for first, *rest in sorted(numbers, key=lambda each: list(map(int, each))):
+        found.setdefault(first, set()).add(tuple(rest))
+    return found
+
+
+def _any_of(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"(?:{'|'.join(parts)})"
+
+
+def _target(where: str, ends: list[str]) -> str:
+    """The name itself, if the pattern matches no other."""
+    pattern = where + _any_of(ends)
+    name = pattern.replace(r"\.", ".").replace(r"\-", "-")
+    return name if _PLAIN.fullmatch(name) else f"re:{pattern}$"
 
 
 _escaped = functools.lru_cache(10_000)(re.escape)
+
+
+def shell_wildcards(names: Iterable[str], others: Collection[str]) -> list[str]:
+    """Few ModelOpt wildcards that match all of `names` and none of `others`.
+
+    Whatever lies in a module of which nothing is among `others` goes with it, `vision_tower*`. Routers become one for
+    all layers. All else stays itself: vLLM and SGLang look for q, k and v, which they hold as one matrix, by name.
+    """
+    ordered, inside = sorted(others), {parent for other in others for parent in _parents(other)}
+
+    def entry(name: str) -> str:
+        if (top := next((parent for parent in reversed(_parents(name)[1:]) if parent not in inside), None)) is not None:
+            after = bisect.bisect_left(ordered, top)
+            return f"{top}.*" if after < len(ordered) and ordered[after].startswith(top) else f"{top}*"
+        if _ROUTER.fullmatch(name.rpartition(".")[2]):
+            wildcard = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+            return name if is_taken(wildcard) else wildcard
+        return name
+
+    @functools.cache
+    def is_taken(wildcard: str) -> bool:
+        return any(map(re.compile(fnmatch.translate(wildcard)).match, others))
+
+    return list(dict.fromkeys(map(entry, names)))
+
+
+def _parents(name: str) -> list[str]:
+    """The name, and the modules that it lies in, outwards."""
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
 
 
 def listed(entries: Iterable[str]) -> Matcher:

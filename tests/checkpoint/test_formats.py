@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fnmatch
 import json
 import re
 import tempfile
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 import fp8x
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import FORMATS, Reader, Writer, choose_format, format_of
-from fp8x.checkpoint.names import listed, patterns, wildcards
+from fp8x.checkpoint.names import listed, patterns, shell_wildcards, wildcards
 from fp8x.errors import CheckpointError
 from fp8x.recipe import Recipe
 from fp8x.scheme import E8M0, Scheme, mx, per_row, per_tensor
@@ -361,8 +362,69 @@ def test_patterns_match_their_names_alone():
     names = [f"layers.{i}.experts.{e}.w1" for i in range(2) for e in range(3)]
     assert patterns(names, ["layers.0.router"]) == [r"re:layers\.\d+\.experts\.\d+\.w1$"]
     assert patterns(names[:3], names[3:]) == [r"re:layers\.0\.experts\.\d+\.w1$"]
-    assert patterns(names[:2], names[2:]) == names[:2]
-    assert patterns(["lm_head"], []) == ["lm_head"]
+    assert patterns(names[:2], names[2:]) == [r"re:layers\.0\.experts\.(?:0|1)\.w1$"]
+    assert patterns(["lm_head", names[0]], names[1:]) == ["lm_head", names[0]]
+
+
+def test_few_patterns_say_what_many_names_do():
+    layers = [f"model.layers.{i}.self_attn.{part}_proj" for i in range(12) for part in "qkvo"]
+    chosen = [name for name in layers if name.split(".")[2] in ("1", "10", "11") and "o_proj" not in name]
+    assert patterns(chosen, set(layers) - set(chosen)) == [
+        r"re:model\.layers\.(?:1|10|11)\.self_attn\.(?:q_proj|k_proj|v_proj)$"
+    ]
+
+
+def test_every_target_of_a_mixed_model_is_the_first_to_match_something():
+    """Else compressed-tensors, which stops at the first of all targets in their order, warns "Could not match"."""
+    channel, mxfp8 = fp8x.recipe("e4m3_e4m3_bf16_dynamic"), fp8x.recipe("mxfp8_bf16")
+    names = [
+        f"model.layers.{i}.{part}" for i in range(4) for part in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
+    ]
+    recipes = {name: mxfp8 if "q_proj" in name and ".1." not in name else channel for name in names}
+    recipes |= {"lm_head": None, "model.layers.1.mlp.up_proj": fp8x.recipe("e4m3_bf16")}
+    config = COMPRESSED.to_config(recipes, np.dtype(np.float32))
+    targets = [target for group in config["config_groups"].values() for target in group["targets"]]
+    assert len(targets) == 3 and targets[-1] == "Linear"
+
+    def matches(name: str, target: str) -> bool:
+        return target == "Linear" or (bool(re.match(target[3:], name)) if target[:3] == "re:" else target == name)
+
+    assert {next(t for t in targets if matches(name, t)) for name in names} == set(targets)
+    read = COMPRESSED.from_config(config, recipes, np.dtype(ml_dtypes.bfloat16))
+    assert read == recipes
+
+
+def _names(rng) -> list[str]:
+    """Like those of models that nobody knows: numbers anywhere, parts that begin alike, dashes."""
+    parts, ends = ["experts", "mlp", "mlp2", "a-b", *"0123", "10"], ["gate", "gate_proj", "up"]
+    return sorted({".".join(["model", *rng.choice(parts, rng.integers(1, 5)), rng.choice(ends)]) for _ in range(80)})
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_patterns_and_shell_wildcards_match_their_names_and_no_other(seed):
+    rng = np.random.default_rng(seed)
+    names = _names(rng)
+    kept = [name for name in names if rng.random() < 0.4]
+    others = [name for name in names if name not in kept]
+    targets = patterns(kept, others)
+    # As compressed-tensors' `match_name` has it.
+    matched = [n for n in names if any(re.match(t[3:], n) if t.startswith("re:") else t == n for t in targets)]
+    assert matched == kept and len(targets) <= len(kept)
+    excluded = shell_wildcards(kept, others)
+    assert [n for n in names if any(fnmatch.fnmatchcase(n, entry) for entry in excluded)] == kept
+    assert len(excluded) <= len(kept) and list(filter(wildcards(excluded), names)) == kept
+
+
+def test_shell_wildcards_are_few():
+    moved = [f"model.layers.{i}.{part}" for i in range(12) for part in ("self_attn.q_proj", "mlp.experts.0.up_proj")]
+    routers = [f"model.layers.{i}.mlp.gate" for i in range(12)]
+    others = [name for name in moved if ".1." not in name]
+    kept = ["lm_head", *routers, *(name for name in moved if ".1." in name), "visual.blocks.0.attn.q_proj"]
+    assert shell_wildcards(kept, others) == ["lm_head", "model.layers.*.mlp.gate", "model.layers.1.*", "visual*"]
+    # q, k and v are one matrix to others, who look for the names of its parts.
+    assert shell_wildcards(moved[:1], moved[1:]) == ["model.layers.0.self_attn*"]
+    k = [name.replace("q_proj", "k_proj") for name in moved]
+    assert shell_wildcards(moved[:1], moved[1:] + k) == moved[:1]
 
 
 SHAPE = (160, 192)  # ragged in both dims, and K a multiple of 32

@@ -190,7 +190,7 @@ def _logits(path: Path) -> np.ndarray:
 
 
 def _logits_by_vllm_rule(path: Path, config: dict, quantization: dict) -> np.ndarray:
-    """Of the weights times `weight_scale`, whose shape and type depend on the algorithm; lists are of exact names."""
+    """Of the weights times `weight_scale`, whose shape and type depend on the algorithm."""
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
