@@ -1,5 +1,6 @@
 """`calibrate`: runs batches through a model and sets its static activation scales."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from fp8x.calibrate.methods import DEFAULT_PERCENTILE, check_method, find_scale
 from fp8x.calibrate.report import CalibrationReport, LayerStatistics, Method
 from fp8x.calibrate.sharded import ShardedObserver
-from fp8x.calibrate.statistics import observe, start, static_layers
+from fp8x.calibrate.statistics import any_value, observe, start, static_layers
 from fp8x.errors import CalibrationError, DataError, MeshError, some
 from fp8x.nn.calibrated import Calibrated
 from fp8x.nn.observer import total_counts
@@ -26,6 +27,10 @@ from fp8x.sharding.plan import Placement
 
 KVGranularity = Literal["tensor", "head"]
 
+# Batches that JAX has been given and has not done: one that runs and two that wait, so that no device ever waits for
+# Python. More would only hold memory, and hide how far the work is.
+IN_FLIGHT = 3
+
 
 def calibrate(
     model: nnx.Module,
@@ -36,6 +41,7 @@ def calibrate(
     percentile: float = DEFAULT_PERCENTILE,
     kv_cache: bool | KVGranularity | Scheme = False,
     kv_cache_only: bool = False,
+    progress: Callable[[int], None] | None = None,
 ) -> CalibrationReport:
     """Sets the static activation scales of a model from what its layers see.
 
@@ -58,6 +64,7 @@ def calibrate(
             them: `True` or "tensor", one of keys and one of values a layer; "head", one a head; or a `Scheme`, as
             `Decoder.set_kv_cache` takes it. A model whose cache has such scales already gets them anew in any case.
         kv_cache_only: leave the layers' static activation scales as they are, and quantize activations by them.
+        progress: called with the number of batches that are done, as each is.
 
     Raises:
         CalibrationError: the model has no static layer, an unknown method, or layers (named) that saw NaN or Inf, or
@@ -77,7 +84,7 @@ def calibrate(
                 raise CalibrationError(
                     "kv_cache_only: the model's keys and values have no static scales; pass kv_cache"
                 )
-        return _calibrate(model, layers, batches, mesh, method, percentile)
+        return _calibrate(model, layers, batches, mesh, method, percentile, progress)
 
 
 @contextlib.contextmanager
@@ -110,12 +117,13 @@ def _calibrate(
     mesh: Mesh | None,
     method: Method,
     percentile: float,
+    progress: Callable[[int], None] | None,
 ) -> CalibrationReport:
     placement = getattr(model, "placement", None)
     parts = start(model, histogram=method != "max", layers=layers)
     try:
         observer = _Observer(*parts) if mesh is None else ShardedObserver(*parts, mesh, placement is not None)
-        count = _observe_all(observer, batches, getattr(model, "check_ids", None))
+        count = _observe_all(observer, batches, getattr(model, "check_ids", None), progress)
         nnx.update(model, observer.result())
         _check_inputs(layers)
         found = {path: _statistics(layer, method, percentile) for path, layer in layers.items()}
@@ -136,32 +144,50 @@ class _Observer:
     def __init__(self, graphdef: nnx.GraphDef, statistics: nnx.State, rest: nnx.State):
         self.graphdef, self.statistics, self.rest = graphdef, statistics, rest
 
-    def add(self, batch: tuple[Any, ...]) -> None:
-        self.statistics = _step(self.graphdef, self.statistics, self.rest, batch)
+    def add(self, batch: tuple[Any, ...]) -> jax.Array:
+        """Observes a batch; what it gives is ready when the batch is done."""
+        self.statistics, done = _step(self.graphdef, self.statistics, self.rest, batch)
+        return done
 
     def result(self) -> nnx.State:
         return self.statistics
 
 
 def _observe_all(
-    observer: "_Observer | ShardedObserver", batches: Iterable, check: Callable[[Any, str], None] | None
+    observer: "_Observer | ShardedObserver",
+    batches: Iterable,
+    check: Callable[[Any, str], None] | None,
+    progress: Callable[[int], None] | None,
 ) -> int:
     """How many batches there were; `check` is of what a decoder is called with, which a compiled step can't look at."""
-    count = 0
+    count, in_flight = 0, collections.deque()
+
+    def wait() -> None:
+        in_flight.popleft().block_until_ready()
+        if progress is not None:
+            progress(count - len(in_flight))
+
     for batch in batches:
         batch = batch if isinstance(batch, tuple) else (batch,)
         if check is not None:
             check(*batch, f"batches[{count}]")
         count += 1
-        observer.add(batch)
+        in_flight.append(observer.add(batch))
+        if len(in_flight) == IN_FLIGHT:
+            wait()
     if count == 0:
         raise DataError("batches: there are none; calibration needs at least one")
+    while in_flight:
+        wait()
     return count
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _step(graphdef: nnx.GraphDef, statistics: nnx.State, rest: nnx.State, batch: tuple[Any, ...]) -> nnx.State:
-    return observe(graphdef, rest, statistics, batch)
+def _step(
+    graphdef: nnx.GraphDef, statistics: nnx.State, rest: nnx.State, batch: tuple[Any, ...]
+) -> tuple[nnx.State, jax.Array]:
+    found = observe(graphdef, rest, statistics, batch)
+    return found, any_value(found)
 
 
 def _check_placement(placement: Placement, mesh: Mesh | None, method: Method) -> Mesh:

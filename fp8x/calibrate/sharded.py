@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fp8x.calibrate.statistics import all_reduce, observe
+from fp8x.calibrate.statistics import all_reduce, any_value, observe
 from fp8x.errors import MeshError
 from fp8x.sharding.place import SPEC
 from fp8x.sharding.plan import DATA, check_mesh
@@ -57,8 +57,8 @@ class ShardedObserver:
         if jax.process_count() > 1:
             self.result()  # A process that is missing is found now; one that dies later breaks a connection.
 
-    def add(self, batch: tuple[Any, ...]) -> None:
-        """Observes a batch, or more than one step's worth of it, or less.
+    def add(self, batch: tuple[Any, ...]) -> jax.Array:
+        """Observes a batch, or more than one step's worth of it, or less; what it gives is ready when that is done.
 
         The first batch sets how many rows a device takes at a time, and so what is compiled. What does not fill every
         device leaves some idle for a step; only rows that do not fill one device compile again.
@@ -78,11 +78,12 @@ class ShardedObserver:
             self.rows = total // self.portions
         whole = total - total % self.rows
         for start in range(0, whole, self.rows * self.portions):
-            self._step(batch, self.rows, start, min(whole, start + self.rows * self.portions))
+            done = self._step(batch, self.rows, start, min(whole, start + self.rows * self.portions))
         if whole < total:
-            self._step(batch, total - whole, whole, total)
+            done = self._step(batch, total - whole, whole, total)
+        return done
 
-    def _step(self, batch: tuple[Any, ...], rows: int, start: int, stop: int) -> None:
+    def _step(self, batch: tuple[Any, ...], rows: int, start: int, stop: int) -> jax.Array:
         """Rows `start` to `stop` in portions of `rows`; a device for which none is left sees some again, in vain."""
         index = start + np.arange(rows * self.portions) % (stop - start)
         portions = jax.tree.map(lambda x: np.asarray(x)[index], batch)
@@ -93,7 +94,8 @@ class ShardedObserver:
         )
         # A user's own mesh may be in force, of other axis types or (with several processes) of other devices.
         with jax.set_mesh(self.local):
-            self.statistics = _step(self.graphdef, self.local, self.statistics, self.rest, portions, is_real)
+            self.statistics, done = _step(self.graphdef, self.local, self.statistics, self.rest, portions, is_real)
+        return done
 
     def result(self) -> nnx.State:
         """The statistics of all devices of all processes, the same for each: the only communication."""
@@ -113,12 +115,13 @@ class ShardedObserver:
 def _step(graphdef, mesh, statistics, rest, batch, is_real):
     def on_device(statistics, rest, batch, is_real):
         found = observe(graphdef, rest, jax.tree.map(lambda s: s[0], statistics), batch)
-        return jax.tree.map(lambda new, old: jnp.where(is_real[0], new[None], old), found, statistics)
+        found = jax.tree.map(lambda new, old: jnp.where(is_real[0], new[None], old), found, statistics)
+        return found, any_value(found)
 
     each, split = _each(mesh), _split(mesh)
     # check_vma off: a model's own loops need not say along which axes their carries vary.
     in_specs = (each, state_specs(rest), split, split)
-    return jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=each, check_vma=False)(
+    return jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=(each, each), check_vma=False)(
         statistics, rest, batch, is_real
     )
 

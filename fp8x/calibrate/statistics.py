@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Shaped
 
 from fp8x.errors import CalibrationError
 from fp8x.nn.calibrated import Calibrated
@@ -96,6 +97,11 @@ def all_reduce(statistics: nnx.State, axes: str | Sequence[str], copies: Sequenc
         for index, part, found in zip(indices, parts, jnp.split(vector, ends)):
             variables[index] = variables[index].replace(found.reshape(part.shape).astype(part.dtype))
     return jax.tree.unflatten(tree, variables)
+
+
+def any_value(statistics: nnx.State) -> Shaped[Array, " 1"]:
+    """Ready when all are; and can be waited for, where the statistics themselves were donated to the next step."""
+    return jax.tree.leaves(statistics)[0].reshape(-1)[:1]
 
 
 def _is_variable(node: Any) -> bool:

@@ -1,7 +1,6 @@
 """`fp8x calibrate`, and the calibration that `quantize` and `eval` do with it."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -119,20 +118,15 @@ def run(model: "Decoder", rows: "np.ndarray", calibration: options.Calibration) 
     share = 1 if mesh is None else mesh.shape.get("data", 1)
     size = min(calibration.batch_size, max(share, len(rows) // share * share))
     with terminal.progress("calibrating") as update:
-
-        def watched() -> Iterator["np.ndarray"]:
-            for done, batch in enumerate(batches(rows, size)):
-                update(done * size, len(rows))
-                yield batch
-
         return fp8x.calibrate(
             model,
-            watched(),
+            batches(rows, size),
             mesh,
             method=calibration.method,
             percentile=calibration.percentile,
             kv_cache=calibration.kv_cache or False,
             kv_cache_only=calibration.kv_cache_only,
+            progress=lambda done: update(min(done * size, len(rows)), len(rows)),
         )
 
 

@@ -158,3 +158,42 @@ def test_order_and_company_of_batches_change_no_bit():
 def test_bad_methods(options, message):
     with pytest.raises(CalibrationError, match=message):
         fp8x.calibrate(model(), batches(), **options)
+
+
+class Device:
+    """Observes nothing; a batch is done once it has been waited for."""
+
+    def __init__(self):
+        self.given, self.done = [], []
+
+    def add(self, batch):
+        assert len(self.given) - len(self.done) < driver.IN_FLIGHT
+        self.given.append(batch)
+        return Result(self, batch)
+
+
+class Result:
+    def __init__(self, device, batch):
+        self.device, self.batch = device, batch
+
+    def block_until_ready(self):
+        self.device.done.append(self.batch)
+
+
+@pytest.mark.parametrize("count", [1, 2, driver.IN_FLIGHT, 12])
+def test_few_batches_are_in_flight_and_progress_is_of_those_done(count):
+    device, reports = Device(), []
+
+    def progress(done):
+        assert done == len(device.done)
+        reports.append(done)
+
+    assert driver._observe_all(device, range(count), progress) == count
+    assert device.done == device.given == [(index,) for index in range(count)]
+    assert reports == [*range(1, count + 1)]
+
+
+def test_progress_of_a_model():
+    reports = []
+    fp8x.calibrate(model(), batches(), progress=reports.append)
+    assert reports == [1, 2, 3]

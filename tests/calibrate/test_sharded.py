@@ -81,7 +81,9 @@ def compiled():
 def test_equals_one_device_bit_for_bit_and_compiles_once(axes, one_device, compiled):
     mesh, calibrated = mesh_of(**axes), model()
     batches = split(rows(24), PORTION * axes["data"])
-    report = fp8x.calibrate(calibrated, batches, mesh, **METHOD)
+    done = []
+    report = fp8x.calibrate(calibrated, batches, mesh, progress=done.append, **METHOD)
+    assert done == [*range(1, len(batches) + 1)]
     assert compiled() <= 1 and report.batches == len(batches)  # 0 where another test had the mesh
     assert_same(report, one_device)
     for path, layer in named_layers(calibrated).items():
