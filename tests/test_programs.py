@@ -3,8 +3,13 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
+from typer.testing import CliRunner
 
+import fp8x
+from fp8x.cli import app
+from fp8x.models import Decoder, DecoderConfig
 from fp8x.programs import kept_programs
 
 
@@ -54,3 +59,19 @@ def test_nothing_is_kept_where_it_can_not_be(no_cache, tmp_path, monkeypatch, wh
     with kept_programs():
         assert jax.config.jax_compilation_cache_dir is None
         compile_something(5.25)
+
+
+def test_a_second_command_compiles_nothing(no_cache, tmp_path, monkeypatch, byte_tokenizer):
+    """Another prompt of the same class, in what is a new process as far as JAX knows."""
+    monkeypatch.setenv("FP8X_PROGRAMS", str(tmp_path / "kept"))
+    hf = {"model_type": "llama", "vocab_size": 258, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    hf |= {"num_attention_heads": 2, "num_key_value_heads": 2, "rope_theta": 1e4, "eos_token_id": 257}
+    fp8x.save(Decoder(DecoderConfig.from_hf(hf), rngs=nnx.Rngs(0)), tmp_path / "model")
+    byte_tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+    kept = []
+    for prompt, count in (("The file", 3), ("Another one", 4)):
+        jax.clear_caches()
+        arguments = ["generate", tmp_path / "model", prompt, "-n", count]
+        assert CliRunner().invoke(app, [*map(str, arguments)]).exit_code == 0
+        kept.append({path.name for path in (tmp_path / "kept").glob("*-cache")})
+    assert kept[0] == kept[1] and any("_run" in name for name in kept[0])

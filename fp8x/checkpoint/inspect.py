@@ -13,6 +13,7 @@ from fp8x.checkpoint.measure import TensorRow
 from fp8x.checkpoint.names import natural
 from fp8x.checkpoint.parts import StoredMatrix, quantized_matrix
 from fp8x.checkpoint.reader import Reader
+from fp8x.checkpoint.rows import mean_decibels
 from fp8x.checkpoint.threads import Threads
 from fp8x.errors import CheckpointError
 from fp8x.recipe import Recipe, Rules, as_recipe
@@ -39,9 +40,8 @@ class Inspection:
 
     @property
     def mean_snr(self) -> float | None:
-        """The mean over the quantized tensors that have one; those without any error are left out."""
-        found = [row.snr for row in self.rows if row.snr is not None and row.snr != math.inf]
-        return sum(found) / len(found) if found else None
+        """`mean_decibels` of the quantized tensors."""
+        return mean_decibels(row.snr for row in self.rows)
 
 
 def inspect(

@@ -56,7 +56,7 @@ class TensorRow:
 
     @property
     def snr(self) -> float | None:
-        """Signal-to-noise ratio in dB; None without an original."""
+        """Signal-to-noise ratio in dB, where the original is finite; None without an original."""
         return None if self.signal is None else rows.decibels(self.signal, self.noise)
 
 
@@ -135,7 +135,13 @@ def _energies(
     difference, truth = rows.differences(values, truth, scratch)
     for array, use in zip((truth, difference), uses):
         threads.keep_scratch(array, use)
-    return tuple(_energy(np.from_dlpack(array)) for array in (truth, difference))
+    truth, difference = map(np.from_dlpack, (truth, difference))
+    energies = _energy(truth), _energy(difference)
+    if all(map(math.isfinite, energies)):
+        return energies
+    # What is not finite in the original has no error that could be measured.
+    is_finite = np.isfinite(truth)
+    return tuple(float(np.square(array[is_finite], dtype=np.float64).sum()) for array in (truth, difference))
 
 
 def _energy(values: np.ndarray) -> float:

@@ -127,7 +127,8 @@ Requantize = Recipe | str | Sequence[Recipe | str] | Requantization
 
 
 def _line(candidate: Candidate) -> str:
-    error = "exact" if candidate.snr == math.inf else f"{candidate.snr:.1f} dB"
+    words = {math.inf: "exact", -math.inf: "lost"}
+    error = words.get(candidate.snr, f"{candidate.snr:.1f} dB")
     return f"{describe(candidate.recipe)} ({error})"
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,18 @@ def scale_rows(scale: np.ndarray, scheme: Scheme, rows: slice) -> np.ndarray:
 
 
 def decibels(signal: float, noise: float) -> float:
-    """Signal-to-noise ratio, `10 log10(signal / noise)` of two sums of squares; Inf without noise."""
-    return 10 * math.log10(signal / noise) if noise and signal else math.inf
+    """Signal-to-noise ratio, `10 log10(signal / noise)` of two sums of squares; Inf without noise, and -Inf where no
+    signal is left of it: there was none, or the noise is not finite."""
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -math.inf
+
+
+def mean_decibels(snrs: Iterable[float | None]) -> float | None:
+    """The mean of those with an error: Inf where all are exact, -Inf where one is lost, None where none is known."""
+    known = [snr for snr in snrs if snr is not None]
+    inexact = [snr for snr in known if snr != math.inf]
+    return sum(inexact) / len(inexact) if inexact else max(known, default=None)
 
 
 # `scratch` is an earlier result, whose memory takes the new one: pages that the system has to hand out for every result

@@ -113,11 +113,12 @@ def run(model: "Decoder", rows: "np.ndarray", calibration: options.Calibration) 
     """`fp8x.calibrate` with a progress bar."""
     import fp8x
     from fp8x.calibrate.data import batches
+    from fp8x.programs import kept_programs
 
     mesh = calibration.mesh
     share = 1 if mesh is None else mesh.shape.get("data", 1)
     size = min(calibration.batch_size, max(share, len(rows) // share * share))
-    with terminal.progress("calibrating") as update:
+    with terminal.progress("calibrating") as update, kept_programs():
         return fp8x.calibrate(
             model,
             batches(rows, size),

@@ -73,6 +73,7 @@ def evaluate(
     from fp8x.checkpoint import Reader
     from fp8x.models import DecoderConfig
     from fp8x.models import evaluate as rule
+    from fp8x.programs import kept_programs
 
     recipes, devices = _recipes(recipe or [], calibration_data), options.parse_mesh(mesh)
     kinds = _kv_caches(kv_cache or [], calibration_data)
@@ -116,7 +117,8 @@ def evaluate(
     cases += [(checkpoints[0], code, None) for code in recipes]
     cases += [(checkpoints[0], None, kind) for kind in kinds]
     for case in cases:
-        result = measure(*case)
+        with kept_programs():
+            result = measure(*case)
         baseline = results[0] if results else result
         result["delta_percent"] = 100 * (result["bits_per_byte"] / baseline["bits_per_byte"] - 1)
         results.append(result)

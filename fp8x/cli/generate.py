@@ -67,10 +67,6 @@ def generate(
     $ fp8x generate MODEL-fp8 "def add(" "def sub(" --stop "def " --json\n
     $ fp8x generate MODEL-fp8 "A function that" --mesh tensor=4,expert=2
     """
-    from fp8x.checkpoint import Reader
-    from fp8x.models import DecoderConfig, stream
-    from fp8x.models.inputs import check_length, check_tokens
-
     for name, text in (("prompt", "".join(prompts)), ("--stop", "".join(stop or [])), ("--system", system or "")):
         if text != text.encode(errors="replace").decode():
             raise DataError(f"{name}: it is not UTF-8")
@@ -79,53 +75,59 @@ def generate(
     devices = options.parse_mesh(mesh)
     tokenizer = load_tokenizer(checkpoint)
     ids = [_encode(checkpoint, tokenizer, prompt, system, chat) for prompt in prompts]
+    from fp8x.checkpoint import Reader
+    from fp8x.models import DecoderConfig, stream
+    from fp8x.models.inputs import check_length, check_tokens
+    from fp8x.programs import kept_programs
+
     # Before the model is loaded, which may take minutes.
     config = DecoderConfig.from_hf(Reader(checkpoint).config)
     check_tokens(f"{checkpoint}/tokenizer.json", itertools.chain(*ids), tokenizer, config.vocab_size)
     check_length(max(map(len, ids)), max_new_tokens, context or config.context)
-    model = load(checkpoint, mesh=devices)
-    set_context(model, checkpoint, context)
-    ends = _ends(checkpoint, model)
-    start = time.monotonic()
-    columns = stream(
-        model,
-        ids,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        eos_id=ends,
-        stop_strings=stop,
-        tokenizer=tokenizer,
-        cache_dtype=cache_dtype,
-    )
-    texts = [Text(tokenizer, each, ends, stop or [], model.config.vocab_size) for each in ids]
-    is_live = len(prompts) == 1 and not as_json
-    with terminal.progress("generating") as update:
-        for done, column in enumerate(columns, 1):
-            for text, token in zip(texts, column.tolist(), strict=True):
-                text.add(token)
-            update(done, max_new_tokens)
-            if is_live:  # the first token takes the longest: XLA compiles
-                break
-    openings = [""] * len(prompts) if chat else prompts
-    if is_live:
-        typer.echo(openings[0] + texts[0].new_words(), nl=False)
-        for (token,) in columns:
-            texts[0].add(int(token))
-            typer.echo(texts[0].new_words(), nl=False)
-        return typer.echo(texts[0].new_words(is_last=True))
-    seconds = round(time.monotonic() - start, 2)
-    found = [
-        {"prompt": prompt, "text": text.new_words(is_last=True), "ids": text.new, "seconds": seconds}
-        for prompt, text in zip(prompts, texts)
-    ]
-    if as_json:
-        return terminal.show_json(found if len(found) > 1 else found[0])
-    for opening, each in zip(openings, found):
-        typer.echo(opening + each["text"])
+    with kept_programs():
+        model = load(checkpoint, mesh=devices)
+        set_context(model, checkpoint, context)
+        ends = _ends(checkpoint, model)
+        start = time.monotonic()
+        columns = stream(
+            model,
+            ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            eos_id=ends,
+            stop_strings=stop,
+            tokenizer=tokenizer,
+            cache_dtype=cache_dtype,
+        )
+        texts = [Text(tokenizer, each, ends, stop or [], model.config.vocab_size) for each in ids]
+        is_live = len(prompts) == 1 and not as_json
+        with terminal.progress("generating") as update:
+            for done, column in enumerate(columns, 1):
+                for text, token in zip(texts, column.tolist(), strict=True):
+                    text.add(token)
+                update(done, max_new_tokens)
+                if is_live:  # the first token takes the longest: XLA compiles
+                    break
+        openings = [""] * len(prompts) if chat else prompts
+        if is_live:
+            typer.echo(openings[0] + texts[0].new_words(), nl=False)
+            for (token,) in columns:
+                texts[0].add(int(token))
+                typer.echo(texts[0].new_words(), nl=False)
+            return typer.echo(texts[0].new_words(is_last=True))
+        seconds = round(time.monotonic() - start, 2)
+        found = [
+            {"prompt": prompt, "text": text.new_words(is_last=True), "ids": text.new, "seconds": seconds}
+            for prompt, text in zip(prompts, texts)
+        ]
+        if as_json:
+            return terminal.show_json(found if len(found) > 1 else found[0])
+        for opening, each in zip(openings, found):
+            typer.echo(opening + each["text"])
 
 
 class Text:

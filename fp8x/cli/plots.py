@@ -1,5 +1,6 @@
 """Drawings of what `fp8x inspect` finds."""
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ def draw(rows: Sequence[TensorRow], title: str, path: Path) -> None:
     """Writes a picture of the SNR (where known) and the amax of every matrix in a layer.
 
     There is a line for each kind of matrix (q_proj, w1 …) over the layers; over experts it is their mean, in a band
-    from the least to the largest.
+    from the least to the largest. What is exact has no place on an axis of SNRs.
 
     Raises:
         DataError: no matrix to draw, or a file name whose ending matplotlib does not know.
@@ -33,7 +34,9 @@ def draw(rows: Sequence[TensorRow], title: str, path: Path) -> None:
     if not series:
         raise DataError("--plot: the checkpoint has no matrix in a layer to draw")
     layers = sorted({layer for kind in series.values() for layer in kind})
-    panels = {"snr": "SNR (dB)"} if any(row.snr is not None for row in rows) else {}
+    snrs = [row.snr for row in rows if row.snr is not None]
+    label = "SNR (dB), without what is exact" if math.inf in snrs else "SNR (dB)"
+    panels = {"snr": label} if any(map(math.isfinite, snrs)) else {}
     panels["amax"] = "amax"
     figure, axes = plt.subplots(
         len(panels), sharex=True, squeeze=False, figsize=(9, 1 + 3.2 * len(panels)), layout="constrained"
@@ -58,7 +61,9 @@ def draw(rows: Sequence[TensorRow], title: str, path: Path) -> None:
     bottom.set_xlabel("layer")
     bottom.set_xticks(layers[:: -(-len(layers) // 16)])
     figure.align_ylabels()
-    figure.legend(*bottom.get_legend_handles_labels(), loc="outside right upper", frameon=False, title="band: experts")
+    has_band = any(len(rows) > 1 for kind in series.values() for rows in kind.values())
+    legend = {"title": "band: experts"} if has_band else {}
+    figure.legend(*bottom.get_legend_handles_labels(), loc="outside right upper", frameon=False, **legend)
     try:
         figure.savefig(path, dpi=150)
     except ValueError as error:
@@ -82,7 +87,8 @@ def _draw_lines(axis: Axes, series: Series, attribute: str) -> None:
     colors = plt.colormaps["tab10" if len(series) <= 10 else "tab20"].colors
     for index, (kind, layers) in enumerate(series.items()):
         values = {layer: [getattr(row, attribute) for row in rows] for layer, rows in sorted(layers.items())}
-        values = {layer: found for layer, found in values.items() if None not in found}
+        values = {layer: [x for x in found if x is not None and math.isfinite(x)] for layer, found in values.items()}
+        values = {layer: found for layer, found in values.items() if found}
         low, mean, high = ([reduce(found) for found in values.values()] for reduce in (np.min, np.mean, np.max))
         # Colors and markers by index, so that a kind looks alike in both panels.
         color = colors[index % len(colors)]

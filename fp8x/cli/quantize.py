@@ -1,6 +1,5 @@
 """`fp8x quantize`."""
 
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -224,6 +223,8 @@ def _needs_calibration(plan: "Plan") -> bool:
 
 def _schemes(plan: "Plan", rows: "list[TensorRow]") -> dict[str, Any]:
     """How many tensors are in each scheme or type, and their bytes; with the mean SNR where it was measured."""
+    from fp8x.checkpoint.rows import mean_decibels
+
     snrs = {row.name: row.snr for row in rows}
     found: dict[str, dict[str, Any]] = {}
     for row in plan.rows:
@@ -236,14 +237,8 @@ def _schemes(plan: "Plan", rows: "list[TensorRow]") -> dict[str, Any]:
         if (snr := snrs.get(row.name)) is not None:
             entry["snr_db"].append(snr)
     for entry in found.values():
-        entry["snr_db"] = _mean(entry["snr_db"])
+        entry["snr_db"] = mean_decibels(entry["snr_db"])
     return found
-
-
-def _mean(snrs: list[float]) -> float | None:
-    """Of those that have an error; Inf where none has."""
-    finite = [snr for snr in snrs if snr != math.inf]
-    return sum(finite) / len(finite) if finite else max(snrs, default=None)
 
 
 def _show(summary: dict[str, Any], source: Path, destination: Path) -> None:

@@ -165,7 +165,7 @@ def size(count: int) -> str:
 
 
 def decibels(snr: float | None) -> str:
-    """An SNR for people."""
-    if snr == math.inf:
-        return "exact"
+    """An SNR for people; -Inf where nothing is left of the original."""
+    if snr in (math.inf, -math.inf):
+        return "exact" if snr > 0 else "lost"
     return "–" if snr is None else f"{snr:.1f} dB"

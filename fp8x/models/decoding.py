@@ -21,6 +21,7 @@ class Controls(NamedTuple):
     None stands for no ends: XLA (jax 0.11.2, CPU) crashes on an empty array in a step over several devices.
     """
 
+    max_new_tokens: Int32[Array, ""]
     sampling: Sampling
     ends: Int32[Array, " n"] | None
     stops: Stops | None
@@ -82,13 +83,13 @@ class Prefill:
 
     Attributes:
         step: how tokens are chosen.
-        max_new_tokens: how many the cache has room for.
+        capacity: how many tokens of a text the cache has room for, its prompt and new ones.
         chunk: how many tokens are read at a time; divides the width of the prompts.
         cache_dtype: as `Decoder.init_cache` takes it.
     """
 
     step: Step
-    max_new_tokens: int
+    capacity: int
     chunk: int
     cache_dtype: Scheme | np.dtype | None
 
@@ -106,9 +107,11 @@ class Prefill:
             picked = jnp.take_along_axis(hidden, jnp.clip(place, 0, self.chunk - 1)[:, None, None], axis=1)[:, 0]
             return cache, jnp.where(is_here[:, None], picked, final)
 
-        cache = model.empty_cache(batch, width + self.max_new_tokens, self.cache_dtype)
+        cache = model.empty_cache(batch, self.capacity, self.cache_dtype)
         final = jnp.zeros((batch, model.config.hidden_size), model.embed_tokens.embedding.dtype)
-        cache, final = jax.lax.fori_loop(0, width // self.chunk, read, (cache, final))
+        # Chunks behind the longest prompt are not read.
+        count = 1 if self.chunk == width else (jnp.max(lengths) - 1) // self.chunk + 1
+        cache, final = jax.lax.fori_loop(0, count, read, (cache, final))
         # What was read behind the end of a prompt, the next tokens overwrite.
         cache = Cache(cache.layers, lengths)
         tail = None if controls.stops is None else controls.stops.empty_tail(batch)
@@ -118,10 +121,10 @@ class Prefill:
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Prefill and steps, until all texts have ended or are long enough.
+    """Prefill and steps, until all texts have ended or are long enough: the new tokens, then the filler.
 
     Attributes:
-        batch_axes: mesh axes over which the prompts are split; every device returns the texts of all.
+        batch_axes: mesh axes over which the prompts are split; every device returns the tokens of all.
     """
 
     prefill: Prefill
@@ -129,13 +132,11 @@ class Generate:
 
     def __call__(
         self, model: Decoder, prompt: Int32[Array, "b t"], lengths: Int32[Array, "*b"], controls: Controls
-    ) -> Int32[Array, "b t_and_new"]:
-        count = self.prefill.max_new_tokens
-
+    ) -> Int32[Array, "b capacity"]:
         def is_unfinished(carry):
             # On a mesh, devices with other prompts may take more steps: no collective in a step reaches them.
             _, running, _ = carry
-            return (running.step < count) & ~jnp.all(running.done)
+            return (running.step < controls.max_new_tokens) & ~jnp.all(running.done)
 
         def add_token(carry):
             cache, running, new = carry
@@ -144,18 +145,6 @@ class Generate:
             return cache, running, jax.lax.dynamic_update_slice_in_dim(new, running.last[:, None], place, axis=1)
 
         cache, running = self.prefill(model, prompt, lengths, controls)
-        new = jnp.full((prompt.shape[0], count), controls.filler, jnp.int32).at[:, 0].set(running.last)
+        new = jnp.full((prompt.shape[0], self.prefill.capacity), controls.filler, jnp.int32).at[:, 0].set(running.last)
         new = jax.lax.while_loop(is_unfinished, add_token, (cache, running, new))[2]
-        texts = _behind(prompt, lengths, new, controls.filler)
-        return jax.lax.all_gather(texts, self.batch_axes, tiled=True) if self.batch_axes else texts
-
-
-def _behind(
-    prompt: Int32[Array, "b t"], lengths: Int32[Array, "*b"], new: Int32[Array, "b new"], filler: Int32[Array, ""]
-) -> Int32[Array, "b t_and_new"]:
-    """The first `lengths` tokens of each prompt, those of `new`, and the filler."""
-    batch, width = prompt.shape
-    lengths = jnp.broadcast_to(lengths, batch)
-    prompt = jnp.where(jnp.arange(width) < lengths[:, None], prompt, filler)
-    texts = jnp.concatenate([prompt, jnp.full_like(new, filler)], axis=1)
-    return jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(texts, new, lengths, 0)
+        return jax.lax.all_gather(new, self.batch_axes, tiled=True) if self.batch_axes else new

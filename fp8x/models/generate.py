@@ -41,8 +41,9 @@ def generate(
 ) -> Int32[Array, "b longest_and_new"]:
     """Prompts, each with up to `max_new_tokens` more tokens directly behind it, then the first of `eos_id`, or 0.
 
-    Prefill and decoding are one compiled function with the keys and values of what was read in a cache. It is compiled
-    once for each shape of prompts (and whether their lengths differ), `max_new_tokens`, `top_k`, `prefill_chunk` and
+    Prefill and decoding are one compiled function with the keys and values of what was read in a cache. Lengths fall
+    into classes (`fp8x.models.request.length_class`): it is compiled once for each class of the longest prompt, class
+    of the longest text and number of prompts (and whether their lengths differ), `top_k`, `prefill_chunk` and
     `cache_dtype`, for the number of ends and stop strings, and for which options are None; their values may change
     freely.
 
@@ -89,12 +90,12 @@ def generate(
         cache_dtype=cache_dtype,
     )
     if model.placement is None:
-        texts = _compiled(Generate(request.prefill), model)(*request.args)
+        new = _compiled(Generate(request.prefill), model)(*request.args)
     else:
         program = Generate(request.prefill, model.placement.batch)
-        texts = call(program, model, *request.args, in_specs=request.specs(model), out_specs=P())
-    length = request.longest + max_new_tokens
-    return texts if texts.shape[1] == length else texts[:, :length]
+        new = call(program, model, *request.args, in_specs=request.specs(model), out_specs=P())
+    # By numpy, and as they are: operations of JAX would be compiled for every length.
+    return jax.device_put(request.texts(np.asarray(new)))
 
 
 def stream(
@@ -142,10 +143,10 @@ def stream(
     )
     if model.placement is not None and jax.process_count() > 1:
         raise MeshError(f"model: it lies on devices of {jax.process_count()} processes; use generate")
-    return _stream(model, request)
+    return _stream(model, request, max_new_tokens)
 
 
-def _stream(model: Decoder, request: Request) -> Iterator[Int32[np.ndarray, " b"]]:
+def _stream(model: Decoder, request: Request, max_new_tokens: int) -> Iterator[Int32[np.ndarray, " b"]]:
     prompt, lengths, controls = request.args
     if model.placement is None:
         prefill = _compiled(request.prefill, model)
@@ -160,7 +161,7 @@ def _stream(model: Decoder, request: Request) -> Iterator[Int32[np.ndarray, " b"
         step = functools.partial(call, request.prefill.step, model, **options)
         controls = to_mesh(model.placement, controls, specs[-1])
     cache, running = prefill(prompt, lengths, controls)
-    for remaining in reversed(range(request.prefill.max_new_tokens)):
+    for remaining in reversed(range(max_new_tokens)):
         tokens, done = jax.device_get((running.last, running.done))
         yield tokens
         if done.all() or not remaining:

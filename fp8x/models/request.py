@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
@@ -34,19 +36,27 @@ class Request:
 
     Attributes:
         prefill: what is compiled in.
-        longest: the length of the longest prompt.
-        args: prompts, in whole chunks; their lengths, one for all where they are alike; and what is not compiled in.
+        args: prompts, with zeros behind; their lengths, one for all where they are alike; and what is not compiled in.
     """
 
     prefill: Prefill
-    longest: int
     args: tuple[Int32[np.ndarray, "b t"], Int32[np.ndarray, "*b"], Controls]
 
     def specs(self, model: Decoder) -> tuple[P, P, Controls]:
         """How `args` lie on the model's mesh."""
         rows = batch_spec(model.placement)
         sampling = Sampling(P(), P(), P(), rows, rows)
-        return rows, rows if self.args[1].ndim else P(), Controls(sampling, P(), P())
+        return rows, rows if self.args[1].ndim else P(), Controls(P(), sampling, P(), P())
+
+    def texts(self, new: Int32[np.ndarray, "b capacity"]) -> Int32[np.ndarray, "b longest_and_new"]:
+        """Prompts, the new tokens of each directly behind, and the filler."""
+        prompts, lengths, controls = self.args
+        lengths, count = np.broadcast_to(lengths, len(prompts)), int(controls.max_new_tokens)
+        filler = 0 if controls.ends is None else controls.ends[0]
+        texts = np.full((len(prompts), lengths.max() + count), filler, np.int32)
+        for text, prompt, length, tokens in zip(texts, prompts, lengths, new, strict=True):
+            text[:length], text[length : length + count] = prompt[:length], tokens[:count]
+        return texts
 
 
 def make_request(
@@ -67,6 +77,7 @@ def make_request(
     cache_dtype: Scheme | str | DTypeLike | None,
 ) -> Request:
     """Arguments and errors as `generate`'s."""
+    _check_not_compiling(model, ids)
     vocab_size = model.config.vocab_size
     prompt, lengths = _read_prompts(ids, lengths, vocab_size)
     batch, longest = prompt.shape
@@ -83,13 +94,45 @@ def make_request(
     if cache_dtype is not None:
         cache_dtype = as_scheme(cache_dtype, model.kv_cache, "cache_dtype")
     model.init_cache(0, 0, cache_dtype)  # raises where scales are missing, which a compiled function can't see
-    chunk = longest if prefill_chunk is None else prefill_chunk
-    prompt = np.pad(prompt, ((0, 0), (0, -longest % chunk)))
+    width, capacity, chunk = _room(longest, max_new_tokens, prefill_chunk, model.config.context)
+    prompt = np.pad(prompt, ((0, 0), (0, width - longest)))
     if (lengths == longest).all():
         lengths = lengths[0]
-    controls = Controls(sampling, ends if ends.size else None, stops)
-    prefill = Prefill(Step(top_k), max_new_tokens, chunk, cache_dtype)
-    return Request(prefill, longest, (prompt, lengths, controls))
+    controls = Controls(np.int32(max_new_tokens), sampling, ends if ends.size else None, stops)
+    prefill = Prefill(Step(top_k), capacity, chunk, cache_dtype)
+    return Request(prefill, (prompt, lengths, controls))
+
+
+def _check_not_compiling(model: Decoder, ids: Prompts) -> None:
+    # Inside jit whatever is computed is a tracer, though no argument is.
+    computed = jnp.zeros(())
+    if any(isinstance(x, jax.core.Tracer) for x in (computed, ids, model.embed_tokens.embedding[...])):
+        raise DataError(
+            "ids: generate and stream compile a loop of their own, and can't be called inside jax.jit, nnx.jit, vmap "
+            "or grad; call them outside, or loop over model.extend inside"
+        )
+
+
+def length_class(tokens: int) -> int:
+    """The next of 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, ...: four an octave.
+
+    What is compiled for it serves every length up to it. Powers of two would be compiled half as often, but make the
+    largest caches up to twice as large, and a step has to read them; here that is a quarter.
+    """
+    if tokens <= 32:
+        return 32
+    step = max(64, 1 << ((tokens - 1).bit_length() - 3))
+    return -(-tokens // step) * step
+
+
+def _room(longest: int, max_new_tokens: int, prefill_chunk: int | None, context: int | None) -> tuple[int, int, int]:
+    """Of prompts the width and how much is read at a time, which divides it, and of a cache the capacity."""
+    width, capacity = length_class(longest), length_class(longest + max_new_tokens)
+    if context is not None:
+        width, capacity = min(width, context), min(capacity, context)
+    chunk = width if prefill_chunk is None else min(prefill_chunk, width)
+    width = -(-width // chunk) * chunk
+    return width, max(width, capacity), chunk
 
 
 def _read_prompts(
