@@ -56,6 +56,7 @@ def generate(
         str | None, typer.Option(metavar="TYPE", help="Keys and values in 8 bits: e4m3 or e5m2; or in bf16, f16, f32.")
     ] = None,
     mesh: options.MeshText = None,
+    allow_nonfinite: options.AllowNonfinite = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Continue a text, or several.
@@ -73,7 +74,7 @@ def generate(
     devices = options.parse_mesh(mesh)
     tokenizer = load_tokenizer(checkpoint)
     ids = [_encode(checkpoint, tokenizer, prompt, system, chat) for prompt in prompts]
-    model = load(checkpoint, mesh=devices)
+    model = load(checkpoint, allow_nonfinite=allow_nonfinite, mesh=devices)
     if (largest := max(map(max, ids))) >= model.config.vocab_size:
         raise DataError(
             f"{checkpoint}/tokenizer.json: gives id {largest}, beyond the model's vocab_size {model.config.vocab_size}"
