@@ -12,7 +12,21 @@ from fp8x.checkpoint.downloads import check_file, is_pointer
 # Written anew, with what they say of the weights.
 _REWRITTEN = ("config.json", "hf_quant_config.json", "model.safetensors.index.json")
 _MODULES = "modules.json"  # of sentence-transformers: what comes before and after the model, each in a directory
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz")
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".onnx",
+    ".onnx_data",
+    ".h5",
+    ".msgpack",
+    ".npz",
+    ".ot",
+    ".tflite",
+)
 _INDEX = ".index.json"
 _SIDECAR = "calibration.json"
 MAX_BYTES = 100 * 10**6  # tokenizers have up to 35 MB; what is larger is no description

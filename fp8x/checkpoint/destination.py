@@ -30,10 +30,9 @@ def real(path: str | Path) -> Path:
         found = Path(os.path.realpath(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: the working directory is gone; change to one that is there") from None
-    if path.is_symlink() and not os.path.lexists(found):
-        raise CheckpointError(
-            f"{path}: is a link to {found}, which is not there; make that directory, or remove the link"
-        )
+    if path.is_symlink() and not found.is_dir():
+        what = "is a file" if os.path.lexists(found) else "is not there"
+        raise CheckpointError(f"{path}: is a link to {found}, which {what}; remove the link, or write elsewhere")
     return found
 
 

@@ -20,6 +20,7 @@ from fp8x.checkpoint.header import DTYPES as DTYPES
 from fp8x.checkpoint.header import Stored as Stored
 from fp8x.checkpoint.header import parse_object, read_header
 from fp8x.checkpoint.noted import Noted
+from fp8x.checkpoint.source import source_directory
 from fp8x.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -55,15 +56,12 @@ class Reader:
     """
 
     def __init__(self, path: str | Path, *, config: str = CONFIG):
-        self.path = Path(path).expanduser().absolute()
         self._tensors: dict[str, Stored] = {}
         self._files: dict[Path, _File] = {}
         self._lock = threading.Lock()
         self._identities: dict[Path, tuple[int, ...]] = {}
-        with _explained(self.path):
-            if not self.path.is_dir():
-                found = "is a file" if self.path.exists() else "does not exist"
-                raise CheckpointError(f"{self.path}: {found}; give a directory with {config} and {SINGLE}")
+        with _explained(Path(path)):
+            self.path = source_directory(path, config)
             self.unread: dict[str, str] = {}
             self.config: dict[str, Any] = (
                 _read_config(self.path, self.unread) if config == CONFIG else read_json(self.path / config)

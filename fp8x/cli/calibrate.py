@@ -34,6 +34,7 @@ def calibrate(
     kv_cache: options.KVCache = None,
     mesh: options.MeshText = None,
     min_tokens: options.MinTokens = options.MIN_TOKENS,
+    allow_nonfinite: options.AllowNonfinite = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Find the static activation scales that data gives, layer by layer; the model is not written.
@@ -64,7 +65,7 @@ def calibrate(
     )
     rows = read_rows(source, calibration)
     is_split = devices is not None and any(devices.shape.get(axis, 1) > 1 for axis in ("tensor", "expert"))
-    model = load(source, chosen, rules, mesh=devices if is_split else None)
+    model = load(source, chosen, rules, allow_nonfinite, devices if is_split else None)
     set_context(model, source, context)
     report = run(model, rows, calibration)
     result = sidecar(report, recipe, calibration, rows)

@@ -53,6 +53,7 @@ def evaluate(
     batch_size: options.BatchSize = options.BATCH_SIZE,
     seed: options.Seed = 0,
     mesh: options.MeshText = None,
+    allow_nonfinite: options.AllowNonfinite = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -92,7 +93,7 @@ def evaluate(
         terminal.warn("--calibrate is not used: no --recipe has a calibrated scale, nor has a --kv-cache")
 
     def measure(path: Path, code: str | None, kind: str | None) -> dict[str, Any]:
-        model = load(path, recipes.get(code), mesh=devices)
+        model = load(path, recipes.get(code), allow_nonfinite=allow_nonfinite, mesh=devices)
         if options.needs_calibration(recipes.get(code)):
             calibrate.run(model, rows, calibration)
         if kind == TOKEN:

@@ -58,6 +58,7 @@ def generate(
     ] = None,
     context: options.Context = None,
     mesh: options.MeshText = None,
+    allow_nonfinite: options.AllowNonfinite = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Continue a text, or several.
@@ -85,7 +86,7 @@ def generate(
     check_tokens(f"{checkpoint}/tokenizer.json", itertools.chain(*ids), tokenizer, config.vocab_size)
     check_length(max(map(len, ids)), max_new_tokens, context or config.context)
     with kept_programs():
-        model = load(checkpoint, mesh=devices)
+        model = load(checkpoint, allow_nonfinite=allow_nonfinite, mesh=devices)
         set_context(model, checkpoint, context)
         ends = _ends(checkpoint, model)
         start = time.monotonic()

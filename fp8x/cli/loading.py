@@ -50,8 +50,9 @@ def load_tokenizer(path: Path) -> "Tokenizer":
     from tokenizers import Tokenizer
 
     from fp8x.checkpoint.downloads import check_file
+    from fp8x.checkpoint.source import source_directory
 
-    file = path / "tokenizer.json"
+    file = source_directory(path) / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(f"{file}: missing; copy it from the original checkpoint")
     check_file(file)

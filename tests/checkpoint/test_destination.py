@@ -191,7 +191,7 @@ def test_a_link_to_nothing(tiny_checkpoint, tmp_path):
     (tmp_path / "link").symlink_to("nowhere")
     for write in (save, lambda path: convert(tiny_checkpoint, path)):
         with pytest.raises(
-            CheckpointError, match=f"link: is a link to {tmp_path / 'nowhere'}, which is not there; make"
+            CheckpointError, match=f"link: is a link to {tmp_path / 'nowhere'}, which is not there; remove"
         ):
             write(tmp_path / "link")
     run = CliRunner().invoke(app, ["quantize", str(tiny_checkpoint), str(tmp_path / "link"), "-r", "e4m3_bf16"])
