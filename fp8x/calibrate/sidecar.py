@@ -216,12 +216,18 @@ class Sidecar:
         }
 
     def write(self, path: str | Path) -> None:
-        """Writes a file that is there completely or not at all; replaces one that is there."""
+        """Writes a file that is there completely or not at all; replaces one that is there.
+
+        Raises:
+            CalibrationError: it can't be written.
+        """
         path = Path(path)
         temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
         try:
             temporary.write_text(json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             os.replace(temporary, path)
+        except OSError as error:
+            raise CalibrationError(f"calibration: {path}: can't be written: {error.strerror}") from None
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fp8x.checkpoint.companions import check_companions
-from fp8x.checkpoint.leftovers import leftovers, lock
+from fp8x.checkpoint.leftovers import leftovers, lock, partial
 from fp8x.errors import CheckpointError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -103,6 +104,18 @@ def _held(path: Path) -> Iterator[None]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def check_writable(path: Path) -> None:
+    """Raises CheckpointError, before any work, unless a directory can be made at `path`, and what is written before."""
+    parent = next(parent for parent in partial(path).parents if os.path.lexists(parent))
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(partial(path))  # a name that is too long
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be written: {parent}: {error.strerror}; write elsewhere") from None
 
 
 def check_source(source: Path, path: Path) -> None:

@@ -15,6 +15,8 @@ import shutil
 import warnings
 from pathlib import Path
 
+SCALES = "calibration-"  # how files in `.NAME.partial` begin that hold scales which are not written yet
+
 
 def partial(path: Path) -> Path:
     """Where `ResumableWriter` writes what will be `path`."""

@@ -32,7 +32,7 @@ from fp8x.checkpoint.destination import (
 )
 from fp8x.checkpoint.header import make_header, nbytes
 from fp8x.checkpoint.journal import Journal
-from fp8x.checkpoint.leftovers import described, lock, partial, partials, sweep
+from fp8x.checkpoint.leftovers import SCALES, described, lock, partial, partials, sweep
 from fp8x.checkpoint.reader import INDEX, SINGLE
 from fp8x.errors import CheckpointError
 
@@ -202,7 +202,8 @@ class ResumableWriter:
 
     def _continue(self) -> None:
         """Takes over what a run with the same plan has finished, and removes anything else."""
-        plan, is_begun = self.work / "plan", any(self.work.iterdir())
+        plan, others = self.work / "plan", (file.name for file in self.work.iterdir())
+        is_begun = not all(name.startswith(SCALES) for name in others)
         is_ours = plan.is_file() and plan.read_text() == self._plan
         if is_begun and self._descriptor is None:
             self._without_locks(is_ours)

@@ -13,7 +13,7 @@ from fp8x.cli.loading import load, load_tokenizer, set_context
 if TYPE_CHECKING:
     import numpy as np
 
-    from fp8x.calibrate import CalibrationReport, Sidecar
+    from fp8x.calibrate import CalibrationReport, Dataset
     from fp8x.models import Decoder
 
 
@@ -45,6 +45,7 @@ def calibrate(
 
     `fp8x.load(MODEL, RECIPE, calibration="calibration.json")` takes what --output writes.
     """
+    from fp8x.calibrate import Sidecar
     from fp8x.calibrate.methods import check_method
     from fp8x.errors import CalibrationError
 
@@ -68,7 +69,7 @@ def calibrate(
     model = load(source, chosen, rules, allow_nonfinite, devices if is_split else None)
     set_context(model, source, context)
     report = run(model, rows, calibration)
-    result = sidecar(report, recipe, calibration, rows)
+    result = Sidecar(recipe, report, dataset(calibration, rows))
     if output is not None:
         with interrupt.shielded():
             result.write(output)
@@ -132,14 +133,11 @@ def run(model: "Decoder", rows: "np.ndarray", calibration: options.Calibration) 
         )
 
 
-def sidecar(
-    report: "CalibrationReport", recipe: str, calibration: options.Calibration, rows: "np.ndarray"
-) -> "Sidecar":
-    """What scales were found, and on what."""
-    from fp8x.calibrate import Dataset, Sidecar
+def dataset(calibration: options.Calibration, rows: "np.ndarray") -> "Dataset":
+    """What rows were drawn from."""
+    from fp8x.calibrate import Dataset
 
-    dataset = Dataset.of(calibration.data, rows, calibration.seed, calibration.document_rows)
-    return Sidecar(recipe, report, dataset)
+    return Dataset.of(calibration.data, rows, calibration.seed, calibration.document_rows)
 
 
 def warn_undersampled(report: "CalibrationReport", min_tokens: int) -> None:

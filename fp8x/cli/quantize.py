@@ -1,6 +1,8 @@
 """`fp8x quantize`."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,11 +88,14 @@ def quantize(
     something fails nothing is left of DST, and a DST that holds anything is left alone. If it is killed as it writes,
     the same command goes on with the tensors that are not on disk.
 
-    From 8 bits to others the added error is measured. Scales from --calibrate are in DST/calibration.json too.
+    From 8 bits to others the added error is measured. Scales from --calibrate are in DST/calibration.json too; if it is
+    killed or fails after it has found them, the same command does not calibrate again.
     """
-    from fp8x.calibrate import sidecar
-    from fp8x.checkpoint.destination import check_free, check_source, real
+    from fp8x.calibrate import Sidecar, sidecar
+    from fp8x.checkpoint.destination import check_free, check_source, check_writable, real
+    from fp8x.checkpoint.leftovers import partial
     from fp8x.checkpoint.resumable import finished_plan
+    from fp8x.cli import resume
 
     start = time.monotonic()
     chosen = recipe if recipe is None or recipe in UNQUANTIZED else options.parse_recipe(recipe)
@@ -98,6 +103,7 @@ def quantize(
     check_source(source, destination)
     if finished_plan(destination) is None:  # else `convert` finds out whether this command has finished it
         check_free(real(destination))
+        check_writable(real(destination))
     given = None if calibration is None else sidecar.read(calibration)
     kv_scales = _kv_scales(kv_cache, data, given)
 
@@ -120,7 +126,7 @@ def quantize(
     _check(planned, recipe, data, given, kv_scales is not None)
     if dry_run:
         return plans.show(planned, source, destination, as_json)
-    found = None
+    found = before = file = None
     if data is not None and (kv_cache or _needs_calibration(planned)):
         # Scales that the source has are kept, unless a recipe asks for others.
         only = chosen is None
@@ -132,15 +138,22 @@ def quantize(
             document_rows=document_rows,
         )
         samples = calibrate.read_rows(source, arguments)
-        model = load(source, chosen, rules, allow_nonfinite)
-        set_context(model, source, context)
-        report = calibrate.run(model, samples, arguments)
-        calibrate.warn_undersampled(report, min_tokens)
-        found = calibrate.sidecar(report, recipe or "none", arguments, samples)
-        del model
-    if found or given:
-        planned = plan(found or given, planned.requantization)
-    done = _convert(planned, destination, None if found is None else {SIDECAR: found.to_json()})
+        dataset = calibrate.dataset(arguments, samples)
+        file = resume.scales_file(source, destination, chosen, rules, dataset, batch_size, kv_cache)
+        found = before = resume.read(file)
+        if found is None:
+            model = load(source, chosen, rules, allow_nonfinite)
+            set_context(model, source, context)
+            report = calibrate.run(model, samples, arguments)
+            found = Sidecar(recipe or "none", report, dataset)
+            del model
+        calibrate.warn_undersampled(found.report, min_tokens)
+    kept = "the tensors on disk are kept, and the same command goes on with the others"
+    advice = f"{kept}. If it is not to, remove {partial(real(destination))}"
+    with interrupt.advice(advice), _kept(found, file):
+        if found or given:
+            planned = plan(found or given, planned.requantization)
+        done = _convert(planned, destination, None if found is None else {SIDECAR: found.to_json()})
     rows = []
     if verify or (planned.source_format is not None and (recipe is not None or requantize)):
         from fp8x.checkpoint.inspect import inspect
@@ -159,6 +172,7 @@ def quantize(
         "bytes_per_second": round(done.bytes_read / max(done.seconds, 1e-9)),
         "schemes": _schemes(planned, rows),
         "snr_db": {row.name: row.snr for row in rows if row.snr is not None},
+        "calibration_resumed": before is not None,
         "calibration": found and {key: value for key, value in found.to_json().items() if key != "layers"},
         "plan": planned.to_json(),
         "seconds": round(time.monotonic() - start, 1),
@@ -172,13 +186,29 @@ def quantize(
 def _convert(plan: "Plan", destination: Path, beside: dict[str, Any] | None) -> "Conversion":
     import fp8x
     from fp8x.checkpoint.destination import real
-    from fp8x.checkpoint.leftovers import partial
 
-    path = real(destination)
-    kept = "the tensors on disk are kept, and the same command goes on with the others"
-    advice = f"{kept}. If it is not to, remove {partial(path)}"
-    with interrupt.advice(advice), terminal.progress(f"writing {path.name}", unit="bytes") as update:
+    with terminal.progress(f"writing {real(destination).name}", unit="bytes") as update:
         return fp8x.convert(plan, destination, beside=beside, progress=update)
+
+
+@contextlib.contextmanager
+def _kept(found: "Sidecar | None", file: Path | None) -> Iterator[None]:
+    """Keeps scales in a file while they are written, and after an error."""
+    from fp8x.cli import resume
+    from fp8x.errors import Fp8xError
+
+    if found is None:
+        yield
+        return
+    resume.keep(found, file)
+    try:
+        yield
+    except Fp8xError:  # which leaves nothing of the destination
+        with contextlib.suppress(Fp8xError):
+            resume.keep(found, file)
+        if file.exists():
+            terminal.warn(f"what was calibrated is kept in {file.parent}; the same command goes on with it")
+        raise
 
 
 def _kv_scales(kind: str | None, data: Path | None, given: "Sidecar | None") -> "KVScales | None":
@@ -258,5 +288,6 @@ def _show(summary: dict[str, Any], source: Path, destination: Path) -> None:
         line += f", {terminal.size(summary['bytes_resumed'])} were there from a run that was stopped"
     if summary["calibration"]:
         line += f", calibrated on {summary['calibration']['tokens']:,} tokens ({destination / SIDECAR})"
+        line += " by a run that was stopped" if summary["calibration_resumed"] else ""
     choices = [plans.choices(summary["requantized"])] if summary["requantized"] else []
     terminal.show(f"{source} → {destination}", *choices, table, line)

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import math
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
+from fp8x import interrupt
 from fp8x.errors import DataError, Fp8xError
 
 if TYPE_CHECKING:
@@ -150,8 +152,16 @@ def check_file(option: str, path: Path) -> None:
     """Raises DataError, before any work, where a file to be written can't be."""
     if path.is_dir():
         raise DataError(f"{option} {path}: is a directory; name a file in it")
-    if not path.absolute().parent.is_dir():
+    if path.exists() and not path.is_file():
+        raise DataError(f"{option} {path}: is no file, and would be replaced by one; name another")
+    parent = path.absolute().parent
+    if not parent.is_dir():
         raise DataError(f"{option} {path}: its directory does not exist")
+    try:
+        with interrupt.shielded(), tempfile.NamedTemporaryFile(dir=parent, prefix=f".{path.name}.tmp-"):
+            pass
+    except OSError as error:
+        raise DataError(f"{option} {path}: can't be written: {error.strerror}; write elsewhere") from None
 
 
 def size(count: int) -> str:
