@@ -7,7 +7,7 @@ import typer
 
 from fp8x import interrupt
 from fp8x.cli import options, terminal
-from fp8x.cli.loading import load, load_tokenizer
+from fp8x.cli.loading import load, load_tokenizer, read_texts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +32,7 @@ def calibrate(
     kv_cache: options.KVCache = None,
     mesh: options.MeshText = None,
     min_tokens: options.MinTokens = options.MIN_TOKENS,
+    list_malformed: options.ListMalformed = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Find the static activation scales that data gives, layer by layer; the model is not written.
@@ -59,8 +60,9 @@ def calibrate(
     calibration = options.Calibration(
         *(data, num_samples, max_length, batch_size, seed, method, percentile, devices, kv_cache),
         document_rows=document_rows,
+        list_malformed=list_malformed,
     )
-    rows = read_rows(source, calibration)
+    rows, malformed = read_rows(source, calibration)
     is_split = devices is not None and any(devices.shape.get(axis, 1) > 1 for axis in ("tensor", "expert"))
     model = load(source, chosen, rules, mesh=devices if is_split else None)
     report = run(model, rows, calibration)
@@ -70,7 +72,7 @@ def calibrate(
             result.write(output)
     warn_undersampled(report, min_tokens)
     if as_json:
-        return terminal.show_json(result.to_json())
+        return terminal.show_json(result.to_json() | {"malformed": malformed})
     table = terminal.table("layer", "amax", "scale", "tokens")
     for path, layer in report.layers.items():
         table.add_row(path, _span(layer.amax), _span(layer.scale), _span(layer.tokens))
@@ -79,9 +81,12 @@ def calibrate(
         terminal.show(f"wrote {output}")
 
 
-def read_rows(source: Path, calibration: options.Calibration) -> "np.ndarray":
-    """The rows of tokens to calibrate on; done before the model is loaded, so that bad data costs no time."""
-    from fp8x.calibrate.data import pack, read_texts
+def read_rows(source: Path, calibration: options.Calibration) -> "tuple[np.ndarray, int]":
+    """The rows of tokens to calibrate on, and how many records of the data are malformed.
+
+    Done before the model is loaded, so that bad data costs no time.
+    """
+    from fp8x.calibrate.data import pack
     from fp8x.checkpoint import Reader
     from fp8x.errors import DataError
     from fp8x.models import DecoderConfig
@@ -91,7 +96,7 @@ def read_rows(source: Path, calibration: options.Calibration) -> "np.ndarray":
     limit = config.hf.get("max_position_embeddings")
     if isinstance(limit, int) and (calibration.max_length or 0) > limit:
         raise DataError(f"--max-length: {calibration.max_length} is over the model's {limit} positions")
-    texts = read_texts(calibration.data, report=terminal.warn)
+    texts, malformed = read_texts(calibration.data, calibration.list_malformed)
     rows = pack(
         texts,
         load_tokenizer(source),
@@ -107,7 +112,7 @@ def read_rows(source: Path, calibration: options.Calibration) -> "np.ndarray":
             f"{calibration.data}: gives token id {rows.max()}, beyond the model's vocab_size {config.vocab_size}; "
             "are the ids, or the tokenizer, another model's?"
         )
-    return rows
+    return rows, malformed
 
 
 def run(model: "Decoder", rows: "np.ndarray", calibration: options.Calibration) -> "CalibrationReport":

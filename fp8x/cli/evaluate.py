@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fp8x.cli import calibrate, options, terminal
-from fp8x.cli.loading import load, load_tokenizer
+from fp8x.cli.loading import load, load_tokenizer, read_texts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -49,6 +49,7 @@ def evaluate(
     batch_size: options.BatchSize = options.BATCH_SIZE,
     seed: options.Seed = 0,
     mesh: options.MeshText = None,
+    list_malformed: options.ListMalformed = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -64,21 +65,21 @@ def evaluate(
     import jax
     from flax import nnx
 
-    from fp8x.calibrate.data import read_texts
     from fp8x.calibrate.methods import check_method
     from fp8x.models import evaluate as rule
 
     recipes, devices = _recipes(recipe or [], calibration_data), options.parse_mesh(mesh)
     kinds = _kv_caches(kv_cache or [], calibration_data)
-    texts = read_texts(data, report=terminal.warn)
+    texts, malformed = read_texts(data, list_malformed)
     tokenizers = _check_checkpoints(checkpoints, recipes)
-    calibration = rows = None
+    calibration = rows = calibration_malformed = None
     if any(map(options.needs_calibration, recipes.values())) or set(kinds) - {TOKEN}:
         check_method(method, percentile)
         calibration = options.Calibration(
-            calibration_data, options.NUM_SAMPLES, None, batch_size, seed, method, percentile
+            *(calibration_data, options.NUM_SAMPLES, None, batch_size, seed, method, percentile),
+            list_malformed=list_malformed,
         )
-        rows = calibrate.read_rows(checkpoints[0], calibration)
+        rows, calibration_malformed = calibrate.read_rows(checkpoints[0], calibration)
     elif calibration_data is not None:
         terminal.warn("--calibrate is not used: no --recipe has a calibrated scale, nor has a --kv-cache")
 
@@ -114,7 +115,8 @@ def evaluate(
         result["delta_percent"] = 100 * (result["bits_per_byte"] / baseline["bits_per_byte"] - 1)
         results.append(result)
     if as_json:
-        return terminal.show_json({"data": data.name, "context": context, "results": results})
+        counts = {"malformed": malformed, "calibration_malformed": calibration_malformed}
+        return terminal.show_json({"data": data.name, **counts, "context": context, "results": results})
     _show(results, data, markdown)
 
 
