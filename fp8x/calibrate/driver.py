@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from fp8x.calibrate.batches import arguments_of, check_batches
 from fp8x.calibrate.methods import DEFAULT_PERCENTILE, check_method, find_scale
 from fp8x.calibrate.report import CalibrationReport, LayerStatistics, Method
 from fp8x.calibrate.sharded import ShardedObserver
@@ -69,10 +70,11 @@ def calibrate(
     Raises:
         CalibrationError: the model has no static layer, an unknown method, or layers (named) that saw NaN or Inf, or
             nothing but zeros.
-        DataError: no batches.
+        DataError: no batches, one that is not in an iterable, or one that is no array, or that a decoder can't read.
         MeshError: a mesh that the batches do not fit, or that is not the one the model is on.
     """
     check_method(method, percentile)
+    check_batches(batches)
     placement = getattr(model, "placement", None)
     if placement is not None:
         mesh = _check_placement(placement, mesh, method)
@@ -123,7 +125,8 @@ def _calibrate(
     parts = start(model, histogram=method != "max", layers=layers)
     try:
         observer = _Observer(*parts) if mesh is None else ShardedObserver(*parts, mesh, placement is not None)
-        count = _observe_all(observer, batches, progress)
+        vocab_size = model.config.vocab_size if hasattr(model, "set_kv_cache") else None
+        count = _observe_all(observer, batches, vocab_size, progress)
         nnx.update(model, observer.result())
         _check_inputs(layers)
         found = {path: _statistics(layer, method, percentile) for path, layer in layers.items()}
@@ -154,7 +157,10 @@ class _Observer:
 
 
 def _observe_all(
-    observer: "_Observer | ShardedObserver", batches: Iterable, progress: Callable[[int], None] | None
+    observer: "_Observer | ShardedObserver",
+    batches: Iterable,
+    vocab_size: int | None,
+    progress: Callable[[int], None] | None,
 ) -> int:
     count, in_flight = 0, collections.deque()
 
@@ -165,7 +171,7 @@ def _observe_all(
 
     for batch in batches:
         count += 1
-        in_flight.append(observer.add(batch if isinstance(batch, tuple) else (batch,)))
+        in_flight.append(observer.add(arguments_of(batch, count, vocab_size)))
         if len(in_flight) == IN_FLIGHT:
             wait()
     if count == 0:
