@@ -18,6 +18,8 @@ from fp8x import models
 from fp8x.checkpoint import Reader
 from fp8x.cli import app
 from fp8x.cli.generate import Text
+from fp8x.cli.loading import read_texts
+from fp8x.errors import DataError
 
 STATIC, DYNAMIC = "e4m3_e4m3_bf16", "e4m3_e4m3_bf16_dynamic"
 TEXTS = [f"Document {i}: the quick brown fox jumps over the lazy dog." for i in range(12)]
@@ -138,9 +140,24 @@ def test_calibrate(tiny_checkpoint, texts, tmp_path):
     result = invoke(*arguments, "--num-samples", 5, "--json", "-o", tmp_path / "scales.json")
     assert "were asked for" not in result.stderr and "one document" not in result.stderr
     printed = json.loads(result.stdout)
-    assert printed == json.loads((tmp_path / "scales.json").read_text())
+    assert printed == json.loads((tmp_path / "scales.json").read_text()) | {"malformed": 1}
     assert (printed["samples"], printed["tokens"], printed["document_rows"]) == (5, 320, 1)
     assert printed["rows_sha256"] != written["rows_sha256"]
+
+
+def test_malformed_lines_are_counted_and_named(tmp_path, capsys):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "good"}\n' + "{\n" * 12)
+    assert read_texts(path, list_malformed=False) == (["good"], 12)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11 and "2 more are malformed; skipped (--list-malformed names all)" in lines[-1]
+    assert read_texts(path, list_malformed=True) == (["good"], 12)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[2] for line in lines] == [f"line {number}" for number in range(2, 14)]
+    path.write_text("{\n")
+    with pytest.raises(DataError, match="all 1 records are malformed"):
+        read_texts(path, list_malformed=False)
+    assert "line 1: not JSON" in capsys.readouterr().err
 
 
 def test_quantize_dry_run(tiny_checkpoint, tmp_path):
@@ -185,7 +202,9 @@ def test_eval_prints_markdown(tiny_checkpoint, texts):
 def test_eval_all_calibrates(tiny_checkpoint, texts, monkeypatch):
     module = sys.modules["fp8x.recipe"]  # `fp8x.recipe` is the function
     monkeypatch.setattr(module, "RECIPES", {code: module.RECIPES[code] for code in (STATIC, STATIC + "_max_calibrate")})
-    found = read_json("eval", tiny_checkpoint, "-d", texts, "--recipe", "all", "--calibrate", texts)["results"]
+    found = read_json("eval", tiny_checkpoint, "-d", texts, "--recipe", "all", "--calibrate", texts)
+    assert (found["malformed"], found["calibration_malformed"]) == (0, 0)
+    found = found["results"]
     assert [r["recipe"] for r in found] == [None, STATIC]
     assert abs(found[1]["delta_percent"]) < 2
 

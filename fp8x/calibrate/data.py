@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int32
 from tokenizers import Tokenizer
 
+from fp8x.calibrate.compressed import decompressed
 from fp8x.errors import DataError
 
 Text = str | list[int]
@@ -23,11 +24,13 @@ _FORMS = "'text', 'messages', 'conversations', 'ids' or 'input_ids'"
 _WHERE = "JSONL, or a JSON array, of lists of token ids or objects with"
 
 
-def read_texts(path: str | Path, *, report: Callable[[str], None] = warnings.warn) -> list[Text]:
+def read_texts(
+    path: str | Path, *, report: Callable[[str], None] = warnings.warn, limit: int | None = MAX_REPORTS
+) -> list[Text]:
     """The documents of a data file, in its order: strings, or lists of token ids.
 
-    A file is JSONL (one record a line) or one JSON array of records. A record is a list of token ids, or an object,
-    which is read by the first of these it has:
+    A file is JSONL (one record a line) or one JSON array of records, as it is or compressed by gzip or Zstandard. A
+    record is a list of token ids, or an object, which is read by the first of these it has:
         `text`: a string.
         `messages`: chat turns; their `content` is a string, or a list of parts of which `text` ones count.
         `conversations`: ShareGPT turns, with their words in `value`.
@@ -38,7 +41,8 @@ def read_texts(path: str | Path, *, report: Callable[[str], None] = warnings.war
     Arguments:
         path: the file.
         report: called with a message for each malformed line (or item of an array), which is skipped: its number and
-            what is wrong with it; from the eleventh on they are only counted.
+            what is wrong with it; those over `limit` are only counted.
+        limit: None has every one reported.
 
     Raises:
         DataError: the file can't be read, or holds nothing that can be used.
@@ -51,10 +55,10 @@ def read_texts(path: str | Path, *, report: Callable[[str], None] = warnings.war
         # RecursionError: JSON nested thousands deep.
         except (ValueError, RecursionError) as error:
             malformed.append(f"{path}: {where}: {error}; skipped")
-    for message in malformed[:MAX_REPORTS]:
+    for message in malformed[:limit]:
         report(message)
-    if len(malformed) > MAX_REPORTS:
-        report(f"{path}: {len(malformed) - MAX_REPORTS} more are malformed; skipped")
+    if limit is not None and len(malformed) > limit:
+        report(f"{path}: {len(malformed) - limit:,} more are malformed; skipped")
     if not texts:
         found = f"all {len(malformed)} records are malformed" if malformed else "it is empty"
         raise DataError(f"{path}: {found}; use {_WHERE} {_FORMS}")
@@ -164,8 +168,9 @@ def _records(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; give a JSONL or JSON file") from None
+    raw = decompressed(path, raw)
     if b"\0" in raw[:8192]:
-        raise DataError(f"{path}: it is binary; give a JSONL or JSON file, uncompressed and in UTF-8")
+        raise DataError(f"{path}: it is binary; give a JSONL or JSON file in UTF-8, as it is or in gzip or Zstandard")
     raw = raw.removeprefix(b"\xef\xbb\xbf")
     # One array, unless it is the first of several lines: those are lists of token ids.
     if raw.lstrip()[:1] == b"[" and not _is_ids(raw.lstrip().split(b"\n", 1)[0]):

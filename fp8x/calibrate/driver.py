@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from fp8x.calibrate.batches import arguments_of, check_batches
 from fp8x.calibrate.methods import DEFAULT_PERCENTILE, check_method, find_scale
 from fp8x.calibrate.report import CalibrationReport, LayerStatistics, Method
 from fp8x.calibrate.sharded import ShardedObserver
@@ -69,10 +70,12 @@ def calibrate(
     Raises:
         CalibrationError: the model has no static layer, an unknown method, or layers (named) that saw NaN or Inf, or
             nothing but zeros.
-        DataError: no batches, or one that a decoder can't be called with (`Decoder.check_ids`).
+        DataError: no batches, one that is not in an iterable, or one that is no array, or that a decoder can't read
+            (`Decoder.check_ids`).
         MeshError: a mesh that the batches do not fit, or that is not the one the model is on.
     """
     check_method(method, percentile)
+    check_batches(batches)
     placement = getattr(model, "placement", None)
     if placement is not None:
         mesh = _check_placement(placement, mesh, method)
@@ -168,11 +171,9 @@ def _observe_all(
             progress(count - len(in_flight))
 
     for batch in batches:
-        batch = batch if isinstance(batch, tuple) else (batch,)
-        if check is not None:
-            check(*batch, f"batches[{count}]")
+        arguments = arguments_of(batch, f"batches[{count}]", check)
         count += 1
-        in_flight.append(observer.add(batch))
+        in_flight.append(observer.add(arguments))
         if len(in_flight) == IN_FLIGHT:
             wait()
     if count == 0:

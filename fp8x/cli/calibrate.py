@@ -8,7 +8,7 @@ import typer
 
 from fp8x import interrupt
 from fp8x.cli import options, terminal
-from fp8x.cli.loading import load, load_tokenizer, set_context
+from fp8x.cli.loading import load, load_tokenizer, read_texts, set_context
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +35,7 @@ def calibrate(
     mesh: options.MeshText = None,
     min_tokens: options.MinTokens = options.MIN_TOKENS,
     allow_nonfinite: options.AllowNonfinite = False,
+    list_malformed: options.ListMalformed = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Find the static activation scales that data gives, layer by layer; the model is not written.
@@ -63,8 +64,9 @@ def calibrate(
         *(data, num_samples, max_length, batch_size, seed, method, percentile, devices, kv_cache),
         context=context,
         document_rows=document_rows,
+        list_malformed=list_malformed,
     )
-    rows = read_rows(source, calibration)
+    rows, malformed = read_rows(source, calibration)
     is_split = devices is not None and any(devices.shape.get(axis, 1) > 1 for axis in ("tensor", "expert"))
     model = load(source, chosen, rules, allow_nonfinite, devices if is_split else None)
     set_context(model, source, context)
@@ -75,7 +77,7 @@ def calibrate(
             result.write(output)
     warn_undersampled(report, min_tokens)
     if as_json:
-        return terminal.show_json(result.to_json())
+        return terminal.show_json(result.to_json() | {"malformed": malformed})
     table = terminal.table("layer", "amax", "scale", "tokens")
     for path, layer in report.layers.items():
         table.add_row(path, _span(layer.amax), _span(layer.scale), _span(layer.tokens))
@@ -84,9 +86,12 @@ def calibrate(
         terminal.show(f"wrote {output}")
 
 
-def read_rows(source: Path, calibration: options.Calibration) -> "np.ndarray":
-    """The rows of tokens to calibrate on; done before the model is loaded, so that bad data costs no time."""
-    from fp8x.calibrate.data import pack, read_texts
+def read_rows(source: Path, calibration: options.Calibration) -> "tuple[np.ndarray, int]":
+    """The rows of tokens to calibrate on, and how many records of the data are malformed.
+
+    Done before the model is loaded, so that bad data costs no time.
+    """
+    from fp8x.calibrate.data import pack
     from fp8x.checkpoint import Reader
     from fp8x.models import DecoderConfig
     from fp8x.models.evaluate import default_context, first_token
@@ -96,7 +101,8 @@ def read_rows(source: Path, calibration: options.Calibration) -> "np.ndarray":
     if calibration.context is not None:
         config = dataclasses.replace(config, context=calibration.context)
     check_context("--max-length", calibration.max_length or 1, config.context)
-    texts, tokenizer = read_texts(calibration.data, report=terminal.warn), load_tokenizer(source)
+    texts, malformed = read_texts(calibration.data, calibration.list_malformed)
+    tokenizer = load_tokenizer(source)
     rows = pack(
         texts,
         tokenizer,
@@ -108,7 +114,7 @@ def read_rows(source: Path, calibration: options.Calibration) -> "np.ndarray":
         report=lambda message: terminal.warn(f"{calibration.data}: {message}"),
     )
     check_tokens(f"{calibration.data}", rows.flat, tokenizer, config.vocab_size)
-    return rows
+    return rows, malformed
 
 
 def run(model: "Decoder", rows: "np.ndarray", calibration: options.Calibration) -> "CalibrationReport":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fp8x.cli import calibrate, options, terminal
-from fp8x.cli.loading import load, load_tokenizer, set_context
+from fp8x.cli.loading import load, load_tokenizer, read_texts, set_context
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -54,6 +54,7 @@ def evaluate(
     seed: options.Seed = 0,
     mesh: options.MeshText = None,
     allow_nonfinite: options.AllowNonfinite = False,
+    list_malformed: options.ListMalformed = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -69,7 +70,6 @@ def evaluate(
     import jax
     from flax import nnx
 
-    from fp8x.calibrate.data import read_texts
     from fp8x.calibrate.methods import check_method
     from fp8x.checkpoint import Reader
     from fp8x.models import DecoderConfig
@@ -78,17 +78,18 @@ def evaluate(
 
     recipes, devices = _recipes(recipe or [], calibration_data), options.parse_mesh(mesh)
     kinds = _kv_caches(kv_cache or [], calibration_data)
-    texts = read_texts(data, report=terminal.warn)
+    texts, malformed = read_texts(data, list_malformed)
     tokenizers = _check_checkpoints(checkpoints, recipes)
     # All read the same windows.
     window = context or min(rule.default_context(DecoderConfig.from_hf(Reader(path).config)) for path in checkpoints)
-    calibration = rows = None
+    calibration = rows = calibration_malformed = None
     if any(map(options.needs_calibration, recipes.values())) or set(kinds) - {TOKEN}:
         check_method(method, percentile)
         calibration = options.Calibration(
-            calibration_data, options.NUM_SAMPLES, None, batch_size, seed, method, percentile
+            *(calibration_data, options.NUM_SAMPLES, None, batch_size, seed, method, percentile),
+            list_malformed=list_malformed,
         )
-        rows = calibrate.read_rows(checkpoints[0], calibration)
+        rows, calibration_malformed = calibrate.read_rows(checkpoints[0], calibration)
     elif calibration_data is not None:
         terminal.warn("--calibrate is not used: no --recipe has a calibrated scale, nor has a --kv-cache")
 
@@ -124,7 +125,8 @@ def evaluate(
         result["delta_percent"] = 100 * (result["bits_per_byte"] / baseline["bits_per_byte"] - 1)
         results.append(result)
     if as_json:
-        return terminal.show_json({"data": data.name, "context": window, "results": results})
+        counts = {"malformed": malformed, "calibration_malformed": calibration_malformed}
+        return terminal.show_json({"data": data.name, **counts, "context": window, "results": results})
     _show(results, data, markdown)
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from tokenizers import Tokenizer
 
+    from fp8x.calibrate.data import Text
     from fp8x.models import Decoder
     from fp8x.recipe import Recipe
 
@@ -39,6 +40,22 @@ def set_context(model: "Decoder", path: Path, context: int | None) -> None:
             f"--context {context}: {path.name} was made for {limit} tokens; what comes behind may be worthless"
         )
     model.set_context(context)
+
+
+def read_texts(path: Path, list_malformed: bool) -> "tuple[list[Text], int]":
+    """The documents of a data file, and how many of its records are malformed; those are named, ten at most or all."""
+    from fp8x.calibrate import data
+
+    malformed: list[str] = []
+    try:
+        texts = data.read_texts(path, report=malformed.append, limit=None)
+    finally:
+        named = malformed if list_malformed else malformed[: data.MAX_REPORTS]
+        for message in named:
+            terminal.warn(message)
+        if more := len(malformed) - len(named):
+            terminal.warn(f"{path}: {more:,} more are malformed; skipped (--list-malformed names all)")
+    return texts, len(malformed)
 
 
 def load_tokenizer(path: Path) -> "Tokenizer":

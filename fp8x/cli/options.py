@@ -54,11 +54,14 @@ KVCache = Annotated[
     str | None,
     typer.Option("--kv-cache", metavar="KIND", help="Keys and values in e4m3 too, with a scale a `tensor` or `head`."),
 ]
+ListMalformed = Annotated[
+    bool, typer.Option("--list-malformed", help="Name every malformed line of the data, not the first ten alone.")
+]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Accept weights that hold NaN or Inf.")]
 
 NUM_SAMPLES, DOCUMENT_ROWS, BATCH_SIZE, MIN_TOKENS = 256, 1, 8, 64
 METHOD, PERCENTILE = "max", 99.99
-DATA_HELP = "JSONL with `text`, chat `messages`, ShareGPT `conversations` or token `ids`."
+DATA_HELP = "JSONL with `text`, chat `messages`, ShareGPT `conversations` or token `ids`; also in gzip or Zstandard."
 
 
 def parse_recipe(code: str) -> "Recipe":
@@ -157,3 +160,4 @@ class Calibration:
     kv_cache_only: bool = False
     context: int | None = None
     document_rows: int = DOCUMENT_ROWS
+    list_malformed: bool = False

@@ -71,6 +71,7 @@ def quantize(
     batch_size: options.BatchSize = options.BATCH_SIZE,
     seed: options.Seed = 0,
     min_tokens: options.MinTokens = options.MIN_TOKENS,
+    list_malformed: options.ListMalformed = False,
     allow_nonfinite: options.AllowNonfinite = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -126,7 +127,7 @@ def quantize(
     _check(planned, recipe, data, given, kv_scales is not None)
     if dry_run:
         return plans.show(planned, source, destination, as_json)
-    found = before = file = None
+    found = before = file = malformed = None
     if data is not None and (kv_cache or _needs_calibration(planned)):
         # Scales that the source has are kept, unless a recipe asks for others.
         only = chosen is None
@@ -136,8 +137,9 @@ def quantize(
             kv_cache_only=only,
             context=context,
             document_rows=document_rows,
+            list_malformed=list_malformed,
         )
-        samples = calibrate.read_rows(source, arguments)
+        samples, malformed = calibrate.read_rows(source, arguments)
         dataset = calibrate.dataset(arguments, samples)
         file = resume.scales_file(source, destination, chosen, rules, dataset, batch_size, kv_cache)
         found = before = resume.read(file)
@@ -173,6 +175,7 @@ def quantize(
         "schemes": _schemes(planned, rows),
         "snr_db": {row.name: row.snr for row in rows if row.snr is not None},
         "calibration_resumed": before is not None,
+        "malformed": malformed,
         "calibration": found and {key: value for key, value in found.to_json().items() if key != "layers"},
         "plan": planned.to_json(),
         "seconds": round(time.monotonic() - start, 1),

@@ -1,9 +1,11 @@
 """Reading texts and packing them into rows."""
 
+import gzip
 import json
 
 import numpy as np
 import pytest
+import zstandard
 
 from fp8x.calibrate.data import batches, pack, read_texts, tokenize
 from fp8x.errors import DataError
@@ -105,6 +107,49 @@ def test_reports_default_to_warnings(tmp_path):
 def test_many_malformed_lines_are_counted(tmp_path):
     _, reports = read(write(tmp_path / "d.jsonl", {"text": "good"}, *["{"] * 15))
     assert len(reports) == 11 and "5 more are malformed" in reports[-1]
+    every = []
+    read_texts(tmp_path / "d.jsonl", report=every.append, limit=None)
+    assert [report.split(": ")[1] for report in every] == [f"line {number}" for number in range(2, 17)]
+
+
+TEXTS = ['{"messages": [{"content": "a"}]}\n', '{"text": "b"}\n']
+COMPRESS = {"gz": gzip.compress, "zst": zstandard.compress}
+
+
+@pytest.mark.parametrize("kind", COMPRESS)
+def test_a_compressed_file(tmp_path, kind):
+    whole, parts = (tmp_path / f"{name}.jsonl.{kind}" for name in ("whole", "parts"))
+    whole.write_bytes(COMPRESS[kind]("".join(TEXTS).encode()))
+    parts.write_bytes(b"".join(COMPRESS[kind](text.encode()) for text in TEXTS))
+    array = tmp_path / f"array.json.{kind}"
+    array.write_bytes(COMPRESS[kind](b'[{"text": "a"}, {"text": "b"}]'))
+    for path in (whole, parts, array):
+        assert read(path) == (["a", "b"], [])
+
+
+@pytest.mark.parametrize("kind", COMPRESS)
+def test_a_compressed_file_that_is_cut_or_damaged(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    words = "".join(json.dumps({"text": str(number)}) + "\n" for number in rng.integers(0, 10**9, 1000))
+    compress = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor(write_checksum=True).compress}[kind]
+    whole = compress(words.encode())
+    path = tmp_path / f"d.jsonl.{kind}"
+    for size in (5, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(DataError, match=f"d.jsonl.{kind}: it is compressed, and cut short; get it again"):
+            read(path)
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 0xFF
+    for content in (bytes(damaged), whole + b"garbage"):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"d.jsonl.{kind}: it is compressed, and damaged \(.+\); get it again"):
+            read(path)
+
+
+def test_the_name_says_nothing(tmp_path):
+    path = tmp_path / "plain.jsonl.gz"
+    path.write_text("".join(TEXTS))
+    assert read(path) == (["a", "b"], [])
 
 
 @pytest.mark.parametrize(
@@ -115,7 +160,7 @@ def test_many_malformed_lines_are_counted(tmp_path):
         (b"[]", "it is empty"),
         (b"{}\nnull\n", "all 2 records are malformed"),
         (b"[{}, ", "begins like a JSON array, but is none"),
-        (b"\x1f\x8b\x08\x00\x00", "binary"),
+        (b"\x00\x01", "binary"),
         (bytes(range(1, 256)) * 9, "malformed"),
     ],
 )

@@ -188,7 +188,7 @@ def test_few_batches_are_in_flight_and_progress_is_of_those_done(count):
         assert done == len(device.done)
         reports.append(done)
 
-    assert driver._observe_all(device, range(count), progress) == count
+    assert driver._observe_all(device, map(np.int32, range(count)), None, progress) == count
     assert device.done == device.given == [(index,) for index in range(count)]
     assert reports == [*range(1, count + 1)]
 

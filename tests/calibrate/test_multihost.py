@@ -65,7 +65,7 @@ def test_two_processes_equal_one_device_bit_for_bit(start, tiny_checkpoint, tmp_
     assert sidecar.dataset.samples == len(rows) == 10 and sidecar.dataset.tokens == 160
     # Five rows for each process: of two devices, which leaves one of them idle in the last step.
     with jax.default_device(jax.devices("cpu")[0]):
-        expected = fp8x.calibrate(fp8x.load(tiny_checkpoint, CODE), rows[:, None])
+        expected = fp8x.calibrate(fp8x.load(tiny_checkpoint, CODE), list(rows[:, None]))
     for path, layer in expected.layers.items():
         for name in ("amax", "scale", "tokens"):
             np.testing.assert_array_equal(getattr(sidecar.report.layers[path], name), getattr(layer, name))

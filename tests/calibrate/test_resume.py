@@ -52,7 +52,8 @@ def fail(monkeypatch, error):
 )
 def test_the_same_command_does_not_calibrate_again(quantize, monkeypatch, tmp_path, data, error):
     whole = quantize(destination=tmp_path / "whole")
-    assert json.loads(whole.stdout)["calibration_resumed"] is False and len(quantize.runs) == 1
+    summary = json.loads(whole.stdout)
+    assert (summary["calibration_resumed"], summary["malformed"], len(quantize.runs)) == (False, 0, 1)
     with monkeypatch.context() as patch:
         fail(patch, error)
         stopped = quantize()
