@@ -30,6 +30,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -172,7 +173,7 @@ def quantize(
         ShapeError: a kernel that its recipe does not fit, or NaN or Inf in it, named by path.
     """
     check_unsupported(unsupported)
-    call = _Call(model, tuple(args), dict(kwargs or {}), method)
+    call = _call(model, variables, args, kwargs, method)
     variables = core.unfreeze(variables)
     params = dict(_leaves(variables.get("params", {})))
     if already := next((path for path, leaf in params.items() if isinstance(leaf, QuantizedKernel)), None):
@@ -209,7 +210,7 @@ def report(
         model, variables, args, kwargs, method: as in `quantize`; `variables` from before it, or what it returned.
         recipe, rules: what `quantize` is given, or was: the reasons follow from them.
     """
-    call = _Call(model, tuple(args), dict(kwargs or {}), method)
+    call = _call(model, variables, args, kwargs, method)
     variables = core.unfreeze(variables)
     params = dict(_leaves(variables.get("params", {})))
     found = _holders(call, variables, params)
@@ -324,6 +325,37 @@ class _Call:
 
 
 _TRACES = itertools.count()
+
+
+def _call(
+    model: nn.Module,
+    variables: Mapping,
+    args: Sequence,
+    kwargs: Mapping[str, Any] | None,
+    method: Callable | str | None,
+) -> _Call:
+    """
+    Raises:
+        RecipeError: something else than a Linen module, its variables, or arguments that it can be called with.
+    """
+    if not isinstance(model, nn.Module):
+        raise RecipeError(f"model: a {type(model).__name__} came; give an nn.Module, or an NNX one to quantize_model")
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        has = f"has {', '.join(map(str, variables))}" if isinstance(variables, Mapping) else type(variables).__name__
+        raise RecipeError(f"variables: no collection 'params' ({has}); give what model.init returned")
+    if not isinstance(args, tuple | list):
+        raise RecipeError(
+            f"args: a {type(args).__name__} came; give a tuple of what the model is called with, like (x,)"
+        )
+    named = method if callable(method) else getattr(type(model), method or "__call__")
+    try:
+        inspect.signature(named).bind(model, *args, **kwargs or {})
+    except TypeError as error:
+        name = type(model).__name__
+        raise RecipeError(
+            f"args: {name} can't be called with {len(args)} of these: {error}; give all, or kwargs"
+        ) from None
+    return _Call(model, tuple(args), dict(kwargs or {}), method)
 
 
 @dataclasses.dataclass

@@ -87,7 +87,7 @@ def _why_none(pattern: str, regex: re.Pattern, paths: Sequence[str], names: Name
     if alone := [name for name in others if any(regex.fullmatch(each) for each in _forms(name))]:
         reasons = dict.fromkeys(others[name] for name in alone)
         return f"matches {_some(alone)} alone, where nothing can be quantized: {'; '.join(list(reasons)[:4])}"
-    near = difflib.get_close_matches(pattern.replace("\\", ""), paths, n=3, cutoff=0.0)
+    near = difflib.get_close_matches(pattern.replace("\\", ""), dict.fromkeys(paths), n=3, cutoff=0.0)
     return "matches no module (the whole path has to match); " + (
         f"near it: {', '.join(near)}" if near else "the model has no module that can be quantized"
     )

@@ -3,13 +3,13 @@
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 
 from fp8x import matching, roles
-from fp8x.errors import RecipeError
+from fp8x.errors import RecipeError, RuleError
 from fp8x.matching import Names
 from fp8x.scheme import Scheme, as_dtype, mx, per_row, per_tensor
 
@@ -127,10 +127,12 @@ def recipe(code: str) -> Recipe:
     """
     if isinstance(code, str) and code in RECIPES:
         return RECIPES[code]
-    near = difflib.get_close_matches(str(code), RECIPES, n=3, cutoff=0.3) or list(RECIPES)
+    if str(code).lower() == "none":
+        raise RecipeError(f"recipe: {code!r} is unknown; None, without quotes, leaves a module as it is")
+    near = difflib.get_close_matches(str(code), RECIPES, n=3, cutoff=0.3)
     raise RecipeError(
-        f"recipe: {code!r} is unknown; near it: {', '.join(near)} (fp8x.RECIPES lists all {len(RECIPES)}; "
-        f"where a checkpoint is loaded or converted {', '.join(OUT_DTYPES)} dequantize it)"
+        f"recipe: {code!r} is unknown; {f'near it: {", ".join(near)}' if near else 'none is near it'} (fp8x.RECIPES "
+        f"lists all {len(RECIPES)}; where a checkpoint is loaded or converted {', '.join(OUT_DTYPES)} dequantize it)"
     )
 
 
@@ -216,6 +218,7 @@ class Rules:
                 silently leave a layer in bf16.
         """
         paths = list(paths)
+        _check_rules(self.rules)
         if kept is None:
             kept = {path: reason for path in paths if (reason := roles.by_name(path)) is not None}
         default = None if self.default is None else as_recipe(self.default)
@@ -228,3 +231,12 @@ class Rules:
             path: chosen.get(path) or (Decision(None, None, kept[path]) if path in kept else Decision(default, None))
             for path in paths
         }
+
+
+def _check_rules(rules: Any) -> None:
+    """Raises a RuleError for what maps no paths."""
+    fits = "give a mapping from regular expressions over paths to recipes, like {r'.*\\.q_proj': None}"
+    if not isinstance(rules, Mapping):
+        raise RuleError(f"rules: a {type(rules).__name__} came; {fits}")
+    if wrong := [pattern for pattern in rules if not isinstance(pattern, str)]:
+        raise RuleError(f"rules: {wrong[0]!r} is no pattern; {fits}")

@@ -252,7 +252,8 @@ class _Beside:
         for path, product in self._products.items():
             parent = _parent(path)
             names_layers = not _LAYERS.isdisjoint(_in_order(parent.rpartition(".")[2]))
-            for holder in {parent, _parent(parent)} if product.lead and not names_layers else ():
+            is_several = bool(product.lead) and product.lead[-1] > 1
+            for holder in {parent, _parent(parent)} if is_several and not names_layers else ():
                 found[holder].append(_Experts(product.lead, frozenset({product.k})))
             parts = path.split(".")
             for index, part in enumerate(parts):

@@ -61,12 +61,19 @@ class TestCodes:
             ("mxfp8", "mxfp8_bf16"),
             ("fp8_e4m3_bf16_block_scale", "fp8_e4m3fn_bf16_block_scale"),
             ("E4M3_E4M3_BF16", "e4m3"),
-            ("zzz", "mxfp8_mxfp8_f16"),  # near nothing: all of them
         ],
     )
     def test_unknown_code_lists_the_near_ones(self, typo, near):
         with pytest.raises(RecipeError, match=f"recipe: '{typo}' is unknown; near it: .*{near}.*RECIPES lists all"):
             recipe(typo)
+
+    def test_what_is_near_no_code(self):
+        with pytest.raises(
+            RecipeError, match=r"recipe: 'zzz' is unknown; none is near it \(fp8x\.RECIPES lists all 33"
+        ):
+            fp8x.recipe("zzz")
+        with pytest.raises(RecipeError, match="recipe: 'none' is unknown; None, without quotes, leaves a module as it"):
+            fp8x.recipe("none")
 
     @pytest.mark.parametrize("value", [None, 3, ["mxfp8_bf16"]])
     def test_what_is_no_code(self, value):
@@ -189,3 +196,16 @@ class TestRules:
     def test_what_is_no_regular_expression(self):
         with pytest.raises(RuleError, match=r"rules: '\*w13' is not a regular expression: nothing to repeat"):
             Rules(A, {"*w13": B}).resolve(PATHS)
+
+
+@pytest.mark.parametrize(
+    ("rules", "match"),
+    [
+        ([("q_proj", None)], "rules: a list came; give a mapping from regular expressions over paths to recipes"),
+        ("q_proj", "rules: a str came"),
+        ({1: None}, "rules: 1 is no pattern"),
+    ],
+)
+def test_rules_that_are_none(rules, match):
+    with pytest.raises(RuleError, match=match):
+        Rules("e4m3_bf16", rules).resolve(["q_proj"])

@@ -110,3 +110,8 @@ def test_narrow_products_are_doubtful():
     known = find(moe__choose=(9, 64), moe__router=(8, 64), moe__up=(128, 64, (8,)))
     assert set(known.doubts) == {"moe.choose"} and not known.missed
     assert not find(choose=(9, 64)).missed
+
+
+def test_a_parameter_of_one_matrix_is_no_experts():
+    # The class token and the positions of a vision transformer, [1, 1, D] and [1, T, D].
+    assert not find(cls=(64, 1, (1,)), pos=(64, 65, (1,)), fc=(10, 64)).missed

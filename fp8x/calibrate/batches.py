@@ -1,5 +1,6 @@
 """What `fp8x.calibrate` takes for batches, looked at before a model fails on something else in words of its own."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -39,6 +40,9 @@ def arguments_of(batch: Any, name: str, check: Callable[[Any, str], None] | None
     if wrong or not leaves:
         what = f"holds {_kind(wrong[0])}" if wrong and wrong[0] is not batch else f"is {_kind(batch)}"
         raise DataError(f"{name}: {what}, not an array of NumPy or JAX; {_FITS}")
+    arrays = [leaf for leaf in leaves if hasattr(leaf, "shape")]
+    if arrays and not any(math.prod(leaf.shape) for leaf in arrays):
+        raise DataError(f"{name}: shape is {list(arrays[0].shape)}, which holds nothing; leave empty batches out")
     if check is not None:
         if len(arguments) > 1:
             raise DataError(

@@ -24,12 +24,12 @@ CANDIDATES = 2.0 ** (-np.arange(-8, 97) / 16)
 def check_method(method: str, percentile: float) -> None:
     """
     Raises:
-        CalibrationError: an unknown method, or a percentile that is not in (0, 100].
+        CalibrationError: an unknown method, or a percentile that is not in (1, 100].
     """
     if method not in METHODS:
         raise CalibrationError(f"method: {method!r} is unknown; use one of {', '.join(map(repr, METHODS))}")
-    if not 0 < percentile <= 100:
-        raise CalibrationError(f"percentile: {percentile} does not fit; use one above 0, up to 100, like 99.99")
+    if not 1 < percentile <= 100:  # a fraction, which would clip nearly all, is more likely a mistake
+        raise CalibrationError(f"percentile: {percentile} does not fit; of a hundred, use one up to 100, like 99.99")
 
 
 def find_scale(

@@ -34,7 +34,7 @@ def read_ids(name: str, ids: ArrayLike | Sequence, vocab_size: int) -> Int32[np.
 def check_ids(name: str, ids: Int[Array, "b t"], vocab_size: int) -> None:
     """Raises DataError unless `ids` are integers `[B, T]` and, where their values are known, in the vocabulary."""
     if not isinstance(ids, np.ndarray | jax.Array):
-        raise DataError(f"{name}: is a {type(ids).__name__}; give an array [B, T], such as np.array([[1, 2, 3]])")
+        raise DataError(f"{name}: is of type {type(ids).__name__}; give an array [B, T], such as np.array([[1, 2, 3]])")
     if ids.ndim != 2:
         one = ", for one text ids[None]" if ids.ndim == 1 else ""
         raise DataError(f"{name}: shape is {list(ids.shape)}; give [B, T]{one}")

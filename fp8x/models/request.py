@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -139,6 +139,8 @@ def _read_prompts(
     ids: Prompts, lengths: Sequence[int] | None, vocab_size: int
 ) -> tuple[Int32[np.ndarray, "b longest"], Int32[np.ndarray, " b"]]:
     """Prompts, zeros behind them, and their lengths."""
+    if ids is None or isinstance(ids, str | bytes | Mapping) or np.isscalar(ids):
+        raise DataError(f"ids: {ids!r:.40} is no list of prompts; give token ids [B, T], or lists of ids, one a prompt")
     try:
         array = np.asarray(ids)
     except ValueError:
@@ -150,7 +152,7 @@ def _read_prompts(
     if array.ndim != 2 or not array.size:
         raise DataError(
             f"ids: shape is {list(array.shape)}; give at least one prompt of at least one token as [B, T], or lists of "
-            "different lengths"
+            f"different lengths{', for one prompt [ids]' if array.ndim == 1 and array.size else ''}"
         )
     batch, width = array.shape
     if lengths is None:
@@ -241,4 +243,4 @@ def _check_positive(name: str, value: int, none: str | None = None) -> None:
     except TypeError:
         is_positive = False
     if not is_positive:
-        raise DataError(f"{name}: {value} does not fit; use 1 or more{f', or None for {none}' if none else ''}")
+        raise DataError(f"{name}: {value!r} does not fit; use 1 or more{f', or None for {none}' if none else ''}")

@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from flax import nnx
@@ -62,6 +63,8 @@ def quantize_model(
         ShapeError: a weight that its recipe does not fit, or NaN or Inf in it, named by path.
     """
     check_unsupported(unsupported)
+    if not isinstance(model, nnx.Module):
+        raise RecipeError(_no_module(model))
     if layers := named_layers(model):
         raise RecipeError(f"model: {next(iter(layers)) or 'it'} is quantized already; start from the unquantized model")
     check_finished(model)
@@ -86,6 +89,15 @@ def quantize_model(
     model = _convert(model, found, recipes, chosen, allow_nonfinite)
     remember_paths(model)
     return model
+
+
+def _no_module(model: Any) -> str:
+    """What came in the place of an NNX module."""
+    if isinstance(model, type):
+        return f"model: the class {model.__name__} came; give an instance of it"
+    if any(kind.__module__.startswith("flax.linen") for kind in type(model).__mro__):
+        return f"model: {type(model).__name__} is a Linen module; fp8x.linen.quantize takes it, with its variables"
+    return f"model: a {type(model).__name__} came; give an nnx.Module"
 
 
 def _convert(

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from fp8x import meshes, numerics
+from fp8x import meshes, numerics, ops
 from fp8x.array import ScaledArray, as_input
 from fp8x.errors import CalibrationError, Fp8xError, RecipeError, ShapeError
 from fp8x.nn.calibrated import Calibrated, InputScale
@@ -183,6 +183,7 @@ class QuantizedLayer(Calibrated):
     ) -> dict[str, Scheme | Array | None]:
         """How a product is to quantize its input `x`; in calibration, after `x` has joined the statistics."""
         scheme, scale = self.recipe.activation, None
+        ops.check_dtype(x)
         if self.is_calibrating:
             self.observe(meshes.merge_rows(x), group_sizes)
             if not self.fake_quantize:

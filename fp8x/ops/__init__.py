@@ -315,7 +315,13 @@ def _check_input(x, w: ScaledArray, activation: Scheme | None, activation_scale,
     if isinstance(x, ScaledArray):
         if activation is not None:
             raise ShapeError("activation: x is quantized already; leave activation out, or give x as an Array")
-    elif x.dtype not in OUT_DTYPES.values():
+    else:
+        check_dtype(x)
+
+
+def check_dtype(x) -> None:
+    """Raises a ShapeError unless `x` is an Array of a type that is multiplied, or in 8 bits."""
+    if not isinstance(x, ScaledArray) and x.dtype not in OUT_DTYPES.values():
         raise ShapeError(
             f"x: dtype is {x.dtype}; use one of {', '.join(map(str, OUT_DTYPES.values()))} or a ScaledArray"
         )

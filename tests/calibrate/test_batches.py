@@ -26,13 +26,14 @@ NO_BATCH = {
     "texts": (["one", "two"], r"batches\[0\]: is str, not an array"),
     "None in second place": ([np.ones((4, 32), np.float32), None], r"batches\[1\]: is NoneType, not an array"),
     "objects": ([np.asarray(["a", None])], r"batches\[0\]: is numpy.ndarray of object, not an array"),
+    "no rows": ([np.ones((0, 32), np.float32)], r"batches\[0\]: shape is \[0, 32\], which holds nothing"),
     "a tuple with text": ([(np.ones((4, 32), np.float32), "x")], r"batches\[0\]: holds str, not an array"),
 }
 
 NO_IDS = {
     "rows": (IDS[0], r"batches\[0\]: shape is \[8\]; give \[B, T\], for one text ids\[None\]"),
     "floats": (IDS.astype(np.float32), r"batches\[0\]: dtype is float32; token ids are integers"),
-    "a dict": ({"input_ids": IDS}, r"batches\[0\]: is a dict; give an array \[B, T\]"),
+    "a dict": ({"input_ids": IDS}, r"batches\[0\]: is of type dict; give an array \[B, T\]"),
     "a mask": ((IDS, IDS > 0), r"batches\[0\]: is 2 arguments, but a decoder takes token ids"),
     "beyond": (IDS + 250, r"batches\[0\]\[.*\]: 258 is outside the model's vocabulary of 258"),
     "below": (IDS - 3, r"batches\[0\]\[.*\]: -3 is outside the model's vocabulary of 258"),

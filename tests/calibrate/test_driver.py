@@ -150,7 +150,10 @@ def test_order_and_company_of_batches_change_no_bit():
     ("options", "message"),
     [
         ({"method": "entropy"}, "method: 'entropy' is unknown; use one of 'max', 'percentile', 'mse'"),
-        ({"method": "percentile", "percentile": 0}, "percentile: 0 does not fit; use one above 0, up to 100"),
+        (
+            {"method": "percentile", "percentile": 0.9999},
+            "percentile: 0.9999 does not fit; of a hundred, use one up to",
+        ),
         ({"method": "percentile", "percentile": 101.0}, "percentile: 101.0 does not fit"),
         ({"percentile": float("nan")}, "percentile: nan does not fit"),
     ],

@@ -123,10 +123,10 @@ def test_the_token_before_a_document(model, byte_tokenizer):
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([1, 2], r"ids: is a list; give an array \[B, T\], such as np.array\(\[\[1, 2, 3\]\]\)"),
-        ([[1, 2]], r"ids: is a list; give an array"),
-        (((1, 2),), r"ids: is a tuple"),
-        (3, r"ids: is a int"),
+        ([1, 2], r"ids: is of type list; give an array \[B, T\], such as np.array\(\[\[1, 2, 3\]\]\)"),
+        ([[1, 2]], r"ids: is of type list; give an array"),
+        (((1, 2),), r"ids: is of type tuple"),
+        (3, r"ids: is of type int"),
         (np.array([1, 2]), r"ids: shape is \[2\]; give \[B, T\], for one text ids\[None\]"),
         (jnp.array([1, 2]), r"ids: shape is \[2\]; give \[B, T\], for one text ids\[None\]"),
         (np.zeros((1, 2, 3), int), r"ids: shape is \[1, 2, 3\]; give \[B, T\]$"),

@@ -6,7 +6,7 @@ import weakref
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 from resident import measure
 
 import fp8x
@@ -201,6 +201,15 @@ class TestErrors:
     def test_nothing_to_quantize(self):
         with pytest.raises(RecipeError, match=r"LayerNorm holds no module to quantize .*see fp8x\.nn\.register"):
             fp8x.quantize_model(nnx.LayerNorm(4, rngs=nnx.Rngs(0)), CODE)
+
+    def test_what_is_no_model(self):
+        for model, match in (
+            (Net, "model: the class Net came; give an instance of it"),
+            (linen.Dense(4), r"model: Dense is a Linen module; fp8x\.linen\.quantize takes it"),
+            (None, "model: a NoneType came"),
+        ):
+            with pytest.raises(RecipeError, match=match):
+                fp8x.quantize_model(model, CODE)
 
     def test_rules_that_skip_everything(self):
         with pytest.raises(RuleError, match="rules: they skip every module"):

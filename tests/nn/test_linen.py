@@ -586,6 +586,15 @@ def test_errors():
     with pytest.raises(RecipeError, match=r"model: LayerNorm calls no module that can be quantized \(nn\.Dense, "):
         linen.quantize(norm, norm.init(jax.random.key(0), x), CODE, args=(x,))
 
+    variables = dense.init(jax.random.key(0), x)
+    for given, args, match in (
+        (variables, (), "args: Dense can't be called with 0 of these: missing a required argument: 'inputs'"),
+        (variables, x, r"args: a \w+ came; give a tuple of what the model is called with, like \(x,\)"),
+        (variables["params"], (x,), r"variables: no collection 'params' \(has kernel, bias\)"),
+    ):
+        with pytest.raises(RecipeError, match=match):
+            linen.quantize(dense, given, CODE, args=args)
+
     x = normal(3, 24)
     square = linen.quantize(dense, dense.init(jax.random.key(0), x), "e4m3_bf16", args=(x,))
     with pytest.raises(RecipeError, match=r"run the model by fp8x\.linen\.Quantized\(model\)\.apply"):

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import fp8x
-from fp8x.errors import CalibrationError
+from fp8x.errors import CalibrationError, ShapeError
 
 STATIC = "e4m3_e4m3_bf16"
 NOT_CALIBRATED = r"input_scale: the layer \[64 -> 48\].* is not calibrated; run fp8x\.calibrate"
@@ -128,3 +128,8 @@ def test_where_nothing_can_tell_the_result_is_nan_and_check_calibrated_finds_it(
     with pytest.raises(CalibrationError, match="not calibrated"):
         fp8x.nn.check_calibrated(nnx.merge(graphdef, leaves))
     fp8x.nn.check_calibrated(calibrated())
+
+
+def test_an_input_that_is_no_float_is_named_in_calibration_too():
+    with pytest.raises(ShapeError, match="x: dtype is int32; use one of bfloat16, float16, float32"):
+        fp8x.calibrate(linear(), [np.ones((4, 64), np.int32)])
