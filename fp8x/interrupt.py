@@ -29,10 +29,11 @@ def install() -> None:
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
+    # To this the interpreter writes a signal's number before it runs a handler. First, so that no signal is lost.
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number in WORDS:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda *_: None)  # the interpreter writes the number to the pipe before
-    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+            signal.signal(number, lambda *_: None)
     threading.Thread(target=_wait, args=(reading,), daemon=True).start()
 
 
