@@ -151,7 +151,10 @@ def parse(requantize: Recipe | str | Sequence[Recipe | str]) -> tuple[Recipe, ..
     named = [requantize] if isinstance(requantize, Recipe | str) else requantize
     if not isinstance(named, Iterable):
         raise RecipeError(f"requantize: {requantize!r} is no recipe; use a code, a Recipe, several, or 'hopper'")
-    recipes = [recipe for each in named for recipe in _named(each)]
+    try:
+        recipes = [recipe for each in named for recipe in _named(each)]
+    except RecipeError as error:
+        raise RecipeError(f"requantize: {error}; 'hopper' stands for Hopper's two") from None
     check_stored(recipes)
     if not recipes:
         raise RecipeError("requantize: names no recipe; use a code, a Recipe, several, or 'hopper'")

@@ -146,6 +146,6 @@ def test_nonfinite_values_from_end_to_end(holed, here):
         fp8x.load("back")
     assert fp8x.load("out", "bf16", allow_nonfinite=True)
     data = ["--data", "texts.jsonl"]
-    for command in (["generate", "out", "1 2"], ["eval", "out", *data]):
+    for command in (["generate", "out", "1 2", "-n", "4"], ["eval", "out", *data]):
         assert "holds 1 NaN or Inf" in run(*command, code=2)
         run(*command, "--allow-nonfinite")
