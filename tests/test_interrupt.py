@@ -48,11 +48,12 @@ def start_script(start):
 
 
 def stop(process: subprocess.Popen, number: int = signal.SIGINT) -> tuple[int, str]:
-    """Sends a signal: the status and stderr of the process, which has to end within a second."""
+    """Sends a signal: the status and stderr of the process, which has to end within a second; within four where others
+    keep the cores busy."""
     process.send_signal(number)
     begun = time.monotonic()
     _, error = process.communicate(timeout=20)
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < (4 if os.getloadavg()[0] > os.cpu_count() / 2 else 1)
     return process.returncode, error
 
 
