@@ -284,7 +284,7 @@ def test_what_does_not_fit(tmp_path):
         fp8x.convert(path, out, BLOCK_CODE, requantize="hopper")
     with pytest.raises(RuleError, match="rules: are exceptions to a recipe, and requantize chooses"):
         fp8x.convert(path, out, rules={"fc0": None}, requantize="hopper")
-    with pytest.raises(RecipeError, match="requantize: .*'hoper' is unknown; .*'hopper' stands for"):
+    with pytest.raises(RecipeError, match=r"requantize: .*'hoper' is unknown; .*'hopper' stands for"):
         fp8x.convert(path, out, requantize="hoper")
     with pytest.raises(RecipeError, match="names no recipe"):
         fp8x.convert(path, out, requantize=())
