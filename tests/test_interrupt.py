@@ -19,6 +19,9 @@ STATIC = "e4m3_e4m3_bf16"
 # Seconds in OpenSSL, which no handler of Python's interrupts: so is XLA.
 IN_C = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
 
+# What runs the tests may ignore SIGINT, as a shell's `&` has it, and a process inherits that.
+PYTHON = ["env", "--default-signal=INT", sys.executable]
+
 
 @pytest.fixture
 def start():
@@ -26,7 +29,7 @@ def start():
     with contextlib.ExitStack() as stack:
 
         def start(*arguments, **environment) -> subprocess.Popen:
-            command, pipe = [sys.executable, *map(str, arguments)], subprocess.PIPE
+            command, pipe = [*PYTHON, *map(str, arguments)], subprocess.PIPE
             process = subprocess.Popen(command, env=os.environ | environment, stdout=pipe, stderr=pipe, text=True)
             stack.enter_context(process)
             stack.callback(process.kill)
@@ -122,7 +125,7 @@ def test_an_ignored_signal_stays_ignored(start):
 def test_a_terminal_gets_its_cursor_back():
     leader, follower = pty.openpty()
     body = "interrupt.install(); print('ready', flush=True); time.sleep(30)"
-    command = [sys.executable, "-c", f"import time; from fp8x import interrupt; {body}"]
+    command = [*PYTHON, "-c", f"import time; from fp8x import interrupt; {body}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=follower) as process:
         process.stdout.readline()
         process.send_signal(signal.SIGINT)

@@ -23,14 +23,33 @@ def patterns(names: Iterable[str], others: Collection[str]) -> list[str]:
     Names that differ in numbers alone become one `re:` pattern: any number where none of `others` lies, else those that
     it is. Patterns that differ in the last part alone become one. The library warns of each target that matches no
     module of its model, and transformers 5 has no modules for single experts.
+
+    Readers of models with towers give modules other names than the checkpoint: `visual.blocks.0` is `model.visual.…` in
+    transformers 5, and `model.layers.0` is `language_model.model.…` in vLLM, which takes patterns as they are. So where
+    there is more than one list of layers a target matches behind any prefix, unless it would match one of `others` then.
     """
+    names, others = list(names), list(others)
     wanted, unwanted = _by_template(names), _by_template(others)
     ends: dict[str, list[str]] = {}  # what stands before the last part -> the last parts
     for template, numbers in wanted.items():
         *parents, last = template
         where = _pattern(parents, numbers, unwanted.get(template, set()))
         ends.setdefault(where, []).append(r"\d+" if last is None else _escaped(last))
-    return [_target(where, parts) for where, parts in ends.items()]
+    targets = [_target(where, parts) for where, parts in ends.items()]
+    if len({name.removeprefix("model.").partition(".")[0] for name in (*names, *others) if "." in name}) < 2:
+        return targets
+    return [_behind_any_prefix(target, others) for target in targets]
+
+
+_OWN_PREFIX = re.compile(r"(model\\\.)?(language_model\\\.)?(model\\\.)?")
+
+
+def _behind_any_prefix(target: str, others: Collection[str]) -> str:
+    if "." not in target:  # such as `lm_head`
+        return target
+    pattern = target.removeprefix("re:") if target.startswith("re:") else rf"{re.escape(target)}$"
+    loose = rf"(?:.*\.)?{pattern[_OWN_PREFIX.match(pattern).end() :]}"
+    return target if any(map(re.compile(loose).match, others)) else f"re:{loose}"
 
 
 _Numbers = tuple[str, ...]

@@ -109,7 +109,7 @@ def test_several_recipes_become_groups():
     config = COMPRESSED.to_config(recipes, BFLOAT16)
     assert config["format"] == "mixed-precision"
     targets = [group["targets"] for group in config["config_groups"].values()]
-    assert targets == [["Linear"], ["layers.0.q_proj"], ["layers.1.q_proj"]]
+    assert targets == [["layers.1.q_proj"], ["layers.0.q_proj"], ["Linear"]]
     assert COMPRESSED.from_config(config, recipes, BFLOAT16) == recipes
     with pytest.raises(CheckpointError, match=r"'fp8': one recipe for all layers; this model has e4m3 ·×· f32"):
         choose_format([r for r in recipes.values() if r], "fp8")
@@ -633,3 +633,20 @@ def test_older_places_of_the_config(tmp_path):
     (tmp_path / "modelopt" / "hf_quant_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"hf_quant_config.json:? is not JSON"):
         Reader(tmp_path / "modelopt")
+
+
+def test_targets_match_behind_the_prefixes_of_other_readers():
+    tower = [f"visual.blocks.{i}.attn.qkv" for i in range(2)] + ["visual.merger.mlp.0"]
+    text = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+
+    def matches(targets: list[str], name: str) -> bool:  # as compressed-tensors and vLLM have it
+        return any(t == name or (t.startswith("re:") and re.match(t[3:], name)) for t in targets)
+
+    kept, first = patterns([*tower, "lm_head"], text), patterns(text[:1], [*tower, text[1]])
+    for name in tower:
+        assert matches(kept, name) and matches(kept, f"model.{name}") and not matches(first, f"model.{name}")
+    for prefix in ("model.", "model.language_model.", "language_model.model."):
+        inside = [name.replace("model.", prefix, 1) for name in text]
+        assert [matches(first, name) for name in inside] == [True, False] and not any(matches(kept, n) for n in inside)
+    # Not where that would reach what it should not.
+    assert patterns(["a.layers.0.q", "a.layers.1.q"], ["b.a.layers.0.q"]) == [r"re:a\.layers\.\d+\.q$"]
