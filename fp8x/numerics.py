@@ -105,7 +105,7 @@ def check_finite(w: Float[Array, "..."], name: str) -> None:
     if not isinstance(w, jax.core.Tracer | jax.ShapeDtypeStruct) and (count := int(_count_nonfinite(w))):
         raise ShapeError(
             f"{name}: holds {count} NaN or Inf of {w.size} values; mend the weights, or pass allow_nonfinite=True "
-            "(NaN stays NaN, Inf becomes the largest finite value)"
+            "(--allow-nonfinite): NaN stays NaN, Inf becomes the largest finite value"
         )
 
 

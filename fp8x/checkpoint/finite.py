@@ -78,5 +78,5 @@ def count_nonfinite(data: np.ndarray, dtype: str) -> int:
 def nonfinite_error(name: str, file: Path, count: int, size: int) -> CheckpointError:
     return CheckpointError(
         f"{name} in {file}: holds {count} NaN or Inf of {size} values; "
-        "mend the checkpoint, or pass allow_nonfinite=True"
+        "mend the checkpoint, or pass allow_nonfinite=True (--allow-nonfinite)"
     )

@@ -26,7 +26,7 @@ def patterns(names: Iterable[str], others: Collection[str]) -> list[str]:
 
     Readers of models with towers give modules other names than the checkpoint: `visual.blocks.0` is `model.visual.…` in
     transformers 5, and `model.layers.0` is `language_model.model.…` in vLLM, which takes patterns as they are. So where
-    there is more than one list of layers a target matches behind any prefix, unless it would match one of `others` then.
+    modules lie in more than one place, a target matches behind any prefix, unless it would match one of `others` then.
     """
     names, others = list(names), list(others)
     wanted, unwanted = _by_template(names), _by_template(others)

@@ -88,7 +88,10 @@ def parse_rules(rules: list[str] | None) -> dict[str, "Recipe | None"]:
         pattern, equals, code = rule.rpartition("=")
         if not equals or not pattern:
             raise RuleError(rf"--rule {rule!r}: expected REGEX=CODE or REGEX=none, like 'layers\.0\..*=none'")
-        parsed[pattern] = None if code.lower() == "none" else parse_recipe(code)
+        try:
+            parsed[pattern] = None if code.lower() == "none" else parse_recipe(code)
+        except RecipeError as error:
+            raise RecipeError(f"--rule {rule!r}: {error}; none leaves what it names in 16 bits") from None
     return parsed
 
 

@@ -150,7 +150,7 @@ def quantize(
             found = Sidecar(recipe or "none", report, dataset)
             del model
         calibrate.warn_undersampled(found.report, min_tokens)
-    kept = "the tensors on disk are kept, and the same command goes on with the others"
+    kept = "what is on disk for sure is kept, and the same command goes on from there"
     advice = f"{kept}. If it is not to, remove {partial(real(destination))}"
     with interrupt.advice(advice), _kept(found, file):
         if found or given:
@@ -245,9 +245,17 @@ def _check(plan: "Plan", code: str | None, data: Path | None, calibration: "Side
     # Where the source is quantized, its own scales may do; `convert` knows.
     elif plan.source_format is None and data is calibration is None and _needs_calibration(plan):
         raise CalibrationError(
-            f"--recipe {code}: its activation scales are calibrated: pass --calibrate DATA.jsonl with texts like those "
+            f"{_static(plan)}: its activation scales are calibrated: pass --calibrate DATA.jsonl with texts like those "
             "the model will see, or take a dynamic recipe, like e4m3_e4m3_bf16_dynamic"
         )
+
+
+def _static(plan: "Plan") -> str:
+    """The first calibrated recipe of a plan, be it of --recipe or of a --rule."""
+    from fp8x.recipe import describe
+
+    static = next(t.recipe for t in plan.targets.values() if options.needs_calibration(t.recipe))
+    return f"recipe {describe(static)}"
 
 
 def _needs_calibration(plan: "Plan") -> bool:

@@ -110,9 +110,9 @@ def test_a_missing_size_is_named(hf):
 @pytest.mark.parametrize(
     ("hf", "message"),
     [
-        ({}, r"config.json has model_type None; supported: 'llama', 'mistral'"),
-        ({"model_type": "gpt2"}, r"model_type 'gpt2'; supported: 'llama', 'mistral'"),
-        ({"model_type": ["llama"]}, r"model_type \['llama'\]; supported: "),
+        ({}, r"config.json has model_type None, of which fp8x builds no decoder; supported: 'llama', 'mistral'"),
+        ({"model_type": "gpt2"}, r"model_type 'gpt2', of which .*; supported: 'llama', 'mistral'"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\], of which .*; supported: "),
         (MIXTRAL | {"hidden_size": "32"}, r"hidden_size must be a positive integer, got str '32'"),
         (MIXTRAL | {"hidden_size": 32.0}, r"hidden_size must be a positive integer, got float 32.0"),
         (MIXTRAL | {"vocab_size": True}, r"vocab_size must be a positive integer, got bool True"),

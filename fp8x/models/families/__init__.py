@@ -28,7 +28,11 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
     model_type = hf.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         supported = ", ".join(map(repr, FAMILIES))
-        raise ConfigError(f"config.json has model_type {model_type!r}; supported: {supported}")
+        raise ConfigError(
+            f"config.json has model_type {model_type!r}, of which fp8x builds no decoder; supported: {supported}. "
+            "Weights of any model are converted without one, in dynamic and weight-only recipes; to run it and to "
+            "calibrate it takes a decoder, or your own Flax model (docs/flax-models.md)"
+        )
     family = FAMILIES[model_type]
     fields = Fields(hf, model_type, family.defaults)
     found = family.read(fields)
