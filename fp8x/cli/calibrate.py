@@ -127,6 +127,7 @@ def run(model: "Decoder", rows: "np.ndarray", calibration: options.Calibration) 
     share = 1 if mesh is None else mesh.shape.get("data", 1)
     size = min(calibration.batch_size, max(share, len(rows) // share * share))
     with terminal.progress("calibrating") as update, kept_programs():
+        update(0, len(rows))  # before the first batch, which compiles for seconds
         return fp8x.calibrate(
             model,
             batches(rows, size),
