@@ -1,5 +1,7 @@
 """What fp8x raises for a user's mistake: the message names the thing, what came, what fits and what to do."""
 
+from collections.abc import Sequence
+
 
 class Fp8xError(ValueError):
     """Base of every error below; a `ValueError`, since each is a value that does not fit."""
@@ -43,7 +45,10 @@ class BackendError(Fp8xError):
 
 def some(names: list[str]) -> str:
     """A few of many names, and a verb."""
-    if len(names) == 1:
-        return f"{names[0]} is"
-    rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"{', '.join(names[:4])}{rest} are"
+    return f"{few(names)} {'is' if len(names) == 1 else 'are'}"
+
+
+def few(names: Sequence[str], most: int = 4) -> str:
+    """The first of many names, and how many more there are."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{rest}"

@@ -5,7 +5,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
-from fp8x.errors import RuleError
+from fp8x.errors import RuleError, few
 
 # A module's further names, each of which names all of its matrices.
 Names = Mapping[str, Sequence[Sequence[str]]]
@@ -80,13 +80,13 @@ def _why_none(pattern: str, regex: re.Pattern, paths: Sequence[str], names: Name
     if held:
         module, inside = next(iter(held.items()))
         return (
-            f"matches {_some(list(held))} alone, which can't be quantized as a whole: it holds {_some(inside)}; "
+            f"matches {few(list(held), 3)} alone, which can't be quantized as a whole: it holds {few(inside, 3)}; "
             f"{pattern + r'\..*'!r} matches what it holds"
         )
     others = {f"{path}.bias": "a bias, which stays as it is" for path in paths} | dict(others)
     if alone := [name for name in others if any(regex.fullmatch(each) for each in _forms(name))]:
         reasons = dict.fromkeys(others[name] for name in alone)
-        return f"matches {_some(alone)} alone, where nothing can be quantized: {'; '.join(list(reasons)[:4])}"
+        return f"matches {few(alone, 3)} alone, where nothing can be quantized: {'; '.join(list(reasons)[:4])}"
     near = difflib.get_close_matches(pattern.replace("\\", ""), dict.fromkeys(paths), n=3, cutoff=0.0)
     return "matches no module (the whole path has to match); " + (
         f"near it: {', '.join(near)}" if near else "the model has no module that can be quantized"
@@ -103,7 +103,3 @@ def _forms(name: str) -> list[str]:
     """What else a name is written as."""
     bare = name.removeprefix("model.")
     return [f"{each}{suffix}" for each in (bare, f"model.{bare}") for suffix in ("", ".scale", *_PARAMETERS)]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

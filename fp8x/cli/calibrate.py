@@ -8,7 +8,7 @@ import typer
 
 from fp8x import interrupt
 from fp8x.cli import options, terminal
-from fp8x.cli.loading import load, load_tokenizer, read_texts, set_context
+from fp8x.cli.loading import load, load_tokenizer, read_config, read_texts, set_context
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,12 +92,10 @@ def read_rows(source: Path, calibration: options.Calibration) -> "tuple[np.ndarr
     Done before the model is loaded, so that bad data costs no time.
     """
     from fp8x.calibrate.data import pack
-    from fp8x.checkpoint import Reader
-    from fp8x.models import DecoderConfig
     from fp8x.models.evaluate import default_context, first_token
     from fp8x.models.inputs import check_context, check_tokens
 
-    config = DecoderConfig.from_hf(Reader(source).config)
+    config = read_config(source)
     if calibration.context is not None:
         config = dataclasses.replace(config, context=calibration.context)
     check_context("--max-length", calibration.max_length or 1, config.context)

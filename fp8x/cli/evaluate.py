@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fp8x.cli import calibrate, options, terminal
-from fp8x.cli.loading import load, load_tokenizer, read_texts, set_context
+from fp8x.cli.loading import load, load_tokenizer, read_config, read_texts, set_context
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -71,8 +71,6 @@ def evaluate(
     from flax import nnx
 
     from fp8x.calibrate.methods import check_method
-    from fp8x.checkpoint import Reader
-    from fp8x.models import DecoderConfig
     from fp8x.models import evaluate as rule
     from fp8x.programs import kept_programs
 
@@ -81,7 +79,7 @@ def evaluate(
     texts, malformed = read_texts(data, list_malformed)
     tokenizers = _check_checkpoints(checkpoints, recipes)
     # All read the same windows.
-    window = context or min(rule.default_context(DecoderConfig.from_hf(Reader(path).config)) for path in checkpoints)
+    window = context or min(rule.default_context(read_config(path)) for path in checkpoints)
     calibration = rows = calibration_malformed = None
     if any(map(options.needs_calibration, recipes.values())) or set(kinds) - {TOKEN}:
         check_method(method, percentile)

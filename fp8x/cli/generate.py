@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fp8x.cli import options, terminal
-from fp8x.cli.loading import load, load_tokenizer, set_context
+from fp8x.cli.loading import load, load_tokenizer, read_config, set_context
 from fp8x.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
@@ -76,13 +76,11 @@ def generate(
     devices = options.parse_mesh(mesh)
     tokenizer = load_tokenizer(checkpoint)
     ids = [_encode(checkpoint, tokenizer, prompt, system, chat) for prompt in prompts]
-    from fp8x.checkpoint import Reader
-    from fp8x.models import DecoderConfig, stream
+    from fp8x.models import stream
     from fp8x.models.inputs import check_length, check_tokens
     from fp8x.programs import kept_programs
 
-    # Before the model is loaded, which may take minutes.
-    config = DecoderConfig.from_hf(Reader(checkpoint).config)
+    config = read_config(checkpoint)
     check_tokens(f"{checkpoint}/tokenizer.json", itertools.chain(*ids), tokenizer, config.vocab_size)
     check_length(max(map(len, ids)), max_new_tokens, context or config.context)
     with kept_programs():

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from fp8x.calibrate.data import Text
-    from fp8x.models import Decoder
+    from fp8x.models import Decoder, DecoderConfig
     from fp8x.recipe import Recipe
 
 
@@ -28,6 +28,14 @@ def load(
 
     with terminal.progress(f"loading {path.name}", unit="bytes") as update:
         return fp8x.load(path, recipe, mesh, rules=rules, allow_nonfinite=allow_nonfinite, progress=update)
+
+
+def read_config(path: Path) -> "DecoderConfig":
+    """What a checkpoint's model is like: before it is loaded, which may take minutes."""
+    from fp8x.checkpoint import Reader
+    from fp8x.models import DecoderConfig
+
+    return DecoderConfig.from_hf(Reader(path).config)
 
 
 def set_context(model: "Decoder", path: Path, context: int | None) -> None:

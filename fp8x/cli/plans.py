@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8x.cli import terminal
+from fp8x.errors import few
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,7 +55,7 @@ def show_exceptions(plan: "Plan") -> None:
     for reason, rows in reasons.items():
         share = sum(row.bytes_before for row in rows) / max(plan.bytes_before, 1)
         of_all = f", {share:.0%} of all bytes" if share >= LARGE else ""
-        lines.append(f"{reason}{of_all}: {_some([row.name for row in rows])}")
+        lines.append(f"{reason}{of_all}: {few([row.name for row in rows], MOST)}")
     terminal.show(*lines, *_beside(plan))
 
 
@@ -76,9 +77,4 @@ def _beside(plan: "Plan") -> list[str]:
     reasons: dict[str, list[str]] = {}
     for file, reason in plan.companions.left.items():
         reasons.setdefault(reason, []).append(file)
-    return lines + [f"files left behind ({reason}): {_some(files)}" for reason, files in reasons.items()]
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
-    return ", ".join(names[:MOST]) + more
+    return lines + [f"files left behind ({reason}): {few(files, MOST)}" for reason, files in reasons.items()]

@@ -10,6 +10,7 @@ from jaxtyping import Array, Int, Int32
 
 from fp8x.errors import DataError
 from fp8x.models.kv_cache import Cache
+from fp8x.ops.groups import concrete
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -39,8 +40,8 @@ def check_ids(name: str, ids: Int[Array, "b t"], vocab_size: int) -> None:
         one = ", for one text ids[None]" if ids.ndim == 1 else ""
         raise DataError(f"{name}: shape is {list(ids.shape)}; give [B, T]{one}")
     _check_type(name, ids)
-    if is_known(ids):
-        _check_range(name, np.asarray(ids), vocab_size)
+    if (values := concrete(ids)) is not None:
+        _check_range(name, values, vocab_size)
 
 
 def _check_type(name: str, ids: Array | np.ndarray) -> None:
@@ -100,16 +101,10 @@ def check_room(ids: Int[Array, "b t"], cache: Cache) -> None:
     batch, capacity = cache.layers[0].keys.shape[:2]
     if ids.shape[0] != batch:
         raise DataError(f"cache: it is of {batch} texts, but ids are of {ids.shape[0]}")
-    taken = int(np.max(cache.length, initial=0)) if is_known(cache.length) else 0
+    lengths = concrete(cache.length)
+    taken = 0 if lengths is None else int(np.max(lengths, initial=0))
     if taken + ids.shape[1] > capacity:
         raise DataError(
             f"cache: it has room for {capacity} tokens, of which {taken} are taken, and ids are {ids.shape[1]} more; "
             f"make one with init_cache({batch}, {taken + ids.shape[1]})"
         )
-
-
-def is_known(x: Array | np.ndarray) -> bool:
-    """Whether the values of `x` can be looked at: not while compiling, nor where other processes hold some."""
-    if isinstance(x, jax.core.Tracer):
-        return False
-    return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from meshes import mesh_of
+from small import WITH_BYTES
 from typer.testing import CliRunner
 
 import fp8x
@@ -18,19 +19,7 @@ from fp8x.errors import ConfigError, DataError
 from fp8x.models import Decoder, DecoderConfig, generate, stream
 from fp8x.models.evaluate import evaluate
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 258,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 8,
-    "rope_theta": 1e4,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
-}
+LLAMA = WITH_BYTES | {"max_position_embeddings": 8}
 LONG = np.zeros((1, 9), np.int32)
 
 

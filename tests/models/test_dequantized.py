@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from meshes import mesh_of
+from small import assert_same
 
 import fp8x
 from fp8x.errors import CheckpointError, RecipeError
@@ -16,14 +17,6 @@ from fp8x.sharding import shard
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 TYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
-
-
-def assert_same(model, other):
-    assert nnx.graphdef(model) == nnx.graphdef(other)
-    states = [nnx.to_flat_state(nnx.state(each)) for each in (model, other)]
-    for (path, a), (_, b) in zip(*states, strict=True):
-        a, b = np.asarray(a[...]), np.asarray(b[...])
-        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), path
 
 
 @pytest.mark.sample

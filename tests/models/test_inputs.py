@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from meshes import mesh_of
+from small import WITH_BYTES
 from tokenizers import AddedToken, Tokenizer
 from typer.testing import CliRunner
 
@@ -15,24 +16,12 @@ from fp8x.errors import DataError
 from fp8x.models import Decoder, DecoderConfig, generate, stream
 from fp8x.models.evaluate import evaluate
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 258,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "rope_theta": 1e4,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
-}
 GOOD = np.array([[1, 2, 257], [0, 4, 5]])
 
 
 @pytest.fixture
 def model():
-    return Decoder(DecoderConfig.from_hf(LLAMA), rngs=nnx.Rngs(0))
+    return Decoder(DecoderConfig.from_hf(WITH_BYTES), rngs=nnx.Rngs(0))
 
 
 CALLS = {

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from meshes import mesh_of
+from small import LLAMA
 
 import fp8x
 from fp8x.errors import DataError
@@ -13,22 +14,11 @@ from fp8x.models import Decoder, DecoderConfig, generate, stream
 from fp8x.models.request import length_class
 
 CHUNK = 6
-# Dense and of one layer: compiled in a second.
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "rope_theta": 1e4,
-}
 
 
 @pytest.fixture(scope="module")
 def model():
-    return Decoder(DecoderConfig.from_hf(LLAMA), rngs=nnx.Rngs(0))
+    return Decoder(DecoderConfig.from_hf(LLAMA | {"vocab_size": 61}), rngs=nnx.Rngs(0))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from metric import float64
 from safetensors.numpy import load_file, save_file
+from small import assert_same
 
 import fp8x
 from fp8x.checkpoint import Reader
@@ -31,14 +32,6 @@ STATIC_BLOCK = dataclasses.replace(SMALL_BLOCK, activation=per_tensor(), activat
 def quantize(x, scheme):
     """There and back."""
     return fp8x.quantize(x, scheme).dequantize()
-
-
-def assert_same(model, other):
-    assert nnx.graphdef(model) == nnx.graphdef(other)
-    states = [nnx.to_flat_state(nnx.state(each)) for each in (model, other)]
-    for (path, a), (_, b) in zip(*states, strict=True):
-        a, b = np.asarray(a[...]), np.asarray(b[...])
-        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), path
 
 
 @pytest.fixture(scope="module")
