@@ -172,8 +172,8 @@ def test_devices_meet_once_in_two_all_reduces():
         ({"data": 4}, [rows(6)], "the first has 6 rows, which 4 devices along mesh axis 'data' do not divide; give "
          "batches of 4 or 8 rows"),
         ({"data": 4}, [rows(3)], "give batches of 4 rows"),
-        ({"data": 2}, [rows(4)[:0]], "holds nothing; leave empty batches out"),
-        ({"data": 2}, [(rows(4), 3.0)], "holds nothing; leave empty batches out"),
+        ({"data": 2}, [(rows(4), 3.0)], "shapes [(4, 32), ()] do not fit a mesh; every array needs the same rows"),
+        ({"data": 2}, [(rows(4), rows(2))], "shapes [(4, 32), (2, 32)] do not fit a mesh"),
         ({"model": 2}, [rows(4)], "axis 'model' is unknown; use data, tensor, expert"),
     ],
 )  # fmt: skip
