@@ -33,9 +33,10 @@ fi
 step "Python $(cat .python-version) in .venv" \
   "no Python $(cat .python-version) was found, or downloaded: install it, or name one by UV_PYTHON=/path/to/python." \
   "${uv[@]}" venv --allow-existing
-# Wheels alone: there is one of everything in the lock, so that no compiler is needed.
+# Wheels alone: there is one of everything in the lock, so that no compiler is needed. Compiled to bytecode once: where
+# Python may not write any (PYTHONDONTWRITEBYTECODE, a read-only .venv), `import jax` takes three times as long without.
 step "the packages of requirements.lock" "$NETWORK" \
-  "${uv[@]}" pip sync --python .venv --require-hashes --only-binary :all: requirements.lock
+  "${uv[@]}" pip sync --python .venv --require-hashes --only-binary :all: --compile-bytecode requirements.lock
 step "fp8x, editable" "$NETWORK" "${uv[@]}" pip install --python .venv --no-deps --editable .
 if [ "${1-}" = compile ]; then
   # Beside Python's path, not on it: fp8x/pallas/aot.py says why.

@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(items):
 
 
 def _thin(items) -> None:
-    """Of a test marked `sample` a third of the cases stay in the default set, one at least, chosen by their names; each
+    """Of a test marked `sample` an eighth of the cases stays in the default set, one at least, chosen by their names; each
     of the others is `slow`. Together such tests still see every recipe and shape."""
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
@@ -78,7 +78,7 @@ def _thin(items) -> None:
     for group in cases.values():
         number = {item: zlib.crc32(item.nodeid.encode()) for item in group}
         for item in group:
-            if number[item] % 3 and item is not min(group, key=number.get):
+            if number[item] % 8 and item is not min(group, key=number.get):
                 item.add_marker("slow")
 
 

@@ -199,6 +199,7 @@ def test_eval_prints_markdown(tiny_checkpoint, texts):
     assert lines[0].startswith("| model | bits per byte |") and lines[2].startswith("| tiny | ") and len(lines) == 3
 
 
+@pytest.mark.slow
 def test_eval_all_calibrates(tiny_checkpoint, texts, monkeypatch):
     module = sys.modules["fp8x.recipe"]  # `fp8x.recipe` is the function
     monkeypatch.setattr(module, "RECIPES", {code: module.RECIPES[code] for code in (STATIC, STATIC + "_max_calibrate")})
@@ -218,6 +219,7 @@ def test_generate(quantized):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+@pytest.mark.slow
 def test_generate_several(quantized, byte_tokenizer):
     arguments = ("generate", quantized, "The quick", "The", "-n", 8, "--cache-dtype", "e4m3")
     free = read_json(*arguments, "--stop", "no random text")
@@ -250,6 +252,7 @@ def test_words_as_they_come():
     assert words([1, 2, 3, 0, 0], ["dé"]) == [" end", "", "é", "", "", ""]
 
 
+@pytest.mark.slow
 def test_chat(copy, byte_tokenizer):
     template = "{{ bos_token }}{% for each in messages %}[{{ each.role }}]{{ each.content }}{% endfor %}[model]"
     (copy / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, "bos_token": "<s>"}))
@@ -266,6 +269,7 @@ def test_chat(copy, byte_tokenizer):
     assert "--system: is a message of a chat; add --chat" in error("generate", copy, "Why?", "--system", "x")
 
 
+@pytest.mark.slow
 def test_generate_ends_where_generation_config_says(copy):
     arguments = ("generate", copy, "The quick", "--max-new-tokens", 4)
     first = read_json(*arguments)["ids"][0]
@@ -465,6 +469,7 @@ def test_scales_from_a_file(tiny_checkpoint, quantized, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_keys_and_values_in_8_bits(tiny_checkpoint, texts, tmp_path):
     """Their scales are found, come from a file, and get other names in another format."""
     few = ("--num-samples", 2, "--max-length", 16)
@@ -484,6 +489,7 @@ def test_keys_and_values_in_8_bits(tiny_checkpoint, texts, tmp_path):
     assert "pass --calibrate" in error(*heads[:5], "--kv-cache", "tensor")
 
 
+@pytest.mark.slow
 def test_eval_with_keys_and_values_in_8_bits(tiny_checkpoint, texts):
     found = read_json("eval", tiny_checkpoint, "-d", texts, "--kv-cache", "token", "--mesh", "data=2")["results"]
     assert [result["kv_cache"] for result in found] == [None, "token"]

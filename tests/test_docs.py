@@ -13,6 +13,7 @@ def read_blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["flax-models"])
 def test_every_block_runs_in_order(page, tmp_path, monkeypatch, capsys):
     from fp8x.nn import registry
@@ -27,6 +28,7 @@ def test_every_block_runs_in_order(page, tmp_path, monkeypatch, capsys):
     assert "embed.embedding" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_generation_runs(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     (block,) = [block for block in read_blocks("models") if "generate(" in block]

@@ -29,6 +29,7 @@ def test_training_in_8_bits_learns_what_float32_does():
     assert max(losses.values()) < 5 and max(losses.values()) - min(losses.values()) < 0.1, losses
 
 
+@pytest.mark.slow
 def test_adapters_learn_beside_a_quantized_base_what_they_do_beside_bf16():
     results = runpy.run_path(EXAMPLES / "train_lora.py")["main"](steps=12)
     plain, quantized = results["bf16"], results["mxfp8_bf16"]

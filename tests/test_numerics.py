@@ -340,6 +340,7 @@ def random_array(shape, seed=0, dtype=np.float32) -> np.ndarray:
 
 
 class TestQuantize:
+    @pytest.mark.sample
     @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
     @pytest.mark.parametrize(
         ("shape", "dtype"), [((130, 160), np.float32), ((40, 96), ml_dtypes.bfloat16), ((40, 96), np.float16)]
@@ -654,6 +655,7 @@ class TestEagerEqualsJit:
 class TestOtherProcessors:
     """What is computed where XLA's CPU backend isn't: here by the same backend, in their place."""
 
+    @pytest.mark.sample
     @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
     def test_same_bits(self, scheme, monkeypatch):
         x = (

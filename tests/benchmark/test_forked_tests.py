@@ -61,11 +61,13 @@ def test_each_outcome(tmp_path):
     assert '{"passed": 2}' in run(tmp_path, "test_it.py").stdout
 
 
+@pytest.mark.slow
 def test_a_backend_that_collecting_starts_is_an_error(tmp_path):
     (tmp_path / "test_it.py").write_text("import jax.numpy as jnp\nX = jnp.ones(3)\ndef test_it(): pass\n")
     assert "collecting the tests started a backend of JAX" in run(tmp_path, "test_it.py").stderr
 
 
+@pytest.mark.slow
 def test_collecting_what_runs_on_a_gpu_starts_no_backend(tmp_path):
     """A compilation takes a GPU a third of a second, and there were 300 of them in each process."""
     done = run(ROOT, *ON_A_GPU, "--results", str(tmp_path / "out.json"), "--seconds", "0", "-m", "not slow")

@@ -31,6 +31,7 @@ def test_fused_and_not():
     assert str(product) == f"fusion {product.name}: f32[4096,256]"
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_loops_and_kernels():
     def steps(x):

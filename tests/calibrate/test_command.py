@@ -25,6 +25,7 @@ def data(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_mesh_a_method_and_the_file_that_load_takes(tiny_checkpoint, data, tmp_path):
     devices(2)
     output = tmp_path / "calibration.json"

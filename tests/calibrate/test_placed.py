@@ -26,7 +26,7 @@ def decoder(tiny_checkpoint):
     return lambda code: fp8x.quantize_model(Decoder(DecoderConfig.from_hf(hf), rngs=nnx.Rngs(0)), code)
 
 
-@pytest.mark.sample
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "axes"),
     [

@@ -99,6 +99,7 @@ def test_explicit_axes(is_set, one_device):
     assert_same(report, one_device)
 
 
+@pytest.mark.slow
 def test_without_a_data_axis_every_device_sees_all(one_device):
     assert_same(fp8x.calibrate(model(), split(rows(24), PORTION), mesh_of(tensor=2), **METHOD), one_device)
 

@@ -79,6 +79,7 @@ SPOILED = [
 ]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("code", "name", "value", "message"), SPOILED)
 def test_what_is_only_copied(tiny_checkpoint, tmp_path, code, name, value, message):
     fp8x.convert(tiny_checkpoint, tmp_path / "good", code)

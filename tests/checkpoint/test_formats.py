@@ -443,6 +443,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("code", "format", "scale_shape", "input_shape"), CASES)
 def test_tensors_of_a_matrix(tmp_path, code, format, scale_shape, input_shape):
     recipe = fp8x.RECIPES[code]

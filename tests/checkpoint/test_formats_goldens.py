@@ -95,6 +95,7 @@ def test_no_golden_is_forgotten():
     assert {path.name for path in GOLDENS.iterdir()} == set(CASES)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("name", CASES)
 def test_logits_of_the_dequantized_weights(name):
     format, attention, mlp = CASES[name]

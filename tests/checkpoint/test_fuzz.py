@@ -139,6 +139,7 @@ def run(files: Files, seeds: range, path: Path) -> None:
     assert refused > len(seeds) / 2
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("base", [*BASES, *OTHERS])
 def test_broken_checkpoints_raise_documented_errors(base, tmp_path):
     run(files_of(base, tmp_path), range(150 if base in BASES else 40), tmp_path / "broken")

@@ -188,6 +188,7 @@ size = inspect(path{options}).bytes
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

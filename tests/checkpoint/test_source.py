@@ -123,6 +123,7 @@ def holed(tiny_checkpoint, here):
     return matrix, norm
 
 
+@pytest.mark.slow
 def test_nonfinite_values_from_end_to_end(holed, here):
     matrix, norm = holed
 

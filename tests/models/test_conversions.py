@@ -61,6 +61,7 @@ def test_as_through_a_model(tiny_checkpoint, tmp_path, code, chunk_bytes):
     assert (tmp_path / "converted" / "tokenizer.json").read_bytes() == (tiny_checkpoint / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", STATIC)
 def test_static_scales(tiny_checkpoint, tmp_path, code):
     scheme = RECIPES[code].activation
@@ -147,6 +148,7 @@ def other_model(path, tensors: dict[str, np.ndarray], **config) -> None:
     (path / "config.json").write_text(json.dumps({"model_type": "other", "torch_dtype": "float16"} | config))
 
 
+@pytest.mark.slow
 def test_any_architecture(tmp_path):
     rng = np.random.default_rng(0)
     tensors = {name: rng.standard_normal(shape).astype(np.float16) for name, shape in {

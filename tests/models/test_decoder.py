@@ -39,6 +39,7 @@ def test_every_tensor_has_the_type_of_the_config(golden):
     assert dtypes == {jnp.dtype(golden.hf.get("dtype", golden.hf.get("torch_dtype")))}
 
 
+@pytest.mark.sample
 def test_reading_token_by_token_is_reading_at_once(golden):
     np.testing.assert_allclose(golden.logits_in_pieces(), golden.tensors["logits_f32"], atol=1e-4)
 
@@ -52,6 +53,7 @@ def test_a_token_sees_only_what_is_before_it(golden, run):
     assert (np.abs(before[:, 7] - after[:, 7]).max(axis=-1) > 0.1).all()
 
 
+@pytest.mark.slow
 def test_a_sliding_window_ends_what_a_token_sees(qwen, run):
     """One layer and a window of 6: token 11 sees tokens 6 to 11."""
     one_layer = DecoderConfig.from_hf(qwen.hf | {"num_hidden_layers": 1})
@@ -77,6 +79,7 @@ def test_eval_shape_makes_no_array(qwen):
     assert model.layers[0].mlp.gate_proj.kernel.shape == (32, 64)
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_parameter(qwen):
     for path, leaf in nnx.to_flat_state(qwen.gradient()):
         assert jnp.all(jnp.isfinite(leaf[...])), path
@@ -99,6 +102,7 @@ def test_tied_models_have_no_head(golden):
     assert (model.lm_head is None) == golden.hf["tie_word_embeddings"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [pytest.param("e4m3_bf16", marks=pytest.mark.slow), "e4m3_e4m3_f16_dynamic"])
 def test_a_quantized_decoder_reads_token_by_token_as_at_once(qwen, recipe, run):
     """Layers that answer in their recipe's type leave the residual stream and the cache in the model's."""

@@ -64,6 +64,7 @@ def test_the_rule(model, byte_tokenizer, context):
     assert found.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_batch_size_changes_nothing(model, byte_tokenizer):
     first, second = (evaluate(model, byte_tokenizer, TEXTS, context=16, batch_size=b) for b in (1, 64))
     assert first.bits_per_byte == pytest.approx(second.bits_per_byte, rel=1e-6)

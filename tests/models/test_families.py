@@ -67,6 +67,7 @@ def test_there_is_a_golden_of_each():
     assert read | {"mixtral", "qwen3_moe"} == set(FAMILIES)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("name", [*NAMES, "mixtral_bf16_sharded", "qwen3_moe_bf16"])
 @pytest.mark.filterwarnings("ignore:rules. .* is one layer with other matrices")
 def test_rules_take_the_names_of_the_checkpoint(name):
@@ -111,6 +112,7 @@ def test_logits_and_texts_are_those_of_transformers(family, run):
     np.testing.assert_array_equal(texts, np.concatenate([ids, family.tensors["generated"]], axis=1))
 
 
+@pytest.mark.sample
 def test_loaded_saved_and_converted_it_is_the_same(family, tmp_path):
     model = fp8x.load(family.path, BLOCKS)
     assert_same(model, fp8x.quantize_model(fp8x.load(family.path), BLOCKS))
@@ -121,6 +123,7 @@ def test_loaded_saved_and_converted_it_is_the_same(family, tmp_path):
         assert_same(fp8x.load(tmp_path / name), model)
 
 
+@pytest.mark.slow
 @some_of_them("deepseek_v3", "qwen2_moe")
 def test_scales_are_calibrated_and_come_back(family, tmp_path):
     model = fp8x.load(family.path, "e4m3_e4m3_bf16")
@@ -134,6 +137,7 @@ def test_scales_are_calibrated_and_come_back(family, tmp_path):
     assert np.median(error) < 0.3  # of random weights; a token whose experts fall aside is off by more
 
 
+@pytest.mark.slow
 @some_of_them("llama_bf16", "deepseek_v3", "qwen2_moe")
 @pytest.mark.parametrize("code", [pytest.param(None, marks=pytest.mark.slow), "e4m3_e4m3_bf16_dynamic"])
 def test_on_a_mesh_it_is_one_devices(family, code, tmp_path):
@@ -152,6 +156,7 @@ def test_on_a_mesh_it_is_one_devices(family, code, tmp_path):
     np.testing.assert_array_equal(generate(placed, ids, max_new_tokens=4), generate(model, ids, max_new_tokens=4))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("name", ["deepseek_v3", "llama"])
 def test_no_texts_and_no_tokens_have_no_logits(name):
     model = read_golden(name).model
@@ -159,6 +164,7 @@ def test_no_texts_and_no_tokens_have_no_logits(name):
     assert model(jnp.zeros((2, 0), jnp.int32)).shape == (2, 0, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen2_moe"])
 def test_gradients_reach_every_parameter(name):
     for path, leaf in nnx.to_flat_state(read_golden(name).gradient()):
@@ -247,6 +253,7 @@ class TestDeepSeek:
         golden = read_golden("deepseek_v3")
         np.testing.assert_allclose(golden.logits_in_pieces(), golden.tensors["logits_f32"], atol=1e-4)
 
+    @pytest.mark.sample
     @pytest.mark.parametrize("code", [None, "e4m3_bf16", BLOCKS, "e4m3_e4m3_bf16"])
     def test_folded_into_queries_and_output_it_is_the_same(self, code, monkeypatch):
         """What `kv_b_proj` makes of the latents, also where it quantizes them."""
@@ -261,7 +268,10 @@ class TestDeepSeek:
             monkeypatch.setattr(LatentAttention, "_is_folded", lambda *_, is_folded=is_folded: is_folded)
             logits.append(np.asarray(nnx.jit(lambda model, ids: model(ids))(model, ids)))
         folded, expanded = logits
-        assert np.linalg.norm(folded - expanded) < 1e-5 * np.linalg.norm(expanded)
+        error = np.linalg.norm(folded - expanded, axis=-1) / np.linalg.norm(expanded, axis=-1)
+        # Sums in another order, which differ by the processor, may move a code of a quantized input: of one token in 24.
+        moved = 0 if code in (None, "e4m3_bf16") else 1
+        assert np.sum(error > 1e-5) <= moved
 
     def test_it_is_folded_where_that_is_less_work(self):
         """By the sizes of DeepSeek-V3: 512 · 256 products make a head's key and value; each read costs 768 more."""

@@ -47,6 +47,7 @@ def test_greedy_texts_are_those_of_transformers(golden):
     np.testing.assert_array_equal(texts, np.concatenate([golden.tensors["ids"], golden.tensors["generated"]], axis=1))
 
 
+@pytest.mark.sample
 def test_the_cache_changes_no_token(golden, run):
     """Read at once, a text predicts at each place the token that generation put there."""
     prompts = [golden.tensors["ids"][0], golden.tensors["ids"][1, :7]]
@@ -57,6 +58,7 @@ def test_the_cache_changes_no_token(golden, run):
         np.testing.assert_array_equal(predicted[row, start : start + 16], new)
 
 
+@pytest.mark.slow
 def test_lengths_and_chunks_change_no_text(model, ids, prompts):
     texts = generate(model, prompts, max_new_tokens=16)
     np.testing.assert_array_equal(generate(model, prompts, max_new_tokens=16, prefill_chunk=CHUNK), texts)
@@ -68,6 +70,7 @@ def test_lengths_and_chunks_change_no_text(model, ids, prompts):
         np.testing.assert_array_equal(alone[0], np.concatenate([prompt, new]))
 
 
+@pytest.mark.slow
 def test_a_text_with_a_seed_is_drawn_as_alone(model, prompts):
     texts = generate(model, prompts, seed=[3, 4], **DRAWN)
     for prompt, new, seed in zip(prompts, new_of(texts, prompts), (3, 4)):
@@ -78,6 +81,7 @@ def test_a_text_with_a_seed_is_drawn_as_alone(model, prompts):
     assert _run._cache_size() == before + 2  # the prefill and a step
 
 
+@pytest.mark.slow
 def test_rows_of_one_seed_are_drawn_apart(model, prompts):
     texts = np.asarray(generate(model, prompts, seed=3, **DRAWN))
     alike = np.asarray(generate(model, prompts, seed=[3, 3], **DRAWN))
@@ -137,11 +141,13 @@ def test_an_end_token_ends_its_text_only(model, qwen, ids):
             assert (texts[row, length[row] :] == end).all()
 
 
+@pytest.mark.slow
 def test_the_end_token_may_come_first(model, qwen, ids):
     end = int(qwen.tensors["generated"][0, 0])
     assert (generate(model, ids[[0, 0]], max_new_tokens=16, eos_id=end)[:, 12:] == end).all()
 
 
+@pytest.mark.slow
 def test_a_stop_string_ends_its_text_only(model, qwen, ids):
     free = qwen.tensors["generated"]
     tokenizer = spelled(*(f"<{number}>" for number in range(64)))

@@ -77,6 +77,7 @@ def static(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", [code for code in fp8x.RECIPES if "_f32" not in code])
 def test_round_trip_of_every_recipe(tmp_path, code):
     model = hub.load(MIXTRAL, code)
@@ -108,6 +109,7 @@ def test_unquantized_round_trip(tmp_path, source):
     assert Reader(tmp_path / "out").config == Reader(source).config
 
 
+@pytest.mark.slow
 def test_logits_survive_shards_and_companions(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(QWEN, source)

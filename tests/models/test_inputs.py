@@ -56,7 +56,8 @@ def test_any_integers_fit(model):
     expected = model(jnp.array(GOOD))
     for dtype in (np.int64, np.uint16):
         np.testing.assert_array_equal(model(GOOD.astype(dtype)), expected)
-    np.testing.assert_array_equal(model(np.array([[1, 2]], np.uint8)), expected[:1, :2])
+    few = model(np.array([[1, 2]], np.uint8))
+    np.testing.assert_allclose(few, expected[:1, :2], rtol=1e-4, atol=1e-5)  # another shape is another order of sums
 
 
 def test_inside_jit_they_give_nan_and_check_ids_finds_them(model):

@@ -33,6 +33,7 @@ def quantizer(scheme: Scheme, heads: int, dim: int) -> KVQuantizer:
     return KVQuantizer(scheme, (heads, dim), scale)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_attention_reads_8_bits(scheme, dtype):
@@ -146,6 +147,7 @@ def test_latents_have_one_scale():
         model.set_kv_cache(TENSOR, [(0.1, 0.2)] * len(model.layers))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("kind", "block"), [(True, KV_TENSOR), ("head", KV_HEAD)])
 @pytest.mark.parametrize("name", ["qwen3", "deepseek_v2"])
 def test_scales_follow_from_the_largest_keys_and_values(name, kind, block, run):
@@ -170,6 +172,7 @@ def test_scales_follow_from_the_largest_keys_and_values(name, kind, block, run):
     assert 0 < error < 0.2  # random weights: a code moves much
 
 
+@pytest.mark.slow
 def test_no_gradient_is_lost():
     """Codes have none: keys and values would never learn."""
     model = tiny(None)
@@ -241,7 +244,7 @@ def test_a_model_without_its_scales_says_so():
         fp8x.models.generate(model, IDS, max_new_tokens=2)
 
 
-@pytest.mark.sample
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}, {"tensor": 4, "data": 2}], ids=str)
 @pytest.mark.parametrize("kind", ["head", "tensor"])
 def test_on_a_mesh(axes, kind, tmp_path):
@@ -267,6 +270,7 @@ def test_on_a_mesh(axes, kind, tmp_path):
     np.testing.assert_array_equal(again(IDS), placed(IDS))
 
 
+@pytest.mark.slow
 def test_a_model_on_a_mesh_keeps_the_scales_it_had():
     model = tiny(None)
     model.set_kv_cache(HEAD, [([0.02, 0.03], [0.01, 0.04])])

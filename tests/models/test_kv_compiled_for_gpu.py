@@ -32,6 +32,7 @@ def heads(count: int, tokens: int) -> jax.ShapeDtypeStruct:
     return array((BATCH, tokens, count, DIM), jnp.bfloat16)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("start", [(), (BATCH,)], ids=["alike", "of each text"])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_a_step_reads_8_bits_and_writes_in_place(scheme, start):
@@ -53,6 +54,7 @@ def test_a_step_reads_8_bits_and_writes_in_place(scheme, start):
     assert all("dynamic_update_slice" in called or "scatter" in called for _, called in large)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_without_a_cache_they_are_rounded_too(scheme):
     """XLA would pass the 8 bits by where it sees both conversions at once."""

@@ -54,6 +54,7 @@ def test_a_second_prompt_compiles_nothing(model, ids, programs):
             assert programs == []
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("context", "length", "count"), [(None, 31, 4), (40, 33, 7), (None, 64, 2)])
 def test_a_class_changes_no_token(model, run, context, length, count):
     """At its borders, and where the context ends it: each new token is the likeliest of a whole pass over the text."""
@@ -87,6 +88,7 @@ def test_a_cache_is_no_larger_than_the_context(model, ids, monkeypatch):
     assert capacities == [0, 15]
 
 
+@pytest.mark.slow
 def test_on_a_mesh(model, ids):
     placed = fp8x.sharding.shard(nnx.clone(model), mesh_of(data=2, tensor=2))
     # Devices along `data` read different numbers of chunks.

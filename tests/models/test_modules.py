@@ -82,6 +82,7 @@ def bits(model: nnx.Module) -> dict:
     return found
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", CODES)
 def test_a_model_comes_back_bit_for_bit(code, tmp_path):
     model = quantized(code)
@@ -119,6 +120,7 @@ def test_every_type_of_layer_comes_back(code, tmp_path):
     assert len(named_layers(loaded)) == 10
 
 
+@pytest.mark.slow
 def test_into_a_real_model_and_into_one_quantized_the_same_way(tmp_path):
     model = quantized(MX, {r"blocks\.0": BLOCK, ".*w2": None})
     fp8x.save(model, tmp_path / "model", max_shard_bytes=10_000)
@@ -462,6 +464,7 @@ def test_progress_and_further_files(tmp_path):
 class TestExport:
     """`jax.export` of a quantized model, as docs/checkpoints.md shows it."""
 
+    @pytest.mark.slow
     def test_closed_over(self):
         model = quantized(MX)
         call = jax.jit(lambda ids: model(ids))

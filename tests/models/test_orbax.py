@@ -38,6 +38,7 @@ def save_and_restore(path: Path, state: nnx.State, abstract: nnx.State) -> nnx.S
         return checkpointer.restore(path, abstract)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("recipe", "dtypes"),
     [
@@ -66,6 +67,7 @@ def even(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("target", [{"tensor": 2, "expert": 2}, {"tensor": 4}, {"expert": 4, "data": 2}])
 def test_a_sharded_model_is_restored_onto_a_mesh(even, tmp_path, target):
     """Onto the one that it was on, and onto others."""
@@ -80,6 +82,7 @@ def test_a_sharded_model_is_restored_onto_a_mesh(even, tmp_path, target):
     assert nnx.merge(graphdef, restored).placement == expected.placement
 
 
+@pytest.mark.slow
 def test_a_layout_with_padding_is_of_one_mesh(tmp_path):
     recipe = "fp8_e4m3fn_bf16_block_scale"
     model = shard(fp8x.load(QWEN, recipe), mesh_of(tensor=2, expert=2))

@@ -400,6 +400,7 @@ def transposed(path, **more: np.ndarray):
     return directory(path, tensors), tensors
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", [CHANNEL, BLOCK, "e5m2_e5m2_bf16"])
 def test_experts_that_lie_transposed(tmp_path, code):
     source, tensors = transposed(tmp_path / "a")

@@ -124,6 +124,7 @@ def test_layers_go_on_returning_the_type_of_the_checkpoint(tiny_checkpoint, tmp_
     assert recipes == {np.dtype(np.float16)}
 
 
+@pytest.mark.slow
 def test_static_scales_are_those_of_the_source(tmp_path):
     source = GOLDENS / "hf_block_static"  # 32×32, and a scale of activations
     tensor = fp8x.recipe("e4m3_e4m3_bf16")
@@ -153,6 +154,7 @@ def test_static_scales_that_nobody_knows(mx, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_scales_of_a_kv_cache_come_along(mx, tmp_path):
     model = fp8x.load(mx)
     fp8x.calibrate(model, [np.arange(16).reshape(2, 8)], kv_cache=True)

@@ -175,6 +175,7 @@ def test_peak_memory_is_the_model_and_one_layer(own_registry):
     assert alive == [4, 3, 2, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.own_process
 def test_peak_memory_is_measured_to_be_that(tmp_path):
     """Eight layers of 16 MB in float32: quantizing them all grows the process by less than four of them."""

@@ -123,6 +123,7 @@ def test_one_scale_across_experts():
     assert_close(layer(x, sizes), expected(layer, x, sizes))
 
 
+@pytest.mark.slow
 def test_a_row_alone_is_the_row_in_a_batch():
     shape = Shape((1, 63, 65), 72, 160)
     layer = layer_of(shape, "mxfp8_mxfp8_bf16")
@@ -133,6 +134,7 @@ def test_a_row_alone_is_the_row_in_a_batch():
         assert_close(alone[0], float64(y[row]))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("n", [96, 128])
 def test_by_expert_is_the_row_of_a_group(n):
     """Parts that merge and parts that do not, in any order; an expert that is not here gives zeros."""
@@ -154,7 +156,7 @@ def test_rows_in_another_order():
         np.testing.assert_array_equal(layer(x, sizes, rows), layer(x[rows], sizes))
 
 
-@pytest.mark.sample
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ["mxfp8_mxfp8_bf16", "fp8_e4m3fn_bf16_block_scale_static_activation"])
 def test_with_a_gate_before_another(code):
     """The two layers' bits, with 8 bits between them."""
@@ -166,6 +168,7 @@ def test_with_a_gate_before_another(code):
     np.testing.assert_array_equal(y, w2(w13(x, sizes, rows), sizes, gate="silu"))
 
 
+@pytest.mark.slow
 def test_vmap():
     shape = Shape((2, 0, 3), 32, 64)
     layer = layer_of(shape, "e4m3_e4m3_bf16_dynamic", parts=2)

@@ -43,6 +43,7 @@ CALLS = {
 }
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("text", CALLS)
 def test_the_path_of_the_layer(text):
     with pytest.raises(ShapeError) as caught:

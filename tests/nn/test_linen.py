@@ -105,6 +105,7 @@ def test_layers_multiply_by_ops_eager_and_compiled(name, code):
         assert quantized["params"]["bias"] is variables["params"]["bias"]
 
 
+@pytest.mark.slow
 def test_a_table_is_looked_up_and_attended_where_a_rule_names_it():
     class Tied(nn.Module):
         @nn.compact
@@ -169,7 +170,7 @@ def transformer(how: str):
     return model, ids, model.init(jax.random.key(0), ids)
 
 
-@pytest.mark.sample
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code, limit",
     [(CODE, 0.12), ("e4m3_bf16", 0.06), ("fp8_e4m3fn_bf16_block_scale", 0.12), ("e4m3_e4m3_bf16_dynamic", 0.12)],
@@ -182,6 +183,7 @@ def test_a_transformer_stays_near_its_float32_self(code, limit):
     assert 0 < relative_error(logits, model.apply(variables, ids)) < limit
 
 
+@pytest.mark.slow
 def test_a_stack_is_its_layers_one_by_one():
     model, ids, variables = transformer("list")
     stacked, _, _ = transformer("scan")
@@ -199,6 +201,7 @@ def test_a_stack_is_its_layers_one_by_one():
     assert relative_error(actual, expected) < 0.01  # the layers of a scan are compiled, norms and softmax with them
 
 
+@pytest.mark.slow
 def test_vmapped_layers_are_each_their_own():
     layers = nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True})(24)
     x = normal(3, 5, 32)
@@ -210,6 +213,7 @@ def test_vmapped_layers_are_each_their_own():
         np.testing.assert_array_equal(as_bits(y[i]), as_bits(one))
 
 
+@pytest.mark.slow
 def test_gradients_reach_inputs_and_all_parameters_but_the_kernels():
     model, ids, variables = transformer("scan")
     quantized = linen.quantize(model, variables, CODE, args=(ids,))["params"]
@@ -246,6 +250,7 @@ def test_what_apply_takes_and_other_ways_to_run():
     assert hash(Quantized(model)) == hash(Quantized(Transformer()))
 
 
+@pytest.mark.slow
 def test_attention_decodes_with_a_cache():
     attention, x = nn.MultiHeadDotProductAttention(4, decode=True), normal(2, 5, 32)
     params = {"params": attention.init(jax.random.key(0), x)["params"]}
@@ -326,6 +331,7 @@ def test_partitioned_kernels_stay_boxed():
         linen.quantize(dense, variables, CODE, args=(x,))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("code", [CODE, "fp8_e4m3fn_bf16_block_scale"])
 def test_partition_specs_lay_kernels_on_a_mesh(code, kind):

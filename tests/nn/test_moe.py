@@ -126,6 +126,7 @@ def test_with_float32_between_the_products_nothing_falls_aside(code):
     assert_close(forward(moe, x), dense(moe, x), tolerance=tolerance)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("code", [None, "e4m3_e4m3_bf16", "mxfp8_mxfp8_bf16"])
 def test_no_tokens(code):
     moe = moe_of(code, use_bias=True, shared_intermediate=32)
@@ -185,6 +186,7 @@ def test_the_router_is_never_quantized_and_the_shared_expert_is():
         assert isinstance(moe.shared.down_proj, fp8x.nn.Linear) and isinstance(moe.shared.gate_proj, fp8x.nn.Linear)
 
 
+@pytest.mark.slow
 def test_quantized_stays_near_unquantized():
     x = tokens(65)
     truth = dense(moe_of(shared_intermediate=32), x)
@@ -192,6 +194,7 @@ def test_quantized_stays_near_unquantized():
         assert relative_error(forward(moe_of(code, shared_intermediate=32), x), truth) < limit
 
 
+@pytest.mark.slow
 def test_leading_dims_and_vmap():
     moe, x = moe_of("mxfp8_mxfp8_bf16", use_bias=True), tokens(6).reshape(2, 3, HIDDEN)
     y = moe(x)

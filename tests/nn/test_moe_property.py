@@ -92,6 +92,7 @@ def test_any_routing(sizes, code):
     check()
 
 
+@pytest.mark.slow
 def test_no_host_and_no_shape_that_depends_on_data():
     """One compiled function for every routing: what a CUDA graph needs."""
     moe = moe_of(32, 4, CODES[0])

@@ -202,6 +202,7 @@ class Half(nnx.Module):
         return self.moe(self.dropout(run(x, self.stack)))
 
 
+@pytest.mark.slow
 def test_layers_that_inputs_never_reach():
     model = fp8x.quantize_model(Half(), CODE)
     before = nnx.split(model)
@@ -233,7 +234,7 @@ def test_a_rule_can_ask_for_an_embedding():
     }
 
 
-@pytest.mark.sample
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ["mxfp8_mxfp8_bf16", "e4m3_bf16", "fp8_e4m3fn_bf16_block_scale", "e4m3_e4m3_bf16"])
 def test_embeddings_are_dequantized_after_the_look_up(code):
     source = nnx.Embed(300, 64, rngs=nnx.Rngs(0))
@@ -249,6 +250,7 @@ def test_embeddings_are_dequantized_after_the_look_up(code):
         layer(jnp.ones(3))
 
 
+@pytest.mark.slow
 def test_lora_keeps_its_adapter_on_a_base_in_8_bits():
     source = nnx.LoRALinear(32, 24, lora_rank=2, b_initializer=nnx.initializers.normal(), rngs=nnx.Rngs(0))
     lora, base = source.lora, fp8x.nn.Linear.from_linear(source, CODE)

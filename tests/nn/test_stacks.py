@@ -126,6 +126,7 @@ def test_every_layer_of_a_stack_is_calibrated_by_what_it_sees(method):
         np.testing.assert_array_equal(getattr(found, name), np.stack([getattr(expected, name)] * LAYERS))
 
 
+@pytest.mark.slow
 def test_experts_of_a_stack_that_saw_little_are_named():
     model = fp8x.quantize_model(Model(Mixture), "e4m3_e4m3_bf16")
     report = fp8x.calibrate(model, [inputs()])
@@ -133,7 +134,7 @@ def test_experts_of_a_stack_that_saw_little_are_named():
     assert report.undersampled(100)[:2] == ["blocks.moe.w13 layer 0 expert 0", "blocks.moe.w13 layer 0 expert 1"]
 
 
-@pytest.mark.sample
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ["mxfp8_bf16", "e4m3_e4m3_bf16_dynamic"])
 def test_gradients_also_where_layers_are_run_again(code):
     blocks = fp8x.quantize_model(nnx.Dict(blocks=make(LAYERS)), code).blocks
@@ -163,6 +164,7 @@ def test_an_ensemble_by_vmap():
         assert error < 2.0**-6 * np.linalg.norm(np.asarray(y[index], np.float32))
 
 
+@pytest.mark.slow
 def test_a_stack_of_stacks():
     outer = nnx.Dict(blocks=make(2, LAYERS))
     fp8x.quantize_model(outer, "fp8_e4m3fn_bf16_block_scale")

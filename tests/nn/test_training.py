@@ -184,6 +184,7 @@ def test_an_optimizer_trains_it_and_finishing_keeps_every_bit(code):
     np.testing.assert_array_equal(as_bits(forward(model, X)), as_bits(last))
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
     model = fp8x.quantize_model(Net(), in_training("mxfp8_mxfp8_bf16"))
     expected = nnx.jit(nnx.grad(mse))(model, X)
@@ -215,7 +216,7 @@ class Stack(nnx.Module):
         )(x, self.layers)
 
 
-@pytest.mark.sample
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ["mxfp8_mxfp8_bf16", "e4m3_bf16"])
 def test_a_stack_under_scan_is_its_layers_one_by_one(code):
     model = fp8x.quantize_model(Stack(), in_training(code))
@@ -243,6 +244,7 @@ def test_a_stack_under_scan_is_its_layers_one_by_one(code):
     np.testing.assert_array_equal(as_bits(fp8x.nn.finish_training(model)(X)), as_bits(y))
 
 
+@pytest.mark.slow
 def test_attention():
     make = functools.partial(nnx.MultiHeadAttention, 4, 64, decode=False, rngs=nnx.Rngs(0))
     model = fp8x.quantize_model(make(), in_training("e4m3_bf16"))
@@ -253,6 +255,7 @@ def test_attention():
     np.testing.assert_array_equal(as_bits(nnx.jit(lambda m, x: m(x))(fp8x.nn.finish_training(model), X)), as_bits(y))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ["mxfp8_mxfp8_bf16", pytest.param("e4m3_bf16", marks=pytest.mark.slow)])
 def test_mixture_of_experts(code):
     moe = fp8x.nn.MoE(64, 96, 4, 2, shared_intermediate=32, use_bias=True, rngs=nnx.Rngs(0))
@@ -266,6 +269,7 @@ def test_mixture_of_experts(code):
     np.testing.assert_allclose(forward(moe, ROWS[:1]), alone, rtol=0.01, atol=0.01)  # one token goes by another op
 
 
+@pytest.mark.slow
 def test_a_batch_over_two_devices():
     mesh = mesh_of(data=2)
     model = fp8x.quantize_model(Net(), in_training("mxfp8_mxfp8_bf16"))
@@ -314,6 +318,7 @@ def test_report_says_that_weights_are_quantized_at_every_call():
     assert [row.path for row in fp8x.report(model).quantized] == ["up.weight", "down.weight"]
 
 
+@pytest.mark.slow
 def test_a_decoder_is_trained_finished_and_saved(tiny_checkpoint, tmp_path):
     decoder = fp8x.quantize_model(fp8x.load(tiny_checkpoint), in_training("mxfp8_bf16"))
     ids = np.arange(12).reshape(2, 6)

@@ -66,6 +66,7 @@ def test_a_stack_of_layers_run_by_scan():
         run(X, stack)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("kind", ["grouped", "moe", "einsum"])
 def test_every_kind_of_layer(kind):
     rngs = nnx.Rngs(0)

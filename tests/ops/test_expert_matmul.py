@@ -113,6 +113,7 @@ def test_rows_that_meet_several_experts():
         ops.expert_matmul(x, w, experts, rows=rows[:1])
 
 
+@pytest.mark.slow
 def test_an_input_through_a_gate():
     x, w, experts, bias = operands_of(SMALL, EXPERTS, per_tensor())
     x = jnp.stack([x, -2 * x], axis=1)

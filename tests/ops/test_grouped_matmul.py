@@ -39,6 +39,7 @@ def as_multiplied(x, group_sizes, activation):
     return x if activation is None else quantize(x, activation)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("shape", "weight", "activation", "dtype", "use_bias"), CASES)
 def test_product(shape, weight, activation, dtype, use_bias):
     given = operands(shape, weight, dtype=dtype)
@@ -95,6 +96,7 @@ def test_group_sizes_of_any_integer_type(dtype):
     np.testing.assert_array_equal(ops.grouped_matmul(given.x, given.w, sizes), expected)
 
 
+@pytest.mark.slow
 def test_static_scale_ignores_rows_past_the_groups():
     shape, scheme = GROUPED[6], Scheme("e4m3", block=(None, 128))
     given = operands(shape, per_tensor())
@@ -195,6 +197,7 @@ def test_lowers_for_cuda(weight, activation):
 
 
 class TestGradient:
+    @pytest.mark.sample
     @pytest.mark.parametrize(("weight", "activation"), [PAIRS[1], PAIRS[3]], ids=str)
     def test_is_that_of_the_dequantized_product(self, weight, activation):
         shape = GROUPED[6]

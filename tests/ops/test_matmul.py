@@ -38,6 +38,7 @@ def dense_operands(shape, scheme, dtype=jnp.bfloat16):
     return given.x, w, given.bias[0]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("shape", "weight", "activation", "dtype", "use_bias"), CASES)
 def test_product(shape, weight, activation, dtype, use_bias):
     x, w, bias = dense_operands(shape, weight, dtype)
@@ -218,6 +219,7 @@ def test_the_metric_sees_one_wrong_row():
     assert relative_error(wrong, y) > 2 * max(TOLERANCE.values())
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("scheme", "lead"),
     [

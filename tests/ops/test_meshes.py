@@ -72,6 +72,7 @@ def test_one_devices_numbers_by_kernels(opaque, kind, form):
     check(Form(*form), kind, "mosaic_gpu")
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("form", QUICK[::3], ids=str)
 def test_one_devices_numbers_by_xla(form):
     check(Form(*form), AxisType.Explicit, "xla")

@@ -37,6 +37,7 @@ def other_processors(monkeypatch):
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, cpu, default: default(*operands))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("weight", "activation", "dtype", "multiplied_in"), CASES, ids=str)
 def test_dense(weight, activation, dtype, multiplied_in):
     shape = next(shape for shape in DENSE[2:] if fits(shape, weight, activation))

@@ -80,7 +80,7 @@ def test_fp8(tiling, scales, options):
     assert report.instructions["FADD" if scales in ("one", "factors") else "FFMA"] >= elements
 
 
-@pytest.mark.sample
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("types", [(E4M3, E5M2), (E5M2, E4M3), (E5M2, E5M2)], ids=str)
 def test_fp8_types(types):
@@ -104,6 +104,7 @@ def test_weights_of_ragged_k(k, is_copied):
     assert bool(re.search(rf"stablehlo.pad.*8x768x{k}xf8", text)) == is_copied
 
 
+@pytest.mark.sample
 @needs_compiler
 @pytest.mark.parametrize(
     "options",

@@ -51,6 +51,7 @@ def run(interpreted, i, *, activation="silu", scheme=GROUP, scale=None, dtype=jn
     return (data, found), (np.asarray(expected.data), np.asarray(expected.scale))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

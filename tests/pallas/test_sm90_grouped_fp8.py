@@ -74,6 +74,7 @@ def test_dense(interpreted, shape, weight, activation, dtype, use_bias):
     assert_close(y, metric.matmul(quantize(given.x, activation), w, bias))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("tiling", "pair", "dtype"),
     [

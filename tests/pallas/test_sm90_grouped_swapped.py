@@ -117,6 +117,7 @@ def test_rows_that_name_their_expert(interpreted, short_sums, weight, activation
     assert not np.any(y[[3, 6]])
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("tiling", "weight", "dtype", "out_dtype"),
     [
@@ -192,6 +193,7 @@ def test_power_of_two(dtype, bits):
     assert np.isnan(found[255])
 
 
+@pytest.mark.slow
 def test_nan_past_the_groups_stays_there(interpreted):
     """Scales and bias of the last matrix are read for those rows, and not used."""
     given = operands(Shape((3, 2), 64, 128, spare=3), per_row())

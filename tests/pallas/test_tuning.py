@@ -150,6 +150,7 @@ SHIPPED = [
 ]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("path", "entry"),
     SHIPPED,

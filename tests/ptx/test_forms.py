@@ -96,6 +96,7 @@ def of_kernel(name: str | None, share: float) -> list[forms.Form]:
     return [form for form in dispatched(share) if getattr(form, "kernel", None) == name]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("share", [QUICK, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("kernel", "emulated"),

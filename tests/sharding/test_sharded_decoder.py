@@ -81,6 +81,7 @@ def test_768_features_over_four_devices():
     assert_close(model(IDS), run(tiny(code, **config), IDS), tolerance=FLOAT32)
 
 
+@pytest.mark.slow
 def test_dense_layers_biases_and_a_tied_embedding():
     config = {"mlp_only_layers": [0], "intermediate_size": 72, "attention_bias": True}
     config |= {"tie_word_embeddings": True, "num_key_value_heads": 1}
@@ -93,6 +94,7 @@ def test_dense_layers_biases_and_a_tied_embedding():
     assert_close(shard(model, mesh_of(expert=2, tensor=4))(IDS), run(other, IDS), tolerance=FLOAT32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [pytest.param(None, marks=pytest.mark.slow), "fp8_e4m3fn_bf16_block_scale"], ids=str)
 def test_a_mixture_is_within_the_tolerance_of_the_op(recipe):
     """In bfloat16; with a bias that every expert adds once."""
@@ -144,6 +146,7 @@ def test_dynamic_scales_over_all_rows():
     assert_close(shard(model(), mesh_of(data=2, expert=2, tensor=2))(IDS), run(model(), IDS), tolerance=FLOAT32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axis_type", "options"),
     [
