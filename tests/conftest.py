@@ -4,6 +4,7 @@ And how all are run: `quick`, `own_process`, `--no-skips`, and the time of a run
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -69,17 +70,16 @@ def pytest_collection_modifyitems(items):
 
 
 def _thin(items) -> None:
-    """Of a test marked `sample` an eighth of the cases stays in the default set, one at least, chosen by their names; each
-    of the others is `slow`. Together such tests still see every recipe and shape."""
+    """Of a test marked `sample` an eighth of the cases, rounded up, stays in the default set, chosen by their names; the
+    others are `slow`. Together such tests still see every recipe."""
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         if any(item.iter_markers("sample")) and not any(item.iter_markers("slow")):
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for group in cases.values():
-        number = {item: zlib.crc32(item.nodeid.encode()) for item in group}
-        for item in group:
-            if number[item] % 8 and item is not min(group, key=number.get):
-                item.add_marker("slow")
+        group.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        for item in group[math.ceil(len(group) / 8) :]:
+            item.add_marker("slow")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -90,7 +90,7 @@ def test_equals_one_device_bit_for_bit_and_compiles_once(axes, one_device, compi
         np.testing.assert_array_equal(layer.input_scale[...], one_device.layers[path].scale)
 
 
-@pytest.mark.sample
+@pytest.mark.slow
 @pytest.mark.parametrize("is_set", [False, True])
 def test_explicit_axes(is_set, one_device):
     mesh = mesh_of(AxisType.Explicit, data=4)

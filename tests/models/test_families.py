@@ -249,6 +249,7 @@ class TestDeepSeek:
         cache = model.init_cache(2, 7)
         assert [leaf.shape for leaf in cache.layers[0]] == [(2, 7, 1, 20), (2, 7, 1, 8)]
 
+    @pytest.mark.slow
     def test_tokens_read_one_by_one_are_those_read_at_once(self):
         golden = read_golden("deepseek_v3")
         np.testing.assert_allclose(golden.logits_in_pieces(), golden.tensors["logits_f32"], atol=1e-4)
@@ -269,7 +270,7 @@ class TestDeepSeek:
             logits.append(np.asarray(nnx.jit(lambda model, ids: model(ids))(model, ids)))
         folded, expanded = logits
         error = np.linalg.norm(folded - expanded, axis=-1) / np.linalg.norm(expanded, axis=-1)
-        # Sums in another order, which differ by the processor, may move a code of a quantized input: of one token in 24.
+        # Sums in another order, which differs by the processor, may move a code of an input: of one token in 24.
         moved = 0 if code in (None, "e4m3_bf16") else 1
         assert np.sum(error > 1e-5) <= moved
 

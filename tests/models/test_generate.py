@@ -41,6 +41,7 @@ def new_of(texts, prompts) -> list[np.ndarray]:
     return found
 
 
+@pytest.mark.sample
 def test_greedy_texts_are_those_of_transformers(golden):
     texts = generate(golden.model, golden.tensors["ids"], max_new_tokens=16)
     assert texts.dtype == jnp.int32
@@ -89,6 +90,7 @@ def test_rows_of_one_seed_are_drawn_apart(model, prompts):
     np.testing.assert_array_equal(generate(model, prompts, seed=3, **DRAWN), texts)
 
 
+@pytest.mark.slow
 def test_drawing_among_one_is_greedy(model, prompts):
     greedy = generate(model, prompts, max_new_tokens=16)
     np.testing.assert_array_equal(generate(model, prompts, **(DRAWN | {"top_p": 0.0, "temperature": 5.0})), greedy)
@@ -128,6 +130,7 @@ def test_compiled_once_for_all_values(model, ids):
     assert _run._cache_size() == before + 1
 
 
+@pytest.mark.slow
 def test_an_end_token_ends_its_text_only(model, qwen, ids):
     free = qwen.tensors["generated"]
     end = int(free[0, 4])

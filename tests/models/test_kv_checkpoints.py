@@ -336,7 +336,7 @@ def test_a_calibration_file_holds_them(tmp_path, name, code, kind):
     applied = nnx.clone(fp8x.load(golden.path, code))
     Sidecar(code or "none", report).apply(applied)
     np.testing.assert_array_equal(scales_of(applied), scales_of(model))
-    other = read_golden("qwen3" if name == "llama" else "llama").path
+    other = read_golden("deepseek_v3" if name == "llama" else "llama").path
     for read in (fp8x.load, lambda path, code, **options: fp8x.convert(path, tmp_path / "no", code, **options)):
         with pytest.raises(CalibrationError, match=r"calibration: .* is it another model's|use the recipe"):
             read(other, code, calibration=tmp_path / "scales.json")

@@ -472,6 +472,7 @@ REASONS = {
 }
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("kind", REASONS)
 def test_what_cannot_be_quantized_is_named_and_left(kind):
     model, x = Odd(kind), normal(4, 32)

@@ -156,6 +156,7 @@ def test_gradients_also_where_layers_are_run_again(code):
             assert np.linalg.norm(one - other) <= 2.0**-5 * np.linalg.norm(other)
 
 
+@pytest.mark.slow
 def test_an_ensemble_by_vmap():
     blocks = fp8x.quantize_model(nnx.Dict(blocks=make(LAYERS)), "mxfp8_bf16").blocks
     y = nnx.vmap(lambda block, x: block(x), in_axes=(0, None))(blocks, inputs())
