@@ -70,8 +70,8 @@ def pytest_collection_modifyitems(items):
 
 
 def _thin(items) -> None:
-    """Of a test marked `sample` an eighth of the cases, rounded up, stays in the default set, chosen by their names; the
-    others are `slow`. Together such tests still see every recipe."""
+    """Of a test marked `sample` an eighth of the cases, rounded up, runs by default, chosen by their names; the others
+    are `slow`. Together such tests still see every recipe."""
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         if any(item.iter_markers("sample")) and not any(item.iter_markers("slow")):
