@@ -48,9 +48,10 @@ def test_loops_and_kernels():
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens", [1, 4])
-def test_a_decoding_step_is_one_graph(tokens):
-    """Mosaic kernels too; and nothing of the size of weights is written."""
+@pytest.mark.parametrize(("tokens", "kernels"), [(1, 3), (4, 4)])
+def test_a_decoding_step_is_one_graph(tokens, kernels):
+    """Mosaic kernels too; and nothing of the size of weights is written. XLA quantizes a single row: its two blocks are
+    too few for the kernel."""
     moe = nnx.eval_shape(lambda: fp8x.nn.MoE(256, 128, 16, 8, recipe="fp8_e4m3fn_bf16_block_scale", rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(moe)
     x = jax.ShapeDtypeStruct((tokens, 256), jnp.bfloat16)
@@ -61,7 +62,7 @@ def test_a_decoding_step_is_one_graph(tokens):
     with fp8x.backend("mosaic_gpu"):
         assert thunks(step, state, x) == ["kCommandBuffer"]
         found = launches(step, state, x)
-    assert sum("mosaic" in launch.kind for launch in found) == 4 and len(found) < 30
+    assert sum("mosaic" in launch.kind for launch in found) == kernels and len(found) < 30
     assert max(launch.bytes for launch in found) <= moe.w13.weight.size / 16
 
 

@@ -52,7 +52,7 @@ def start(tiny_checkpoint, tmp_path, compiled):
     yield start
     for process in started:
         process.kill()
-        process.wait()
+        process.communicate()  # closes the pipes
 
 
 def test_two_processes_equal_one_device_bit_for_bit(start, tiny_checkpoint, tmp_path, byte_tokenizer):
