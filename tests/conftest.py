@@ -26,6 +26,7 @@ _IN_ITS_OWN_PROCESS = "FP8X_TEST_IN_ITS_OWN_PROCESS"
 
 def pytest_addoption(parser):
     parser.addoption("--no-skips", action="store_true", help="a test that is skipped has failed")
+    parser.addoption("--one-in", type=int, default=8, help="cases of a test marked `sample`, of which one is not slow")
 
 
 _START = pytest.StashKey[float]()
@@ -61,24 +62,24 @@ QUICK = {
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    _thin(items)
+def pytest_collection_modifyitems(config, items):
+    _thin(items, config.getoption("one_in"))
     quick = {Path(__file__).parent / room / f"{name}.py" for room, names in QUICK.items() for name in names}
     for item in items:
         if item.path in quick and not any(item.iter_markers("slow")):
             item.add_marker("quick")
 
 
-def _thin(items) -> None:
-    """Of a test marked `sample` an eighth of the cases, rounded up, runs by default, chosen by their names; the others
-    are `slow`. Together such tests still see every recipe."""
+def _thin(items, one_in: int) -> None:
+    """Of a test marked `sample` one case in eight, rounded up, runs by default, chosen by their names; the others are
+    `slow`. Together such tests still see every recipe."""
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         if any(item.iter_markers("sample")) and not any(item.iter_markers("slow")):
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for group in cases.values():
         group.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
-        for item in group[math.ceil(len(group) / 8) :]:
+        for item in group[math.ceil(len(group) / one_in) :]:
             item.add_marker("slow")
 
 
