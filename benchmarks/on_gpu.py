@@ -64,15 +64,8 @@ def tests(out: Path, log: Path, end: float, tiny: bool) -> None:
     ]
     command += ["-o", "filterwarnings="]  # a GPU's libraries have some of their own
     command += ["-p", "forked_tests", "--results", outcomes, "--processes", 2 if tiny else TEST_PROCESSES]
-    command += [
-        "--seconds",
-        seconds,
-        "-m",
-        "not slow",
-        "--one-in",
-        3,
-        *(["tests/ops/test_groups.py"] if tiny else TESTS),
-    ]
+    command += ["--seconds", seconds, "-m", "not slow", "--one-in", 3]
+    command += ["tests/ops/test_groups.py"] if tiny else TESTS
     # What XLA's autotuner would choose by time is no concern of a test.
     ended = run(command, log, end, lambda: news_of(outcomes), XLA_FLAGS="--xla_gpu_autotune_level=0", **SHARED)
     found = json.loads(outcomes.read_text()) if outcomes.exists() else {}
