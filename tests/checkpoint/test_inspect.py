@@ -193,9 +193,9 @@ size = inspect(path{options}).bytes
     "options",
     [
         "",
-        pytest.param(', recipe="e4m3_e4m3_bf16"', marks=pytest.mark.slow),
-        pytest.param(', recipe="mxfp8_bf16"', marks=pytest.mark.slow),
-        pytest.param(", reference=path", marks=pytest.mark.slow),
+        ', recipe="e4m3_e4m3_bf16"',
+        ', recipe="mxfp8_bf16"',
+        ", reference=path",
     ],
 )
 def test_memory_is_that_of_some_rows(tmp_path, tiny_checkpoint, options):

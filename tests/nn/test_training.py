@@ -256,7 +256,7 @@ def test_attention():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", ["mxfp8_mxfp8_bf16", pytest.param("e4m3_bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("code", ["mxfp8_mxfp8_bf16", "e4m3_bf16"])
 def test_mixture_of_experts(code):
     moe = fp8x.nn.MoE(64, 96, 4, 2, shared_intermediate=32, use_bias=True, rngs=nnx.Rngs(0))
     fp8x.quantize_model(moe, in_training(code))

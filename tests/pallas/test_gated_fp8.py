@@ -56,18 +56,10 @@ def run(interpreted, i, *, activation="silu", scheme=GROUP, scale=None, dtype=jn
     "options",
     [
         dict(i=192),
-        pytest.param(
-            dict(i=96, scale=jnp.full((1, 1), 0.01), scheme=per_tensor(), blocks=False), marks=pytest.mark.slow
-        ),
-        pytest.param(dict(i=256, scheme=Scheme("e5m2", block=(1, 128), scale_rule="pow2")), marks=pytest.mark.slow),
-        pytest.param(
-            dict(i=256, scale=jnp.asarray([[0.02, 0.01]]), scheme=Scheme("e4m3", block=(None, 128)), dtype=jnp.float32),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            dict(i=192, scale=jnp.ones((1, 1)), scheme=Scheme("e5m2", block=(None, None), scale_rule="unit")),
-            marks=pytest.mark.slow,
-        ),
+        dict(i=96, scale=jnp.full((1, 1), 0.01), scheme=per_tensor(), blocks=False),
+        dict(i=256, scheme=Scheme("e5m2", block=(1, 128), scale_rule="pow2")),
+        dict(i=256, scale=jnp.asarray([[0.02, 0.01]]), scheme=Scheme("e4m3", block=(None, 128)), dtype=jnp.float32),
+        dict(i=192, scale=jnp.ones((1, 1)), scheme=Scheme("e5m2", block=(None, None), scale_rule="unit")),
     ],
     ids=str,
 )

@@ -95,7 +95,7 @@ def test_dense_layers_biases_and_a_tied_embedding():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [pytest.param(None, marks=pytest.mark.slow), "fp8_e4m3fn_bf16_block_scale"], ids=str)
+@pytest.mark.parametrize("recipe", [None, "fp8_e4m3fn_bf16_block_scale"], ids=str)
 def test_a_mixture_is_within_the_tolerance_of_the_op(recipe):
     """In bfloat16; with a bias that every expert adds once."""
 
@@ -150,7 +150,7 @@ def test_dynamic_scales_over_all_rows():
 @pytest.mark.parametrize(
     ("axis_type", "options"),
     [
-        pytest.param(AxisType.Auto, {}, marks=pytest.mark.slow),
+        (AxisType.Auto, {}),
         (
             AxisType.Explicit,
             {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 3, "eos_id": 7}
