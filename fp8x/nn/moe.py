@@ -16,7 +16,7 @@ from fp8x.nn.observer import Statistic
 from fp8x.nn.routing import Scores, check_scores, choose_experts, sort_by_expert
 from fp8x.nn.training import source_of
 from fp8x.nn.unquantized import GatedMLP, UnquantizedGroupedLinear
-from fp8x.ops.gate import gate_activation
+from fp8x.ops.gate import Gate, check_gate
 from fp8x.recipe import Recipe, as_recipe
 
 
@@ -33,7 +33,7 @@ class MoE(nnx.Module):
         num_experts, top_k: how many experts there are, and how many a token visits.
         recipe: a `Recipe` or its code quantizes the experts, the shared one too; None leaves them in `param_dtype`.
             The router never is.
-        activation: of the gate, by its Hugging Face name.
+        activation: of the gate, by its Hugging Face name; or a `fp8x.ops.gate.ClampedSwiGLU`.
         scores: of the experts, from the router's logits: "softmax", or a "sigmoid" each.
         normalize_top_k: whether the chosen experts' scores are scaled to sum to one.
         routed_scale: a factor on their weights after that.
@@ -74,7 +74,7 @@ class MoE(nnx.Module):
         top_k: int,
         *,
         recipe: Recipe | str | None = None,
-        activation: str = "silu",
+        activation: Gate = "silu",
         scores: Scores = "softmax",
         normalize_top_k: bool = True,
         routed_scale: float = 1.0,
@@ -103,8 +103,7 @@ class MoE(nnx.Module):
             raise ShapeError("shared_gate: there is no shared expert; give its shared_intermediate")
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.top_k, self.num_experts, self.normalize_top_k = top_k, num_experts, normalize_top_k
-        gate_activation(activation)
-        self.activation = activation
+        self.activation = check_gate(activation)
         self.scores, self.routed_scale = check_scores(scores), routed_scale
         self.groups, self.top_groups, self.group_best = groups, top_groups, group_best
         of_router = options | {"dtype": router_dtype or dtype}

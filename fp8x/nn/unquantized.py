@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from fp8x.array import as_input
 from fp8x.errors import ShapeError
-from fp8x.ops.gate import gate_activation, gated
+from fp8x.ops.gate import Gate, apply_gate, check_gate, gated
 from fp8x.ops.groups import check_group_sizes, row_groups
 from fp8x.ops.xla import ragged_dot
 
@@ -105,7 +105,7 @@ class GatedMLP(nnx.Module):
         hidden: int,
         intermediate: int,
         *,
-        activation: str = "silu",
+        activation: Gate = "silu",
         use_bias: bool = False,
         dtype=None,
         param_dtype=jnp.float32,
@@ -115,8 +115,7 @@ class GatedMLP(nnx.Module):
         self.gate_proj = nnx.Linear(hidden, intermediate, **options)
         self.up_proj = nnx.Linear(hidden, intermediate, **options)
         self.down_proj = nnx.Linear(intermediate, hidden, **options)
-        gate_activation(activation)
-        self.activation = activation
+        self.activation = check_gate(activation)
 
     def __call__(self, x: Float[Array, "... h"]) -> Float[Array, "... h"]:
-        return self.down_proj(gate_activation(self.activation)(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(apply_gate(self.gate_proj(x), self.up_proj(x), self.activation))

@@ -26,7 +26,7 @@ from fp8x import meshes
 from fp8x.array import ScaledArray, as_input
 from fp8x.errors import ShapeError
 from fp8x.ops.dispatch import Call, Choice, backend, choose, explain
-from fp8x.ops.gate import gate_activation
+from fp8x.ops.gate import check_gate
 from fp8x.ops.gated import GatedCall, gated_product
 from fp8x.ops.groups import check_experts, check_group_sizes, group_sizes_from_indptr
 from fp8x.ops.product import product
@@ -208,7 +208,7 @@ def gated_matmul(
     """
     if not isinstance(w, ScaledArray) or w.ndim != 4 or w.shape[1] != 2:
         raise ShapeError(f"w: {getattr(w, 'shape', type(w).__name__)} does not fit; use a ScaledArray [E, 2, I, K]")
-    gate_activation(gate)
+    check_gate(gate)
     x = as_input(x)
     _check_input(x, w, activation, activation_scale)
     m = x.shape[0] if rows is None else _check_rows(rows, x, activation)
@@ -297,7 +297,7 @@ def _check_weight(w, ndim: int) -> None:
 def _check_input(x, w: ScaledArray, activation: Scheme | None, activation_scale, gate: str | None = None) -> None:
     k = w.shape[-1]
     if gate is not None:
-        gate_activation(gate)
+        check_gate(gate)
         if isinstance(x, ScaledArray):
             raise ShapeError("gate: x is quantized already, and what a gate makes of it would be anew; give an Array")
     rows = (k,) if gate is None else (2, k)

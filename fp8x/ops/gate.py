@@ -1,5 +1,8 @@
 """The gate of an MLP: `activation(gate) * up`, in one rounding."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -15,6 +18,33 @@ ACTIVATIONS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class ClampedSwiGLU:
+    """gpt-oss's gate: `g * sigmoid(alpha * g) * (u + 1)` of `g = min(gate, limit)` and `u = clip(up, -limit, limit)`.
+
+    Source: `GptOssExperts` of transformers' `modeling_gpt_oss.py`.
+
+    Raises:
+        ShapeError: an alpha or a limit that is no positive number.
+    """
+
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    def __post_init__(self):
+        for name in ("alpha", "limit"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ShapeError(f"{name}: {value!r} does not fit; use a positive number")
+
+    def __call__(self, gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
+        gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
+        return gate * jax.nn.sigmoid(gate * self.alpha) * (up + 1)
+
+
+Gate = str | ClampedSwiGLU
+
+
 def gate_activation(name: str):
     """The gate's activation by its Hugging Face name.
 
@@ -26,14 +56,30 @@ def gate_activation(name: str):
     return ACTIVATIONS[name]
 
 
-def gated(gate_up: Float[Array, "m 2 i"], activation: str) -> Float[Array, "m i"]:
-    """`activation(gate) * up` in float32, rounded once to `gate_up`'s type.
+def check_gate(gate: Gate) -> Gate:
+    """A gate, as it came: the name of an activation, or a `ClampedSwiGLU`.
+
+    Raises:
+        ShapeError: an unknown name.
+    """
+    if not isinstance(gate, ClampedSwiGLU):
+        gate_activation(gate)
+    return gate
+
+
+def apply_gate(gate: Float[Array, "..."], up: Float[Array, "..."], activation: Gate) -> Float[Array, "..."]:
+    """`activation(gate) * up`, or what a `ClampedSwiGLU` makes of both; in their type."""
+    return activation(gate, up) if isinstance(activation, ClampedSwiGLU) else gate_activation(activation)(gate) * up
+
+
+def gated(gate_up: Float[Array, "m 2 i"], activation: Gate) -> Float[Array, "m i"]:
+    """`apply_gate` in float32, rounded once to `gate_up`'s type.
 
     In 16 bits XLA would round after every operation or after some, depending on the backend and on what is fused.
     """
     gate_up = rounded(gate_up)
     gate, up = gate_up[:, 0].astype(jnp.float32), gate_up[:, 1].astype(jnp.float32)
-    return rounded((gate_activation(activation)(gate) * up).astype(gate_up.dtype))
+    return rounded(apply_gate(gate, up, activation).astype(gate_up.dtype))
 
 
 def _sigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
