@@ -25,7 +25,16 @@ from fp8x.checkpoint.requantize import Requantize, check_alone
 from fp8x.errors import CheckpointError
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
-from fp8x.models.hf_names import Names, flat, linear_names, param_names, rule_names, unquantized_names
+from fp8x.models.hf_names import (
+    Names,
+    flat,
+    interleaved_names,
+    linear_names,
+    param_names,
+    rule_names,
+    unquantized_names,
+    with_suffix,
+)
 from fp8x.models.loading import Loader, check_counts, get
 from fp8x.models.matrices import with_dtype
 from fp8x.models.mesh_loading import MeshLoader
@@ -208,6 +217,7 @@ def save(
     declared = None if kv_scales is None else kv_scales.scheme
     writer_format = choose_format(used, format, declared) if used or kv_scales else None
     kv = {} if kv_scales is None else kv_tensors(kv_scales, writer_format)
+    fused = _fused(config, layers)
     params, placed = param_names(config), None if model.placement is None else plan_of(model, model.placement.mesh)
     total = sum(get(model, path).dtype.itemsize * math.prod(_shape(model, path, placed)) for path in params)
     total += sum(
@@ -223,12 +233,15 @@ def save(
             writer.add_json(name, value)
         if source is not None:
             writer.copy_companions(source)
-        for variable_path, name in params.items():
+        for variable_path, of_params in params.items():
             array = get(model, variable_path)[...]
-            writer.add(name, array if placed is None else whole(array, placed.param(variable_path, array.ndim)))
+            array = array if placed is None else whole(array, placed.param(variable_path, array.ndim))
+            fused_name = fused.get(variable_path.removesuffix(".bias"))
+            for name, part in _parts(array, of_params, fused_name and f"{fused_name}_bias"):
+                writer.add(name, part)
         for module_path, layer in layers.items():
             layer = layer if placed is None else gathered(layer, placed.layers[module_path])
-            for name, array in _tensors(layer, names[module_path], writer_format):
+            for name, array in _tensors(layer, names[module_path], fused.get(module_path), writer_format):
                 writer.add(name, array)
         for name, array in kv.items():
             writer.add(name, array)
@@ -283,14 +296,40 @@ def _stored_bytes(layer: nnx.Module, names: Names, format: Format | None, split:
     return each * len(list(flat(names)))
 
 
-def _tensors(layer: nnx.Module, names: Names, format: Format | None) -> Iterator[tuple[str, Array | np.ndarray]]:
-    """What is stored of one layer."""
+def _fused(config: DecoderConfig, layers: Mapping[str, nnx.Module]) -> dict[str, str]:
+    """The layers of experts that are written in one tensor, and its name. Of a mixture both are, or neither: each shows
+    a reader how the other lies."""
+    return {
+        path: name
+        for path, name in interleaved_names(config).items()
+        if not any(isinstance(layers[f"{path.rpartition('.')[0]}.{each}"], QuantizedLayer) for each in ("w13", "w2"))
+    }
+
+
+def _parts(array: Array, names: Names, fused: str | None) -> Iterator[tuple[str, Array | np.ndarray]]:
+    """What is stored of an array of one or of all experts; of all together under the name `fused`."""
+    if isinstance(names, str):
+        yield names, array
+        return
+    stack = np.asarray(array)
+    if fused is None:
+        yield from ((name, stack[index]) for index, name in flat(names))
+        return
+    # [E, 2, I, K] becomes [E, K, I, 2], in which gate and up alternate.
+    stack = stack.transpose(0, *range(stack.ndim - 1, 0, -1))
+    is_pair = not isinstance(names[0], str)
+    yield fused, np.ascontiguousarray(stack.reshape(*stack.shape[:-2], -1) if is_pair else stack)
+
+
+def _tensors(
+    layer: nnx.Module, names: Names, fused: str | None, format: Format | None
+) -> Iterator[tuple[str, Array | np.ndarray]]:
+    """What is stored of one layer; `fused` as in `_parts`."""
     if isinstance(layer, nnx.Linear):
         yield f"{names}.weight", layer.kernel[...].T
         return
     if not isinstance(layer, QuantizedLayer):
-        stack = np.asarray(layer.weight[...])
-        yield from ((f"{prefix}.weight", stack[index]) for index, prefix in flat(names))
+        yield from _parts(layer.weight[...], with_suffix(names, ".weight"), fused)
         return
     data, scale = np.asarray(layer.weight[...]), np.asarray(layer.weight_scale[...])
     input_scale = None if layer.input_scale is None else np.asarray(layer.input_scale[...])

@@ -36,6 +36,8 @@ NAMES = [
     "deepseek_v2_groups",
     "deepseek_v3",
     "deepseek_v3_direct",
+    "gpt_oss",
+    "gpt_oss_bf16",
 ]
 BLOCKS = "fp8_e4m3fn_bf16_block_scale"
 
