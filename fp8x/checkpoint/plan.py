@@ -276,7 +276,7 @@ class Plan:
 
     def _why_copied(self, name: str) -> str:
         if name in self.whole:
-            reasons = (self.targets[part.removesuffix(".weight")].reason for part in self.reader.fused[name])
+            reasons = (self.targets[part.rpartition(".")[0]].reason for part in self.reader.fused[name])
             return next(reasons) or ""
         return why_no_matrix(self.reader, name)
 

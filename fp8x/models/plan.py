@@ -229,10 +229,10 @@ def _keys_and_values(
 def _whole(reader: Reader, targets: Mapping[str, Target]) -> Iterator[str]:
     """Tensors of several experts that lie otherwise than their matrices, and of which none is quantized: they stay."""
     for name, parts in reader.fused.items():
-        lies_otherwise = name.endswith("_linear.weight") or any(
-            reader.stored(part).columns is not None for part in parts
+        lies_otherwise = name.endswith(("_linear.weight", "_bias")) or any(
+            reader.stored(part).view is not None for part in parts
         )
-        prefixes = [part.removesuffix(".weight") for part in parts]
+        prefixes = [part.rpartition(".")[0] for part in parts]
         if lies_otherwise and all(prefix in targets and targets[prefix].is_copied for prefix in prefixes):
             yield name
 
