@@ -77,7 +77,8 @@ class Plan:
             return self.layers[path.removesuffix(".bias")].dims(ndim + 1)[:-1]
         if path.endswith(".sinks"):
             queries = self.layers[f"{path.removesuffix('.sinks')}.q_proj"].n
-            return (None if queries is None else queries.in_blocks(self.head_dim),)
+            # One a head, as there is a scale a block.
+            return (None if queries is None else queries.of_scales(self.head_dim),)
         return (None,) * ndim
 
 

@@ -58,11 +58,6 @@ class Split:
         cuts = (self.part, *itertools.chain.from_iterable(starts))
         return math.gcd(block, *cuts)
 
-    def in_blocks(self, block: int) -> "Split":
-        """How what there is one of for each `block` rows lies, where every device holds whole blocks."""
-        ranges = tuple(tuple((first // block, last // block) for first, last in part) for part in self.ranges)
-        return Split(self.axes, self.size // block, self.part // block, ranges)
-
     def of_scales(self, block: int) -> "Split":
         """How the scales of blocks of `block` lie, one for each block of `finer(block)`."""
         finer = self.finer(block)

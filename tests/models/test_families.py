@@ -173,7 +173,7 @@ def test_no_texts_and_no_tokens_have_no_logits(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["deepseek_v3", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen2_moe", "gpt_oss"])
 def test_gradients_reach_every_parameter(name):
     for path, leaf in nnx.to_flat_state(read_golden(name).gradient()):
         assert jnp.all(jnp.isfinite(leaf[...])), path

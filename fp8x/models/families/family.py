@@ -125,6 +125,6 @@ def _activation(fields: Fields) -> str:
 
 
 def _dtype(fields: Fields) -> str:
-    """`dtype` (transformers 5) or `torch_dtype` (4); float32, which holds any of the others, where neither is."""
-    name = fields.raw("dtype") or fields.raw("torch_dtype") or "float32"
+    """`dtype` (transformers 5) or `torch_dtype` (4); where neither is the family's, or float32, which holds any."""
+    name = fields.raw("dtype") or fields.raw("torch_dtype") or fields.defaults.get("dtype", "float32")
     return name.removeprefix("torch.") if isinstance(name, str) else name

@@ -41,6 +41,7 @@ GPT_OSS = Family(
     _gpt_oss,
     {
         "rms_norm_eps": 1e-5,
+        "dtype": "bfloat16",  # no field of the published config.json; its tensors are
         "head_dim": 64,
         "hidden_act": "silu",
         "attention_bias": True,
