@@ -153,8 +153,20 @@ def test_the_published_gpt_oss_is_read():
 
 @pytest.mark.parametrize(
     "name",
-    "attention_bias experts_per_token head_dim hidden_act layer_types max_position_embeddings num_experts_per_tok "
-    "rms_norm_eps rope_scaling rope_theta sliding_window swiglu_limit".split(),
+    [
+        "attention_bias",
+        "experts_per_token",
+        "head_dim",
+        "hidden_act",
+        "layer_types",
+        "max_position_embeddings",
+        "num_experts_per_tok",
+        "rms_norm_eps",
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window",
+        "swiglu_limit",
+    ],
 )
 def test_gpt_oss_without_a_field_takes_the_default_of_transformers(name):
     assert DecoderConfig.from_hf(without(GPT_OSS, name)) == DecoderConfig.from_hf(GPT_OSS)
