@@ -108,7 +108,7 @@ def unfused(tensors: Mapping[str, "Stored"], model_type: str | None) -> Unfused:
             )
         reason = match and _why_whole(match, tensor, tensors, model_type)
         if match and not reason:
-            is_gpt_oss = model_type == "gpt_oss"
+            is_gpt_oss = _is_gpt_oss(match[1], tensors, model_type)
             is_transposed = match[3] == "" and (is_gpt_oss or _is_transposed(match, tensors))
             lines = _Lines(is_transposed, is_gpt_oss or match[3] in _GPT_OSS)
             pieces = list(_split(name, tensor, match, lines, is_mixtral))
@@ -135,10 +135,11 @@ def _why_whole(
 ) -> str | None:
     """Why a fused tensor is not taken apart; None if it is."""
     block, fused, suffix = match.groups()
-    if suffix in _GPT_OSS or (model_type == "gpt_oss" and (suffix or _partner(match, tensors) is None)):
+    is_gpt_oss = _is_gpt_oss(block, tensors, model_type)
+    if is_gpt_oss and (suffix or _partner(match, tensors) is None):
         return None
     has_bias = any(f"{block}.{name}_bias" in tensors for name in (fused, _PARTNERS[fused]))
-    if has_bias and model_type != "gpt_oss":
+    if has_bias and not is_gpt_oss:
         return "experts in one tensor, with biases; gate and up may alternate row by row"
     if suffix or len(tensor.shape) != 3:
         return None
@@ -147,10 +148,14 @@ def _why_whole(
         is_known = fused.endswith("_proj") and model_type not in _TRANSPOSED
         return None if is_known else f"experts in one tensor, without {_PARTNERS[fused]} beside it to tell its layout"
     layouts = _layouts(match, tensor, partner)
-    if layouts == (False, False) or (model_type == "gpt_oss" and layouts != (False, True)):
+    if layouts == (False, False) or (is_gpt_oss and layouts != (False, True)):
         shapes = f"{list(tensor.shape)} beside {list(partner.shape)}"
         return f"experts in one tensor, of which fp8x can't tell rows from columns ({shapes})"
     return None
+
+
+def _is_gpt_oss(block: str, tensors: Mapping[str, "Stored"], model_type: str | None) -> bool:
+    return model_type == "gpt_oss" or any(f"{block}.{name}_blocks" in tensors for name in ("gate_up_proj", "down_proj"))
 
 
 def _is_transposed(match: re.Match, tensors: Mapping[str, "Stored"]) -> bool:

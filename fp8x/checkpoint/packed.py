@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import UInt8, UInt16
 
 from fp8x.checkpoint.header import View
 from fp8x.errors import CheckpointError
@@ -32,6 +32,7 @@ from fp8x.errors import CheckpointError
 if TYPE_CHECKING:
     from fp8x.checkpoint.header import Stored
 
+MXFP4 = "mxfp4"  # in tables
 BLOCK = 32
 E8M0 = ("U8", "F8_E8M0")
 
@@ -49,6 +50,43 @@ def unpack(packed: UInt8[np.ndarray, "n k/2"], out: UInt8[np.ndarray, "n k"]) ->
         np.take(_PAIRS, packed.reshape(-1), out=out.reshape(-1).view(np.uint16), mode="clip")
     else:
         np.take(_QUADS, packed.reshape(-1).view(np.uint16), out=out.reshape(-1).view(np.uint32), mode="clip")
+
+
+def _packing() -> UInt16[np.ndarray, " 65536"]:
+    """By two bytes of e4m3: the byte of e2m1, and 256 times how many of the two e2m1 has not."""
+    code, is_missing = np.zeros(256, np.uint16), np.ones(256, np.uint16)
+    code[E4M3_OF_E2M1], is_missing[E4M3_OF_E2M1] = np.arange(16), 0
+    first, second = np.arange(2**16) & 255, np.arange(2**16) >> 8
+    return code[first] | code[second] << 4 | (is_missing[first] + is_missing[second]) << 8
+
+
+_PACKING = _packing()
+
+
+def pack(codes: np.ndarray) -> tuple[UInt8[np.ndarray, "n k/2"], int]:
+    """e4m3 `[N, K]` as e2m1, two codes a byte, and how many of the numbers e2m1 has not."""
+    found = np.take(_PACKING, np.ascontiguousarray(codes).view(np.uint16), mode="clip")
+    missing = int((found >> 8).sum()) if found.max(initial=0) > 255 else 0
+    return found.astype(np.uint8), missing
+
+
+def packed(codes: np.ndarray, name: str) -> UInt8[np.ndarray, "n k/2"]:
+    """`pack` of a whole matrix.
+
+    Raises:
+        CheckpointError: it holds numbers that e2m1 has not; with their count.
+    """
+    found, missing = pack(codes)
+    if missing:
+        raise e2m1_error(name, missing, codes.size)
+    return found
+
+
+def e2m1_error(name: str, count: int, size: int) -> CheckpointError:
+    return CheckpointError(
+        f"{name}: {count} of {size} codes are none of e2m1's (0, 0.5, 1, 1.5, 2, 3, 4, 6), so MXFP4 can't hold it; "
+        "write it as MXFP8 (format='compressed-tensors')"
+    )
 
 
 def unpacked(tensors: Mapping[str, "Stored"]) -> dict[str, "Stored"]:

@@ -11,11 +11,12 @@ import numpy as np
 from fp8x.calibrate import sidecar
 from fp8x.calibrate.sidecar import Sidecar
 from fp8x.checkpoint import FORMATS, Format, Reader, choose_format, format_of
+from fp8x.checkpoint.fusing import FusedExperts, fused_experts
 from fp8x.checkpoint.header import FLOAT8
 from fp8x.checkpoint.kept import why_kept
 from fp8x.checkpoint.kv_cache import QUERIES, KVScales, kv_tensors, read_kv_scales
 from fp8x.checkpoint.plan import Plan, Target, why_no_matrix
-from fp8x.errors import CheckpointError, RuleError
+from fp8x.errors import CheckpointError, RuleError, some
 from fp8x.models.config import DecoderConfig
 from fp8x.models.hf_names import rule_names
 from fp8x.models.matrices import check_scales, dtype_of, modules_of, stored_by_prefix, tables_of
@@ -96,6 +97,7 @@ def plan(
         dropped=dropped,
         added={} if kept_kv is None else kv_tensors(kept_kv, chosen),
         whole=tuple(_whole(reader, targets)),
+        fused=tuple(_fused(reader, chosen, targets)),
         left_fields=left_fields | fields,
         companions=companions,
         requantization=requantization,
@@ -235,6 +237,22 @@ def _whole(reader: Reader, targets: Mapping[str, Target]) -> Iterator[str]:
         prefixes = [part.rpartition(".")[0] for part in parts]
         if lies_otherwise and all(prefix in targets and targets[prefix].is_copied for prefix in prefixes):
             yield name
+
+
+def _fused(reader: Reader, format: Format | None, targets: Mapping[str, Target]) -> list[FusedExperts]:
+    """Matrices of experts that go into one tensor.
+
+    Raises:
+        CheckpointError: a format in 4 bits, and what is not in MX blocks before.
+    """
+    quantized = [prefix for prefix, target in targets.items() if target.recipe is not None]
+    if format is not None and format.packs and (made := [each for each in quantized if not targets[each].is_kept]):
+        raise CheckpointError(
+            f"format: {format.name!r} holds what is in MX blocks before, with codes that e2m1 has; {some(made)} "
+            "not, and fp8x quantizes nothing to 4 bits"
+        )
+    dequantized = [p for p, target in targets.items() if target.recipe is None and target.stored is not None]
+    return fused_experts(reader, format, quantized, dequantized)
 
 
 def _check(found: Plan, recipe: Recipe | str | None, is_changed: bool) -> None:
