@@ -412,6 +412,17 @@ class TestGptOss:
         expected[:4] = golden.model.layers[0].self_attn.sinks[...]
         np.testing.assert_array_equal(np.concatenate(parts[:2]), expected)
 
+    def test_a_rule_for_sinks_is_refused(self):
+        for take in (fp8x.load, fp8x.plan):
+            with pytest.raises(RuleError, match=r"rules: .*sinks.* vector"):
+                take(read_golden("gpt_oss_bf16").path, "e4m3_bf16", rules={r"model\.layers\.0\.self_attn\.sinks": None})
+
+    def test_a_plan_says_why_router_and_sinks_stay(self):
+        plan = fp8x.plan(read_golden("gpt_oss_bf16").path, "e4m3_bf16")
+        reasons = {row.name: row.reason for row in plan.groups}
+        assert reasons["model.layers.*.mlp.router.weight"] == "a router"
+        assert reasons["model.layers.*.self_attn.sinks"] == "a vector or a number"
+
     def test_a_sink_matters_and_so_does_a_bias(self, run):
         """The goldens show it: without, logits are others."""
         golden = read_golden("gpt_oss")

@@ -15,19 +15,19 @@ class MixtureNames:
 
     Attributes:
         block: the mixture.
-        router: what chooses the experts.
         gate, up, down: the matrices of an expert.
         shared: the expert that every token visits.
+        router: what chooses the experts.
         interleaved: whether experts in 16 or 32 bits are written all in one tensor, `[E, K, N]`, gate and up in
             alternate columns: `experts.gate_up_proj`, `experts.down_proj` and, `[E, N]`, these with `_bias`.
     """
 
     block: str = "mlp"
-    router: str = "gate"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
     shared: str = "shared_experts"
+    router: str = "gate"
     interleaved: bool = False
 
 
