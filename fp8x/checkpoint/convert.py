@@ -105,7 +105,11 @@ def run(
         [(name, _hex(array)) for name, array in plan.added.items()],
     ]
     total = sum(job.bytes for job in jobs)
-    unfinished = ResumableWriter(path, specs, identity, max_shard_bytes=max_shard_bytes)
+    files = plan.origin and max_shard_bytes == DEFAULT_SHARD_BYTES and plan.origin.files(specs)
+    index = plan.origin.index if files else None
+    unfinished = ResumableWriter(
+        path, specs, identity, max_shard_bytes=max_shard_bytes, files=files or None, index=index
+    )
     if unfinished.is_complete:
         unfinished.complete()
         if progress is not None:

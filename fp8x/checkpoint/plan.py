@@ -19,6 +19,7 @@ from fp8x.checkpoint.fusing import FusedExperts, biases
 from fp8x.checkpoint.header import DTYPE_NAMES, nbytes
 from fp8x.checkpoint.kept import LOOKUPS
 from fp8x.checkpoint.names import natural
+from fp8x.checkpoint.origin import Origin
 from fp8x.checkpoint.packed import BLOCK, MXFP4
 from fp8x.checkpoint.reader import Reader
 from fp8x.errors import CheckpointError
@@ -115,6 +116,7 @@ class Plan:
         left_fields: fields of the source's configuration that are left out, by dotted path, with the reason.
         companions: the files beside the weights.
         requantization: the recipes that `requantize` has chosen; None without it.
+        origin: what the destination, in 4 bits, is to be like again; None for all others.
         allow_nonfinite: whether tensors may hold NaN or Inf.
     """
 
@@ -133,6 +135,7 @@ class Plan:
     left_fields: Mapping[str, str]
     companions: Companions
     requantization: "Requantization | None" = None
+    origin: Origin | None = None
     allow_nonfinite: bool = False
 
     @property

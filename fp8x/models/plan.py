@@ -15,12 +15,13 @@ from fp8x.checkpoint.fusing import FusedExperts, fused_experts
 from fp8x.checkpoint.header import FLOAT8
 from fp8x.checkpoint.kept import why_kept
 from fp8x.checkpoint.kv_cache import QUERIES, KVScales, kv_tensors, read_kv_scales
+from fp8x.checkpoint.origin import ORIGIN
 from fp8x.checkpoint.plan import Plan, Target, why_no_matrix
 from fp8x.errors import CheckpointError, RuleError, some
 from fp8x.models.config import DecoderConfig
 from fp8x.models.hf_names import rule_names
 from fp8x.models.matrices import check_scales, dtype_of, modules_of, stored_by_prefix, tables_of
-from fp8x.models.plan_config import beside_of, config_of, unread_parts_of
+from fp8x.models.plan_config import beside_of, config_of, origin_for, unread_parts_of
 from fp8x.recipe import OUT_DTYPES, Recipe, Rules, as_recipe, check_stored
 from fp8x.roles import by_name
 
@@ -84,6 +85,11 @@ def plan(
     dropped |= unread_parts_of(reader, source_format, targets)
     config, left_fields = config_of(reader, source_format, chosen, recipes, out_dtype, kept_kv)
     beside = {} if chosen is None else chosen.beside(config["quantization_config"])
+    origin = origin_for(reader, chosen, targets)
+    if origin is not None and chosen.packs:
+        config["quantization_config"] = dict(origin.quantization_config)
+    elif origin is not None:
+        beside[ORIGIN], origin = origin.to_json(), None
     companions, fields = beside_of(reader, beside)
     found = Plan(
         reader=reader,
@@ -101,6 +107,7 @@ def plan(
         left_fields=left_fields | fields,
         companions=companions,
         requantization=requantization,
+        origin=origin,
         allow_nonfinite=allow_nonfinite,
     )
     _check(found, recipe, is_changed)
