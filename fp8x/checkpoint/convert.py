@@ -20,7 +20,7 @@ from fp8x.array import ScaledArray
 from fp8x.checkpoint import rows
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_source
 from fp8x.checkpoint.experts import ExpertJob
-from fp8x.checkpoint.finite import is_finite, nonfinite_error
+from fp8x.checkpoint.finite import check_overflow, is_finite, nonfinite_error
 from fp8x.checkpoint.format import Layout
 from fp8x.checkpoint.header import UNQUANTIZED, nbytes
 from fp8x.checkpoint.packed import pack
@@ -263,7 +263,11 @@ class _Matrix:
             for part, values in source.parts(work):
                 scratch = work.scratch(values.shape, f"uint{8 * self.plan.out_dtype.itemsize}")
                 self._check_codes(work, values)
-                self._write_result(work, part, rows.dequantized(values, scratch, dtype=self.plan.out_dtype))
+                found = rows.dequantized(values, scratch, dtype=self.plan.out_dtype)
+                if not self.plan.allow_nonfinite:
+                    file = self.reader.stored(self.name).file
+                    check_overflow(self.name, file, np.from_dlpack(found), DTYPE_NAMES[self.plan.out_dtype])
+                self._write_result(work, part, found)
         elif self.target.is_kept:
             self._write_scale(work, 0, source.scale)
             if self.plan.format.packs:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fp8x.checkpoint import rows
-from fp8x.checkpoint.finite import is_finite
+from fp8x.checkpoint.finite import check_overflow, is_finite
 from fp8x.checkpoint.fusing import FusedExperts, biases
 from fp8x.checkpoint.header import nbytes
 from fp8x.checkpoint.packed import pack
@@ -120,6 +120,8 @@ class ExpertJob:
                 found = rows.dequantized(values, work.scratch(values.shape, bits.name), dtype=dtype)
                 stop = min(part.stop, source.shape[0])
                 array = np.from_dlpack(found)[: stop - part.start]
+                if not self.plan.allow_nonfinite:
+                    check_overflow(source.name, self.reader.stored(source.name).file, array, DTYPE_NAMES[dtype])
                 whole[:, index :: len(sources)][:, part.start : stop] = array.T
                 work.keep_scratch(found)
                 work.advance(len(array) * self.bytes // (len(sources) * source.shape[0]))

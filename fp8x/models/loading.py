@@ -13,7 +13,7 @@ from jaxtyping import Array
 from fp8x import numerics
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import Format, Reader
-from fp8x.checkpoint.finite import count_nonfinite, is_finite, nonfinite_error
+from fp8x.checkpoint.finite import check_overflow, count_nonfinite, is_finite, nonfinite_error
 from fp8x.checkpoint.format import MatrixScales, stored_recipes, weight_spec
 from fp8x.checkpoint.header import DTYPE_NAMES, UNQUANTIZED
 from fp8x.checkpoint.kv_cache import QUERIES, read_kv_scales
@@ -104,7 +104,7 @@ class Loader:
             dtypes = UNQUANTIZED if recipe is None else weight_spec(recipe, shape).dtypes
             for _, prefix in flat(names):
                 self.reader.check(f"{prefix}.weight", shapes=[shape], dtypes=dtypes)
-        self._total_bytes = sum(self.reader.stored(name).nbytes for name in needed)
+        self._total_bytes = sum(self.reader.stored(name).nbytes_on_disk for name in needed)
         if left:
             warnings.warn(
                 f"{self.reader.path}: {len(left)} tensors of {self.model.config.skipped_layers} layers for multi-token "
@@ -251,7 +251,9 @@ class Loader:
         codes = found.codes(prefix, stored, shape, self.reader)
         self._check_finite(f"{prefix}.weight", codes)
         self._finish(*self._tensors(prefix, stored, shape))
-        return dequantized(ScaledArray(codes, found.scale, stored.weight)).astype(self.dtype)
+        array = dequantized(ScaledArray(codes, found.scale, stored.weight)).astype(self.dtype)
+        self._check_overflow(f"{prefix}.weight", np.asarray(array))
+        return array
 
     def _array(self, name: str, shape: tuple[int, ...], dtype: np.dtype | None = None) -> Array:
         """An unquantized tensor, in the model's type unless another is given."""
@@ -268,9 +270,14 @@ class Loader:
     def _finish(self, *names: str) -> None:
         """Tensors are read."""
         for name in names:
-            self._read_bytes += self.reader.stored(name).nbytes
+            self._read_bytes += self.reader.stored(name).nbytes_on_disk
         if self._progress is not None:
             self._progress(self._read_bytes, self._total_bytes)
+
+    def _check_overflow(self, name: str, array: np.ndarray) -> None:
+        """`array` is a matrix, or a part of it, that was in 8 bits and finite there."""
+        if not self.allow_nonfinite:
+            check_overflow(name, self.reader.stored(name).file, array, DTYPE_NAMES[array.dtype])
 
     def _check_finite(self, name: str, array: np.ndarray) -> None:
         """`array` is the tensor as stored, translated, or a part of it."""
