@@ -113,6 +113,11 @@ class Scheme:
         """Whether arrays in the other scheme are of the same types and blocks: the rules of their scales may differ."""
         return (self.element, self.block, self.scale_dtype) == (other.element, other.block, other.scale_dtype)
 
+    def keeps_exact_blocks(self, source: "Scheme") -> bool:
+        """Whether an array that comes from `source` to this scheme gets a power of two for the scale of a block where
+        that keeps every value: the source's scales are powers of two, and this scheme's are amax / max."""
+        return source.is_mx and self.scale_rule == "amax"
+
     def block_of(self, shape: Sequence[int], name: str = "array") -> tuple[int, ...]:
         """The block's extent in every dim of an array of `shape`; `name` stands in errors.
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from fp8x.array import ScaledArray
-from fp8x.checkpoint import rows
+from fp8x.checkpoint import exact, rows
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_source
 from fp8x.checkpoint.finite import count_nonfinite, is_finite, nonfinite_error
 from fp8x.checkpoint.format import Layout
@@ -249,6 +249,8 @@ class _Matrix:
         if self.layout is not None and self.layout.input_scale is not None:
             for name, array in self.layout.input_scale.write(self.prefix, self._input_scale(input_scale)).items():
                 work.writer.write(name, 0, array)
+        if not self.target.is_kept:
+            self._warn_of_flushed(work, source)
         if scheme is None:
             for part, values in source.parts(work):
                 scratch = work.scratch(values.shape, f"uint{8 * self.plan.out_dtype.itemsize}")
@@ -272,7 +274,7 @@ class _Matrix:
 
     def _convert_whole(self, work: "_Work", source: StoredMatrix, scheme: Scheme) -> None:
         """To blocks that hold every row: their scales before their values."""
-        scale = rows.compute_scale(self._amax(work, source, scheme), scheme)
+        scale = source.scale_of_amax(work, self._amax(work, source, scheme), scheme)
         self._write_scale(work, 0, scale)
         for part, values in source.parts(work, scheme):
             data = rows.quantized_with_scale(values, scale, work.scratch(values.shape), scheme=scheme)
@@ -305,6 +307,11 @@ class _Matrix:
         tensor = self.reader.stored(self.name)
         count = sum(int(rows.count_nonfinite(values)) for _, values in source.parts(work))
         raise nonfinite_error(self.name, tensor.file, count, math.prod(tensor.shape))
+
+    def _warn_of_flushed(self, work: "_Work", source: StoredMatrix) -> None:
+        if source.scheme is not None and exact.may_flush(source.scale, source.scheme):
+            count = sum(exact.count_flushed(values) for _, values in source.parts(work))
+            exact.warn_of_flushed(self.name, count, math.prod(source.shape))
 
     def _check_codes(self, work: "_Work", values: ScaledArray) -> None:
         """Refuses NaN and Inf among codes from which no amax is computed, in which they would show."""

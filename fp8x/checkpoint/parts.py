@@ -61,7 +61,16 @@ class StoredMatrix:
         amax = np.zeros(scheme.scale_shape(self.shape), np.float32)
         for _, values in self.parts(threads, scheme):
             amax = np.maximum(amax, rows.block_amax(values, scheme))
-        return rows.compute_scale(amax, scheme)
+        return self.scale_of_amax(threads, amax, scheme)
+
+    def scale_of_amax(self, threads: Threads, amax: np.ndarray, scheme: Scheme) -> jax.Array:
+        """The scales of its values in a scheme whose blocks hold every row, from the `amax` of these."""
+        if self.scheme is None or not scheme.keeps_exact_blocks(self.scheme):
+            return rows.compute_scale(amax, scheme)
+        loses = np.zeros_like(amax)
+        for _, values in self.parts(threads, scheme):
+            loses = np.maximum(loses, rows.pow2_loses(values, amax, scheme))
+        return rows.exact_scale(amax, loses, scheme)
 
 
 def quantized_matrix(

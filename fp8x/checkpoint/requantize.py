@@ -31,6 +31,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fp8x import numerics
+from fp8x.array import ScaledArray
 from fp8x.checkpoint import rows
 from fp8x.checkpoint.finite import nonfinite_error
 from fp8x.checkpoint.format import Format
@@ -310,12 +311,12 @@ class _Measurement:
         source, _ = quantized_matrix(self.format, prefix, stored, self.reader, allow_nonfinite=self.allow_nonfinite)
         scales = {scheme: source.whole_scale(threads, scheme) for scheme in schemes if scheme.block[0] is None}
         sums, nonfinite, k = np.zeros(1 + len(schemes)), 0, source.shape[1]
-        for part, truth in self._parts(source, schemes, threads):
+        for part, values, truth in self._parts(source, schemes, threads):
             nonfinite += truth.size - np.count_nonzero(np.isfinite(truth))
             sums[0] += _distance(np.zeros_like(truth), truth)
             for index, scheme in enumerate(schemes, 1):
                 if scheme != source.scheme:  # else its bytes stay
-                    found = np.asarray(_requantized(truth, scales.get(scheme), scheme))
+                    found = np.asarray(_requantized(values, scales.get(scheme), scheme))
                     sums[index] += _distance(found, truth)
             threads.advance((min(part.stop, source.shape[0]) - part.start) * k)
         if nonfinite and not self.allow_nonfinite:
@@ -325,11 +326,11 @@ class _Measurement:
 
     def _parts(
         self, source: StoredMatrix, schemes: Sequence[Scheme], threads: Threads
-    ) -> Iterator[tuple[slice, Float[np.ndarray, "n k"]]]:
-        """The dequantized source, some rows at a time, in whole blocks of all these schemes. Zeros beyond the end,
+    ) -> Iterator[tuple[slice, ScaledArray, Float[np.ndarray, "n k"]]]:
+        """The source and what it stands for, some rows at a time, in whole blocks of all these schemes. Zeros beyond the end,
         which add nothing."""
         for part, values in source.parts(threads, *schemes):
-            yield part, np.asarray(_dequantized(values))
+            yield part, values, np.asarray(_dequantized(values))
 
 
 _dequantized = jax.jit(numerics.dequantize)
@@ -337,10 +338,11 @@ _dequantized = jax.jit(numerics.dequantize)
 
 # The difference is numpy's: XLA may fuse it with the product before, and would round once less.
 @functools.partial(jax.jit, static_argnames="scheme")
-def _requantized(x: Float[Array, "n k"], scale: Array | None, scheme: Scheme) -> Float[Array, "n k"]:
-    """`x` in a scheme and back, with scales of the whole matrix where its blocks hold every row."""
-    q = numerics.quantize(x, scheme) if scale is None else numerics.quantize_with_scale(x, scale, scheme)
-    return q.dequantize()
+def _requantized(q: ScaledArray, scale: Array | None, scheme: Scheme) -> Float[Array, "n k"]:
+    """`q` in another scheme, dequantized, with scales of the whole matrix where its blocks hold every row."""
+    if scale is None:
+        return numerics.requantize(q, scheme).dequantize()
+    return numerics.quantize_with_scale(q.dequantize(), scale, scheme).dequantize()
 
 
 def _distance(x: Float[np.ndarray, "n k"], truth: Float[np.ndarray, "n k"]) -> float:
