@@ -53,7 +53,7 @@ def warn_of_flushed(name: str, count: int, size: int) -> None:
     """Says, of a matrix that is dequantized, that some of its values are lost."""
     if count:
         warnings.warn(
-            f"{name}: {count} of {size} values lie below 2^-126, the smallest normal float32; on a CPU they become zero",
+            f"{name}: {count} of {size} values lie below 2^-126, the smallest normal float32, and become zero on a CPU",
             stacklevel=4,
         )
 

@@ -327,8 +327,8 @@ class _Measurement:
     def _parts(
         self, source: StoredMatrix, schemes: Sequence[Scheme], threads: Threads
     ) -> Iterator[tuple[slice, ScaledArray, Float[np.ndarray, "n k"]]]:
-        """The source and what it stands for, some rows at a time, in whole blocks of all these schemes. Zeros beyond the end,
-        which add nothing."""
+        """The source and what it stands for, some rows at a time, in whole blocks of all these schemes. Zeros beyond
+        the end, which add nothing."""
         for part, values in source.parts(threads, *schemes):
             yield part, values, np.asarray(_dequantized(values))
 

@@ -53,7 +53,9 @@ def inspect(
             terminal.warn(f"{row.name}: {row.nonfinite:,} of {row.size:,} values are NaN or Inf")
     if as_json:
         rows = [_as_dict(row) for row in found.rows]
-        return terminal.show_json({"format": found.format, "bytes": found.bytes, "tensors": rows})
+        exactness = found.exactness and found.exactness.to_json()
+        summary = {"format": found.format, "bytes": found.bytes, "exactness": exactness, "tensors": rows}
+        return terminal.show_json(summary)
     _show(found, found.rows if every else module.merge_experts(found.rows), checkpoint, recipe)
     if plot is not None:
         terminal.show(f"wrote {plot}")
@@ -69,6 +71,9 @@ def _as_dict(row: "TensorRow") -> dict[str, Any]:
         "amax": row.amax,
         "snr_db": row.snr,
         "nonfinite": row.nonfinite,
+        "differing": row.differing,
+        "blocks": row.blocks,
+        "exact_blocks": row.exact_blocks,
     }
 
 
