@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What a conversion did.
+    """What a conversion did. How much of its source it kept is found by reading it, also where it was resumed:
+    `fp8x.checkpoint.inspect.inspect(dst, reference=src).exactness`.
 
     Attributes:
         plan: that it followed.

@@ -1,5 +1,6 @@
 """Checkpoints onto a mesh: the bytes of one device, and no others read."""
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import fp8x
 from fp8x.checkpoint import Reader
 from fp8x.checkpoint.reader import Slices
 from fp8x.errors import CheckpointError, MeshError
+from fp8x.nn.walk import named_layers
+from fp8x.recipe import Recipe
+from fp8x.scheme import Scheme, per_row
 from fp8x.sharding import shard
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -67,6 +71,24 @@ def test_requantizing_on_a_mesh_equals_sharding(name, requantize, axes):
     mesh, path = mesh_of(**axes), GOLDENS / "fp8" / name
     model = fp8x.load(path, requantize=requantize)
     assert_same(fp8x.load(path, mesh=mesh, requantize=requantize), shard(model, mesh))
+
+
+@pytest.mark.sample
+@pytest.mark.parametrize("axes", [{"tensor": 4}, {"expert": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("block", [(128, 128), (32, 32), (1, None), (None, None)], ids=str)
+def test_blocks_that_a_power_of_two_keeps_on_a_mesh(tmp_path, block, axes):
+    """Some are exact and others not, by values that lie on other devices, too."""
+    fp8x.convert(GOLDENS / "qwen3_moe_bf16", tmp_path / "mx", "mxfp8_mxfp8_bf16")
+    recipe = Recipe(Scheme("e4m3", block=block), per_row(), "dynamic")
+    found = fp8x.choose_recipes(tmp_path / "mx", recipe)
+    amax = [next(each for each in (choice.chosen, *choice.others) if each.recipe == recipe) for choice in found.choices]
+    choices = zip(found.choices, amax, strict=True)
+    found = dataclasses.replace(found, choices=tuple(dataclasses.replace(each, chosen=its) for each, its in choices))
+    mesh, model = mesh_of(**axes), fp8x.load(tmp_path / "mx", requantize=found)
+    scales = [np.asarray(layer.weight_scale[...]).ravel() for layer in named_layers(model).values()]
+    is_power = np.frexp(np.concatenate(scales))[0] == 0.5
+    assert 0 < is_power.sum() < is_power.size
+    assert_same(fp8x.load(tmp_path / "mx", mesh=mesh, requantize=found), shard(model, mesh))
 
 
 def test_a_process_reads_what_its_devices_hold(monkeypatch):
