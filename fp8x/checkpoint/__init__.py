@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fp8x.checkpoint.compressed_tensors import CompressedTensors
+from fp8x.checkpoint.compressed_tensors import CompressedTensors, PackedCompressedTensors
 from fp8x.checkpoint.fbgemm_fp8 import FbgemmFp8
 from fp8x.checkpoint.format import Format as Format
 from fp8x.checkpoint.fp8 import Fp8
 from fp8x.checkpoint.modelopt import ModelOpt
+from fp8x.checkpoint.mxfp4 import Mxfp4
 from fp8x.checkpoint.mxfp8 import Mxfp8
 from fp8x.checkpoint.quark import Quark
 from fp8x.checkpoint.reader import CONFIG as CONFIG
@@ -19,10 +20,13 @@ from fp8x.errors import CheckpointError
 from fp8x.recipe import Recipe
 from fp8x.scheme import Scheme
 
-# In the order in which a model without a wish gets one; from the fourth on they are read only.
-FORMATS: dict[str, Format] = {
-    format.name: format for format in (CompressedTensors(), Fp8(), ModelOpt(), Mxfp8(), FbgemmFp8(), Quark(), TorchAo())
-}
+# In the order in which a model without a wish gets one; the last four are read only. compressed-tensors reads what its
+# part in 4 bits has written, too, and comes first.
+_ALL = (
+    *(CompressedTensors(), Fp8(), ModelOpt(), Mxfp4(), PackedCompressedTensors()),
+    *(Mxfp8(), FbgemmFp8(), Quark(), TorchAo()),
+)
+FORMATS: dict[str, Format] = {format.name: format for format in _ALL}
 
 
 def format_of(config: Mapping[str, Any]) -> Format | None:
@@ -38,7 +42,7 @@ def format_of(config: Mapping[str, Any]) -> Format | None:
     for format in FORMATS.values():
         if format.quant_method == method:
             return format
-    known = ", ".join(repr(format.quant_method) for format in FORMATS.values())
+    known = ", ".join(dict.fromkeys(repr(format.quant_method) for format in FORMATS.values()))
     raise CheckpointError(f"config.json: quantization_config.quant_method is {method!r}; fp8x reads {known}")
 
 

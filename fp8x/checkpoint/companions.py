@@ -10,7 +10,7 @@ from pathlib import Path
 from fp8x.checkpoint.downloads import check_file, is_pointer
 
 # Written anew, with what they say of the weights.
-_REWRITTEN = ("config.json", "hf_quant_config.json", "model.safetensors.index.json")
+_REWRITTEN = ("config.json", "hf_quant_config.json", "model.safetensors.index.json", "fp8x_origin.json")
 _MODULES = "modules.json"  # of sentence-transformers: what comes before and after the model, each in a directory
 _WEIGHTS = (
     ".safetensors",

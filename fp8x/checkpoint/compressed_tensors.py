@@ -1,12 +1,16 @@
 """`quant_method: "compressed-tensors"`: what llm-compressor writes and vLLM reads.
 
-`format` is "float-quantized" (float32 scales) or "mxfp8-quantized" (e8m0 scales as U8), and "mixed-precision" for both
-in one model. Fields and shapes follow compressed-tensors 0.20: `quantization/quant_args.py`, `quant_scheme.py` (presets
-FP8, FP8_DYNAMIC, FP8_BLOCK, MXFP8, MXFP8A16) and `lifecycle/initialize.py`. `kv_cache_scheme` declares a KV cache in
-FP8, also where nothing else is quantized.
+`format` is "float-quantized" (float32 scales), "mxfp8-quantized" (e8m0 scales as U8) or "mxfp4-pack-quantized" (these
+beside e2m1, two codes a byte: `weight_packed`), and "mixed-precision" for several in one model.
+
+Fields and shapes follow compressed-tensors 0.20: `quantization/quant_args.py`, `quant_scheme.py` (presets FP8,
+FP8_DYNAMIC, FP8_BLOCK, MXFP8, MXFP8A16, MXFP4, MXFP4A16), `lifecycle/initialize.py` and `compressors/mxfp4/base.py`.
+`kv_cache_scheme` declares a KV cache in FP8, also where nothing else is quantized.
 """
 
+import dataclasses
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -20,7 +24,8 @@ from fp8x.checkpoint.names import first_target, patterns
 from fp8x.recipe import Recipe
 from fp8x.scheme import KV_HEAD, KV_SCHEMES, KV_TENSOR, Scheme, mx, per_row, per_tensor
 
-FLOAT, MXFP8, MIXED = "float-quantized", "mxfp8-quantized", "mixed-precision"
+FLOAT, MXFP8, MXFP4 = "float-quantized", "mxfp8-quantized", "mxfp4-pack-quantized"
+MIXED = "mixed-precision"
 NAIVE = "naive-quantized"  # what the library infers for weight-only FP8; stored alike
 UINT8 = ("torch.uint8", "uint8")
 LINEAR = "Linear"  # the class name that stands for every matrix
@@ -31,6 +36,7 @@ class CompressedTensors(Format):
 
     name = quant_method = "compressed-tensors"
     holds_several = holds_kv_alone = True
+    of_mx = MXFP8  # what the format of MX matrices is called
 
     def objection(self, recipes: Iterable[Recipe]) -> str | None:
         for recipe in recipes:
@@ -46,13 +52,13 @@ class CompressedTensors(Format):
         # The commonest recipe takes every matrix that no other group names, as the library's own files have it. Last:
         # the library warns of every target that matches only what an earlier one did (`match_named_modules`).
         ordered = [r for r, _ in reversed(Counter(r for r in recipes.values() if r is not None).most_common())]
-        formats = {recipe: MXFP8 if recipe.weight.is_mx else FLOAT for recipe in ordered}
+        formats = {recipe: self.of_mx if recipe.weight.is_mx else FLOAT for recipe in ordered}
         groups, added = {}, {}
         for index, recipe in enumerate(ordered):
             name, mine = f"group_{index}", [prefix for prefix, other in recipes.items() if other == recipe]
             groups[name] = {
                 "targets": [LINEAR] if recipe == ordered[-1] else patterns(mine, set(recipes) - set(mine)),
-                "weights": _weight_args(recipe),
+                "weights": _packed(_weight_args(recipe)) if self.packs else _weight_args(recipe),
                 "input_activations": _input_args(recipe),
                 "output_activations": None,
             }
@@ -73,7 +79,7 @@ class CompressedTensors(Format):
 
     def from_config(self, config: Mapping[str, Any], prefixes: Iterable[str], out_dtype: np.dtype) -> Recipes:
         fields = Fields(config, "quantization_config")
-        common = fields.one_of("format", FLOAT, NAIVE, MXFP8, MIXED)
+        common = fields.one_of("format", FLOAT, NAIVE, MXFP8, MXFP4, MIXED)
         fields.one_of("quantization_status", "compressed", default="compressed")
         for name in ("sparsity_config", "transform_config"):
             # Both change what the stored weights mean, but for zeros that are stored like all else.
@@ -84,7 +90,7 @@ class CompressedTensors(Format):
         groups = fields.object("config_groups", {})
         for name in groups.value:
             group = _group(groups, name)
-            own = group.one_of("format", None, FLOAT, NAIVE, MXFP8, default=None) or common
+            own = group.one_of("format", None, FLOAT, NAIVE, MXFP8, MXFP4, default=None) or common
             recipe = apply_extras(_recipe(group, out_dtype, own == MXFP8), added.object(name, {}))
             targets |= dict.fromkeys(group.strings("targets"), recipe)
         if not targets and fields.get("kv_cache_scheme", None) is None:
@@ -127,6 +133,23 @@ class CompressedTensors(Format):
         )
 
 
+class PackedCompressedTensors(CompressedTensors):
+    """MXFP4 weights, with activations in 16 or 8 bits. Written; `CompressedTensors` reads it."""
+
+    name = of_mx = MXFP4
+    packs = True
+
+    def objection(self, recipes: Iterable[Recipe]) -> str | None:
+        for recipe in recipes:
+            if not recipe.weight.stores_alike(mx()):
+                return f"weights {recipe.weight} are not in MX blocks"
+        return super().objection(recipes)
+
+    def written(self, recipe: Recipe, shape: tuple[int, int]) -> Layout:
+        weight = TensorSpec((".weight_packed",), ((shape[0], shape[1] // 2),), ("U8",))
+        return dataclasses.replace(self.layout(recipe, shape), weight=weight)
+
+
 def _is_dense(sparsity: Any) -> bool:
     """Whether a `sparsity_config` describes zeros alone (`config/dense.py` of the library)."""
     return isinstance(sparsity, dict) and sparsity.get("format") == "dense" and "targets" not in sparsity
@@ -156,9 +179,11 @@ def _recipe(group: Fields, out_dtype: np.dtype, is_mx: bool) -> Recipe:
 
 def _scheme(args: Fields, row_strategy: str, is_mx: bool) -> Scheme:
     """What QuantizationArgs say. `row_strategy`: what a scale a row is called, "channel" or "token"."""
-    args.one_of("num_bits", 8)
+    bits = args.one_of("num_bits", 8, 4)
     args.one_of("type", "float")
     args.one_of("symmetric", True, default=True)
+    if bits == 4:
+        return _mxfp4(args, is_weight=row_strategy == "channel")
     is_mx = args.one_of("scale_dtype", None, *UINT8, default=None) in UINT8 or is_mx
     size = args.get("group_size", None)
     implied = "tensor" if size is None else row_strategy if size == -1 else "group"
@@ -177,6 +202,19 @@ def _scheme(args: Fields, row_strategy: str, is_mx: bool) -> Scheme:
         case "block":
             return Scheme("e4m3", block=_block(args))
     return per_row()
+
+
+def _mxfp4(args: Fields, is_weight: bool) -> Scheme:
+    """MXFP8: weights have the same values in it, activations more."""
+    args.one_of("strategy", "group", None, default=None)
+    args.one_of("group_size", 32)
+    args.one_of("scale_dtype", None, *UINT8, default=None)
+    if not is_weight:
+        warnings.warn(
+            f"{args.file}: {args.where}: activations in 4 bits there; fp8x quantizes them in MXFP8, which loses less",
+            stacklevel=6,
+        )
+    return mx()
 
 
 def _block(args: Fields) -> tuple[int, int]:
@@ -215,6 +253,11 @@ def _input_args(recipe: Recipe) -> dict[str, Any] | None:
     return None if recipe.activation is None else _args(recipe.activation, "token", dynamic=not recipe.is_static)
 
 
+def _packed(args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of MXFP4 with the values of MXFP8's."""
+    return args | {"num_bits": 4}
+
+
 def _preset(recipe: Recipe) -> dict[str, Any]:
     return {"weights": _weight_args(recipe), "input_activations": _input_args(recipe)}
 
@@ -226,4 +269,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "FP8_BLOCK": _preset(Recipe(Scheme("e4m3", block=(128, 128)), Scheme("e4m3", block=(1, 128)), "dynamic")),
     "MXFP8": _preset(Recipe(mx(), mx(), "dynamic")),
     "MXFP8A16": _preset(Recipe(mx())),
+    "MXFP4": dict.fromkeys(("weights", "input_activations"), _packed(_weight_args(Recipe(mx())))),
+    "MXFP4A16": {"weights": _packed(_weight_args(Recipe(mx()))), "input_activations": None},
 }

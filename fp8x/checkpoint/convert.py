@@ -19,10 +19,12 @@ import numpy as np
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import exact, rows
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_source
-from fp8x.checkpoint.finite import count_nonfinite, is_finite, nonfinite_error
+from fp8x.checkpoint.experts import ExpertJob
+from fp8x.checkpoint.finite import is_finite, nonfinite_error
 from fp8x.checkpoint.format import Layout
 from fp8x.checkpoint.header import UNQUANTIZED, nbytes
-from fp8x.checkpoint.parts import StoredMatrix, quantized_matrix
+from fp8x.checkpoint.packed import pack
+from fp8x.checkpoint.parts import StoredMatrix, not_e2m1, quantized_matrix, refuse_nonfinite
 from fp8x.checkpoint.plan import Plan, Spec, Target
 from fp8x.checkpoint.reader import CONFIG, DTYPE_NAMES, Reader
 from fp8x.checkpoint.resumable import ResumableWriter
@@ -104,7 +106,11 @@ def run(
         [(name, _hex(array)) for name, array in plan.added.items()],
     ]
     total = sum(job.bytes for job in jobs)
-    unfinished = ResumableWriter(path, specs, identity, max_shard_bytes=max_shard_bytes)
+    files = plan.origin and max_shard_bytes == DEFAULT_SHARD_BYTES and plan.origin.files(specs)
+    index = plan.origin.index if files else None
+    unfinished = ResumableWriter(
+        path, specs, identity, max_shard_bytes=max_shard_bytes, files=files or None, index=index
+    )
     if unfinished.is_complete:
         unfinished.complete()
         if progress is not None:
@@ -124,24 +130,28 @@ def run(
     return Conversion(plan, read, writer.bytes, resumed, time.monotonic() - start)
 
 
-def _jobs(plan: Plan) -> Iterator["_Copy | _Matrix"]:
+def _jobs(plan: Plan) -> Iterator["_Copy | _Matrix | ExpertJob"]:
     """In the order in which the source's bytes lie."""
     reader = plan.reader
     matrices = {f"{prefix}.weight": prefix for prefix, target in plan.targets.items() if not target.is_copied}
     copied = {f"{prefix}.weight" for prefix, target in plan.targets.items() if target.is_copied} - plan.parts_of_whole
     names = [*matrices, *copied, *plan.copied]
+    fused = {f"{expert[0]}.weight": (each, index) for each in plan.fused for index, expert in enumerate(each.experts)}
+    parts = {f"{prefix}.weight" for prefix in plan.fused_parts} - fused.keys()
     for name in sorted(names, key=lambda name: (str(reader.stored(name).file), reader.stored(name).start)):
-        if name in matrices:
+        if name in fused:
+            yield ExpertJob(plan, *fused[name])
+        elif name in matrices and name not in parts:
             yield _Matrix(plan, matrices[name])
-        else:
+        elif name not in matrices:
             yield _Copy(plan, name)
 
 
-def _ordered(jobs: Iterable["_Copy | _Matrix"]) -> list["_Copy | _Matrix"]:
+def _ordered(jobs: Iterable["_Copy | _Matrix | ExpertJob"]) -> list["_Copy | _Matrix | ExpertJob"]:
     """So that the work begins at once: one matrix, for which JAX starts and compiles; meanwhile copies, which need no
     JAX; one matrix of each other shape, so that no program is compiled twice; and the rest.
     """
-    first: dict[Any, _Matrix] = {}
+    first: dict[Any, _Matrix | ExpertJob] = {}
     copies, rest = [], []
     for job in jobs:
         if isinstance(job, _Copy):
@@ -197,7 +207,7 @@ class _Copy:
             buffer = work.buffer(min(step, self.bytes - start))
             self.reader.read_into(self.name, start, buffer)
             if not self.plan.allow_nonfinite and not is_finite(buffer, dtype):
-                _refuse(self.reader, self.name, work)
+                refuse_nonfinite(self.reader, self.name, work)
             work.writer.write(self.name, start, buffer)
             work.advance(buffer.size)
 
@@ -221,7 +231,7 @@ class _Matrix:
     def layout(self) -> Layout | None:
         """Of the destination; None where it is in 16 or 32 bits there."""
         recipe = self.target.recipe
-        return None if recipe is None else self.plan.format.layout(recipe, self.reader.stored(self.name).shape)
+        return None if recipe is None else self.plan.format.written(recipe, self.reader.stored(self.name).shape)
 
     @property
     def name(self) -> str:
@@ -259,6 +269,8 @@ class _Matrix:
                 self._write_result(work, part, rows.dequantized(values, scratch, dtype=self.plan.out_dtype))
         elif self.target.is_kept:
             self._write_scale(work, 0, source.scale)
+            if self.plan.format.packs:
+                return self._pack(work, source)
             for part, values in source.parts(work):
                 self._check_codes(work, values)
                 self._write(work, part, values.data)
@@ -272,6 +284,15 @@ class _Matrix:
                     data, scale = rows.quantized_finite(values, data, scheme=scheme)
                 self._write_result(work, part, data)
                 self._write_scale(work, part.start // scheme.block[0], scale)
+
+    def _pack(self, work: "_Work", source: StoredMatrix) -> None:
+        missing = 0
+        for part, values in source.parts(work):
+            codes, count = pack(values.data)
+            missing += count
+            self._write(work, part, codes)
+        if missing:
+            raise not_e2m1(source, missing)
 
     def _convert_whole(self, work: "_Work", source: StoredMatrix, scheme: Scheme) -> None:
         """To blocks that hold every row: their scales before their values."""
@@ -317,7 +338,7 @@ class _Matrix:
     def _check_codes(self, work: "_Work", values: ScaledArray) -> None:
         """Refuses NaN and Inf among codes from which no amax is computed, in which they would show."""
         if not self.plan.allow_nonfinite and not is_finite(values.data, DTYPE_NAMES[values.data.dtype]):
-            _refuse(self.reader, self.name, work)
+            refuse_nonfinite(self.reader, self.name, work)
 
     def _input_scale(self, stored: np.ndarray | None) -> np.ndarray:
         activation = self.target.recipe.activation
@@ -336,9 +357,10 @@ class _Matrix:
         work.keep_scratch(data)
 
     def _write(self, work: "_Work", part: slice, data: np.ndarray) -> None:
-        n, k = self.reader.stored(self.name).shape
+        n, _ = self.reader.stored(self.name).shape
         data = data[: n - part.start]
-        work.writer.write(self.name, part.start * k * data.itemsize, data)
+        name = self.name if self.layout is None else self.prefix + self.layout.weight.suffixes[0]
+        work.writer.write(name, part.start * data.shape[1] * data.itemsize, data)
         work.advance(len(data) * self.bytes // max(n, 1))
 
     def _write_scale(self, work: "_Work", first: int, scale) -> None:
@@ -347,17 +369,6 @@ class _Matrix:
         scale = np.asarray(scale)[: count - first]
         name = self.prefix + self.layout.weight_scale.suffixes[0]
         work.writer.write(name, first * columns * scale.itemsize, scale)
-
-
-def _refuse(reader: Reader, name: str, work: "_Work") -> None:
-    """Raises for a tensor that holds NaN or Inf, with their number in all of it."""
-    tensor, count = reader.stored(name), 0
-    step = tensor.step(rows.CHUNK_BYTES)
-    for start in range(0, tensor.nbytes, step):
-        buffer = work.buffer(min(step, tensor.nbytes - start))
-        reader.read_into(name, start, buffer)
-        count += count_nonfinite(buffer, tensor.dtype)
-    raise nonfinite_error(name, tensor.file, count, math.prod(tensor.shape))
 
 
 class _Work(Threads):

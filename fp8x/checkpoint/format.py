@@ -13,6 +13,7 @@ import numpy as np
 from fp8x.checkpoint.finite import CHUNK_BYTES
 from fp8x.checkpoint.fnuz import Translation, translation
 from fp8x.checkpoint.header import UNQUANTIZED
+from fp8x.checkpoint.packed import packed
 from fp8x.checkpoint.reader import DTYPE_NAMES, DTYPES, Reader, Slices
 from fp8x.checkpoint.unread import unread_parts
 from fp8x.errors import CheckpointError
@@ -93,6 +94,7 @@ class Format(abc.ABC):
         kv_shape: of these, where there is one scale.
         holds_several: whether matrices of one model may have several recipes.
         holds_kv_alone: whether it declares a KV cache in 8 bits where no matrix is.
+        packs: whether it is written in 4 bits: matrices whose codes are all e2m1's (`packed.py`).
     """
 
     name: str
@@ -101,6 +103,7 @@ class Format(abc.ABC):
     kv_shape: tuple[int, ...] = (1,)
     holds_several: bool = False
     holds_kv_alone: bool = False
+    packs: bool = False
 
     @abc.abstractmethod
     def objection(self, recipes: Iterable[Recipe]) -> str | None:
@@ -145,14 +148,24 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def layout(self, recipe: Recipe, shape: tuple[int, int]) -> Layout:
-        """The tensors of a matrix of `shape` `[N, K]`."""
+        """The tensors of a matrix of `shape` `[N, K]`, as they are read."""
+
+    def written(self, recipe: Recipe, shape: tuple[int, int]) -> Layout:
+        """As they are written."""
+        return self.layout(recipe, shape)
 
     def encode(
         self, prefix: str, recipe: Recipe, weight: "ScaledArray", input_scale: "jax.Array | np.ndarray | None"
     ) -> dict[str, np.ndarray]:
-        """The tensors of one matrix, name -> array: the bytes of `weight` `[N, K]` and `input_scale` `[1, groups]`."""
-        layout = self.layout(recipe, weight.shape)
-        tensors = layout.weight.write(prefix, weight.data) | layout.weight_scale.write(prefix, weight.scale)
+        """The tensors of one matrix, name -> array: the bytes of `weight` `[N, K]` and `input_scale` `[1, groups]`.
+
+        Raises:
+            CheckpointError: codes that the format has not.
+        """
+        layout, data = self.written(recipe, weight.shape), weight.data
+        if self.packs:
+            data = packed(np.asarray(data), f"{prefix}.weight")
+        tensors = layout.weight.write(prefix, data) | layout.weight_scale.write(prefix, weight.scale)
         if layout.input_scale is not None:
             tensors |= layout.input_scale.write(prefix, input_scale)
         return tensors
@@ -260,6 +273,12 @@ def weight_spec(recipe: Recipe, shape: tuple[int, int]) -> TensorSpec:
     """The matrix itself, in any format: `….weight`, as it is. e4m3fnuz is read as e4m3fn (`fnuz.py`)."""
     name = DTYPE_NAMES[recipe.weight.dtype]
     return TensorSpec((".weight",), (tuple(shape),), (name, "F8_E4M3FNUZ") if name == "F8_E4M3" else (name,))
+
+
+def mx_scale(recipe: Recipe, shape: tuple[int, int]) -> TensorSpec:
+    """The scales of MX blocks where no library says what they are called."""
+    names = (".weight_scale_inv", ".weight_scale", ".scale")
+    return TensorSpec(names, (recipe.weight.scale_shape(shape),), ("U8", "F8_E8M0"))
 
 
 def as_scale(stored: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -7,7 +7,10 @@
     scale_fmt              "ue8m0": scales are powers of two (scale rule "pow2"): float32 in DeepSeek-V3.1, a byte in
                            transformers
     modules_to_not_convert names that stay in 16 bits (`ignored_layers` is read too)
+    expert_dtype           "fp4": experts are in MXFP4 (`packed.py`), whose own tensors say so too: DeepSeek-V4
     kv_cache_scheme        "static": there are scales of a KV cache in FP8, AutoFP8's field
+
+Beside MXFP4 activations are MXFP8, as DeepGEMM has them there; DeepSeek-V4 calls scales `….scale`.
 
 Dynamic activations are quantized per token beside per-tensor weights: a row's result then does not depend on the other
 rows. So does vLLM wherever its CUTLASS kernels run (`Fp8LinearMethod` in quantization/fp8.py takes
@@ -28,10 +31,11 @@ import numpy as np
 
 from fp8x.checkpoint.extras import KEY, apply_extras, extras
 from fp8x.checkpoint.fields import Fields
-from fp8x.checkpoint.format import Format, Layout, Recipes, TensorSpec, weight_spec
+from fp8x.checkpoint.format import Format, Layout, Recipes, TensorSpec, mx_scale, weight_spec
 from fp8x.checkpoint.names import listed
+from fp8x.checkpoint.reader import Reader
 from fp8x.recipe import Recipe
-from fp8x.scheme import ELEMENTS, KV_SCHEMES, Scheme
+from fp8x.scheme import ELEMENTS, KV_SCHEMES, Scheme, mx
 
 SCALES = ("F32", "BF16", "F8_E8M0")
 ONE = ((), (1,), (1, 1))  # how tools shape a single scale; the first is written
@@ -80,6 +84,19 @@ class Fp8(Format):
         is_kept = listed(kept_modules(fields))
         return {prefix: None if is_kept(prefix) else recipe for prefix in prefixes}
 
+    def recipes(self, reader: Reader, prefixes: Iterable[str], out_dtype: np.dtype) -> Recipes:
+        found, fields = dict(super().recipes(reader, prefixes, out_dtype)), self._fields(reader)
+        fields.one_of("expert_dtype", None, "fp8", "fp4", default=None)
+        for prefix in found:
+            if (name := f"{prefix}.weight") in reader and reader.stored(name).is_packed:
+                fields.one_of("activation_scheme", "dynamic")
+                found[prefix] = Recipe(mx(), mx(), "dynamic", out_dtype)
+        return found
+
+    @staticmethod
+    def _fields(reader: Reader) -> Fields:
+        return Fields(reader.config["quantization_config"], "quantization_config")
+
     def kv_fields(self, scheme: Scheme) -> dict[str, Any] | None:
         return {"kv_cache_scheme": "static"} if scheme == KV_SCHEMES["tensor"] else None
 
@@ -92,11 +109,13 @@ class Fp8(Format):
         weight = recipe.weight
         dtypes = (*SCALES, "U8") if weight.scale_rule == "pow2" else SCALES
         # ….weight_scale_inv and ….activation_scale are transformers' own names for single scales.
+        if weight.is_mx:
+            return Layout(weight_spec(recipe, shape), mx_scale(recipe, shape))
         if weight.block == (None, None):
             scale = TensorSpec((".weight_scale", ".weight_scale_inv"), ONE, dtypes)
             inputs = TensorSpec((".input_scale", ".activation_scale"), ONE, SCALES)
         else:
-            scale = TensorSpec((".weight_scale_inv",), (weight.scale_shape(shape),), dtypes)
+            scale = TensorSpec((".weight_scale_inv", ".scale"), (weight.scale_shape(shape),), dtypes)
             inputs = TensorSpec((".activation_scale", ".input_scale"), ONE, SCALES)
             if recipe.is_static and recipe.activation.block != (None, None):
                 groups = recipe.activation.scale_shape((1, shape[1]))[-1]

@@ -10,10 +10,15 @@
     ….gate_up_proj_scale_inv      [E, R, C]          ….gate_proj.weight_scale_inv, ….up_proj.weight_scale_inv   [R/2, C]
     ….gate_up_proj_scale          [E, 2I, 1]         ….gate_proj.weight_scale, ….up_proj.weight_scale           [I, 1]
     ….gate_up_proj_activation_scale [E]              ….gate_proj.activation_scale, ….up_proj.activation_scale   []
+    ….gate_up_proj_blocks         [E, 2I, K/32, 16]  ….gate_proj.weight, ….up_proj.weight, in 4 bits           [I, K]
+    ….gate_up_proj_scales         [E, 2I, K/32]      ….gate_proj.weight_scale, ….up_proj.weight_scale          [I, K/32]
+    ….gate_up_proj_bias           [E, 2I]            ….gate_proj.bias, ….up_proj.bias                           [I]
 
 Which of both layouts a checkpoint has follows from the shapes of the pair: gate_up's K is down's N, and its 2I twice
-down's I, in one of them alone. Where neither fits, and where gate and up alternate row by row (gpt-oss, which also has
-biases), tensors stay whole, under their own names.
+down's I, in one of them alone. Where neither fits, tensors stay whole, under their own names.
+
+In gpt-oss, which the last three are of, gate and up alternate: row by row, or column by column in 16 bits. Other models
+with biases may do so too, or not: their experts stay whole.
 
 Weights may be fused and scales not, or the other way: transformers 5.23 saves FP8 experts one by one with their scales
 together. Mixtral's matrices keep the names of its published checkpoints (`block_sparse_moe`, `w1`, `w3`, `w2`);
@@ -30,6 +35,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from fp8x.checkpoint.header import View
 from fp8x.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -44,7 +50,11 @@ _SUFFIXES = {
     "_weight_scale": ".weight_scale",
     "_scale": ".weight_scale",
     "_input_scale": ".input_scale",
+    "_blocks": ".weight",
+    "_scales": ".weight_scale",
+    "_bias": ".bias",
 }
+_GPT_OSS = ("_blocks", "_scales")
 _FUSED = re.compile(rf"(.*\.experts)\.(gate_up_proj|down_proj)({'|'.join(_SUFFIXES)})")
 _LINEAR = re.compile(r"(.*)\.(input_linear|output_linear)\.weight()")
 _PARTS = {
@@ -81,6 +91,9 @@ class Unfused:
 
 def unfused(tensors: Mapping[str, "Stored"], model_type: str | None) -> Unfused:
     """
+    Arguments:
+        model_type: of the language model.
+
     Raises:
         CheckpointError: a fused tensor that can't be taken apart, or whose parts are there beside it.
     """
@@ -89,13 +102,16 @@ def unfused(tensors: Mapping[str, "Stored"], model_type: str | None) -> Unfused:
     found = Unfused(result, {}, {})
     for name, tensor in tensors.items():
         match = _match(name, tensor)
-        if match and match[3] and _is_transposed(match, tensors):
+        if match and match[3] not in ("", "_bias") and _is_transposed(match, tensors):
             raise CheckpointError(
                 f"{name} in {tensor.file}: scales of experts that lie as [E, K, N]; fp8x reads those of [E, N, K] alone"
             )
         reason = match and _why_whole(match, tensor, tensors, model_type)
         if match and not reason:
-            pieces = list(_split(name, tensor, match, _is_transposed(match, tensors), is_mixtral))
+            is_gpt_oss = _is_gpt_oss(match[1], tensors, model_type)
+            is_transposed = match[3] == "" and (is_gpt_oss or _is_transposed(match, tensors))
+            lines = _Lines(is_transposed, is_gpt_oss or match[3] in _GPT_OSS)
+            pieces = list(_split(name, tensor, match, lines, is_mixtral))
             found.parts[name] = [piece for piece, _ in pieces]
         else:
             pieces = [(_mixtral_name(name) if is_mixtral else name, tensor)]
@@ -119,7 +135,11 @@ def _why_whole(
 ) -> str | None:
     """Why a fused tensor is not taken apart; None if it is."""
     block, fused, suffix = match.groups()
-    if any(f"{block}.{name}_bias" in tensors for name in (fused, _PARTNERS[fused])):
+    is_gpt_oss = _is_gpt_oss(block, tensors, model_type)
+    if is_gpt_oss and (suffix or _partner(match, tensors) is None):
+        return None
+    has_bias = any(f"{block}.{name}_bias" in tensors for name in (fused, _PARTNERS[fused]))
+    if has_bias and not is_gpt_oss:
         return "experts in one tensor, with biases; gate and up may alternate row by row"
     if suffix or len(tensor.shape) != 3:
         return None
@@ -127,10 +147,15 @@ def _why_whole(
     if partner is None:
         is_known = fused.endswith("_proj") and model_type not in _TRANSPOSED
         return None if is_known else f"experts in one tensor, without {_PARTNERS[fused]} beside it to tell its layout"
-    if _layouts(match, tensor, partner) == (False, False):
+    layouts = _layouts(match, tensor, partner)
+    if layouts == (False, False) or (is_gpt_oss and layouts != (False, True)):
         shapes = f"{list(tensor.shape)} beside {list(partner.shape)}"
         return f"experts in one tensor, of which fp8x can't tell rows from columns ({shapes})"
     return None
+
+
+def _is_gpt_oss(block: str, tensors: Mapping[str, "Stored"], model_type: str | None) -> bool:
+    return model_type == "gpt_oss" or any(f"{block}.{name}_blocks" in tensors for name in ("gate_up_proj", "down_proj"))
 
 
 def _is_transposed(match: re.Match, tensors: Mapping[str, "Stored"]) -> bool:
@@ -154,15 +179,23 @@ def _layouts(match: re.Match, tensor: "Stored", partner: "Stored") -> tuple[bool
     return count == other and (b, a) == (c, 2 * d), count == other and (a, b) == (d, 2 * c)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Lines:
+    """How an expert lies: as `[K, N]` if `is_transposed`; whether gate and up alternate, line by line."""
+
+    is_transposed: bool
+    alternates: bool
+
+
 def _split(
-    name: str, tensor: "Stored", match: re.Match, is_transposed: bool, is_mixtral: bool
+    name: str, tensor: "Stored", match: re.Match, lines: _Lines, is_mixtral: bool
 ) -> Iterator[tuple[str, "Stored"]]:
     block, fused, suffix = match.groups()
     parts = _PARTS[fused]
     count, *rest = tensor.shape
     if count > MAX_EXPERTS:
         raise CheckpointError(f"{name} in {tensor.file}: {count} experts are over {MAX_EXPERTS}")
-    if is_transposed:
+    if lines.is_transposed:
         rest = rest[::-1]
     rows = rest[0] if rest else 1
     # One row of scales, or one scale, is everyone's.
@@ -180,12 +213,23 @@ def _split(
             tensor, shape=shape, start=tensor.start + size * expert, stop=tensor.start + size * (expert + 1)
         )
         for index, part in enumerate(parts):
-            if is_transposed:
-                piece = dataclasses.replace(whole, first_column=index * shape[0], columns=rows)
-            else:
-                start = whole.start + size // pieces * min(index, pieces - 1)
-                piece = dataclasses.replace(whole, start=start, stop=start + size // pieces)
+            piece = _piece(whole, index, pieces, rows, lines)
             yield f"{_experts(block, fused, is_mixtral)}.{expert}.{_short(part, is_mixtral)}{_SUFFIXES[suffix]}", piece
+
+
+def _piece(whole: "Stored", index: int, pieces: int, rows: int, lines: _Lines) -> "Stored":
+    """Gate or up of an expert, whose `rows` are those of `pieces`; the whole where it is both's."""
+    index = min(index, pieces - 1)
+    if lines.alternates and pieces > 1:
+        view = View(rows, index, pieces, lines.is_transposed, whole.is_packed)
+    elif lines.is_transposed:
+        view = View(rows, index * whole.shape[0], is_transposed=True)
+    else:
+        size = (whole.stop - whole.start) // pieces
+        start = whole.start + size * index
+        view = View(rows // pieces, is_packed=True) if whole.is_packed else None
+        return dataclasses.replace(whole, start=start, stop=start + size, view=view)
+    return dataclasses.replace(whole, view=view)
 
 
 def _experts(block: str, fused: str, is_mixtral: bool) -> str:

@@ -48,14 +48,31 @@ BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
 
 
 @dataclasses.dataclass(frozen=True)
+class View:
+    """How a matrix `[N, K]`, or a vector `[N]`, lies in bytes that hold other lines too, or other codes.
+
+    Attributes:
+        lines: how many rows there are in the bytes, or columns where `is_transposed`.
+        first, step: of these the matrix has `first`, `first + step`, …
+        is_transposed: whether the bytes hold `[K, lines]`.
+        is_packed: whether a byte holds two numbers of e2m1, the first in its low half, which appear as e4m3.
+    """
+
+    lines: int
+    first: int = 0
+    step: int = 1
+    is_transposed: bool = False
+    is_packed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Stored:
     """Where a tensor lies.
 
     Attributes:
         file, dtype, shape: its file, its type by safetensors' name, and its shape.
-        start, stop: its bytes in the file.
-        columns, first_column: where they hold `[K, columns]`, and the tensor, `[N, K]`, is columns of that, transposed,
-            from `first_column` on. None where they are the tensor's own.
+        start, stop: its bytes in the file, or, with a view, those in which it lies.
+        view: how it lies in them; None where they are the tensor's own.
         description: what the file says of it besides (`flattened.py`).
     """
 
@@ -64,8 +81,7 @@ class Stored:
     shape: tuple[int, ...]
     start: int
     stop: int
-    columns: int | None = None
-    first_column: int = 0
+    view: View | None = None
     description: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False)
 
     @property
@@ -73,9 +89,24 @@ class Stored:
         """Of the tensor."""
         return nbytes(self.dtype, self.shape)
 
+    @property
+    def nbytes_on_disk(self) -> int:
+        """Of the tensor, as the file holds it."""
+        return self.nbytes // 2 if self.is_packed else self.nbytes
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the file holds it in 4 bits: e2m1, which appears as e4m3."""
+        return self.view is not None and self.view.is_packed
+
+    @property
+    def row_bytes(self) -> int:
+        """Of the tensor."""
+        return nbytes(self.dtype, self.shape[1:])
+
     def step(self, size: int) -> int:
-        """How many bytes to read at a time, about `size`: whole rows of what lies transposed."""
-        row = 1 if self.columns is None else max(nbytes(self.dtype, self.shape[1:]), 1)
+        """How many bytes to read at a time, about `size`: whole rows of what has a view."""
+        row = 1 if self.view is None else max(self.row_bytes, 1)
         return max(size // row, 1) * row
 
 

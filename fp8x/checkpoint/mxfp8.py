@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fp8x.checkpoint.fields import Fields
-from fp8x.checkpoint.format import Layout, Recipes, TensorSpec, weight_spec
+from fp8x.checkpoint.format import Layout, Recipes, mx_scale, weight_spec
 from fp8x.checkpoint.fp8 import kept_modules
 from fp8x.checkpoint.names import listed
 from fp8x.checkpoint.read_only import ReadOnly
@@ -39,6 +39,4 @@ class Mxfp8(ReadOnly):
         return {prefix: None if is_kept(prefix) else recipe for prefix in prefixes}
 
     def layout(self, recipe: Recipe, shape: tuple[int, int]) -> Layout:
-        scale_shape = recipe.weight.scale_shape(shape)
-        suffixes = (".weight_scale_inv", ".weight_scale")
-        return Layout(weight_spec(recipe, shape), TensorSpec(suffixes, (scale_shape,), ("U8", "F8_E8M0")))
+        return Layout(weight_spec(recipe, shape), mx_scale(recipe, shape))

@@ -1,6 +1,7 @@
 """`StoredMatrix`: a matrix of a checkpoint, read some rows at a time into a thread's buffer."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import jax
@@ -8,10 +9,13 @@ import numpy as np
 
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import rows
+from fp8x.checkpoint.finite import count_nonfinite, nonfinite_error
 from fp8x.checkpoint.fnuz import Translation
 from fp8x.checkpoint.format import Format
+from fp8x.checkpoint.packed import e2m1_error
 from fp8x.checkpoint.reader import DTYPES, Reader
 from fp8x.checkpoint.threads import Threads
+from fp8x.errors import CheckpointError
 from fp8x.recipe import Recipe
 from fp8x.scheme import Scheme
 
@@ -80,3 +84,20 @@ def quantized_matrix(
     name = f"{prefix}.weight"
     found = format.scales(prefix, recipe, reader.stored(name).shape, reader, allow_nonfinite=allow_nonfinite)
     return StoredMatrix(reader, name, found.scale, recipe.weight, found.translation), found.input_scale
+
+
+def refuse_nonfinite(reader: Reader, name: str, threads: Threads) -> None:
+    """Raises for a tensor that holds NaN or Inf, with their number in all of it."""
+    tensor, count = reader.stored(name), 0
+    step = tensor.step(rows.CHUNK_BYTES)
+    for start in range(0, tensor.nbytes, step):
+        buffer = threads.buffer(min(step, tensor.nbytes - start))
+        reader.read_into(name, start, buffer)
+        count += count_nonfinite(buffer, tensor.dtype)
+    raise nonfinite_error(name, tensor.file, count, math.prod(tensor.shape))
+
+
+def not_e2m1(matrix: StoredMatrix, count: int) -> CheckpointError:
+    """Says that a matrix in MX blocks can't be stored in 4 bits: so many of its codes are none of e2m1's."""
+    file, (n, k) = matrix.reader.stored(matrix.name).file, matrix.shape
+    return e2m1_error(f"{matrix.name} in {file}", count, n * k)

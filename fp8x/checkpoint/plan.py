@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,9 +15,12 @@ import numpy as np
 
 from fp8x.checkpoint.companions import Companions
 from fp8x.checkpoint.format import Format
+from fp8x.checkpoint.fusing import FusedExperts, biases
 from fp8x.checkpoint.header import DTYPE_NAMES, nbytes
 from fp8x.checkpoint.kept import LOOKUPS
 from fp8x.checkpoint.names import natural
+from fp8x.checkpoint.origin import Origin
+from fp8x.checkpoint.packed import BLOCK, MXFP4
 from fp8x.checkpoint.reader import Reader
 from fp8x.errors import CheckpointError
 from fp8x.recipe import Recipe
@@ -74,8 +78,8 @@ class Row:
         name: in the source; of several, with `*` for their numbers.
         count: how many they are.
         shape: of each.
-        before, after: a `Scheme`, or the stored type ("bf16"). None where the tensor is not in the source, or not in
-            the destination.
+        before, after: a `Scheme`, "mxfp4", or the stored type ("bf16"). None where the tensor is not in the source, or
+            not in the destination.
         bytes_before, bytes_after: of all of them, with their scales.
         reason: why it stays in 16 or 32 bits, or is left out; None for what is in 8 bits, and for what was asked for.
     """
@@ -108,9 +112,11 @@ class Plan:
         config: the destination's config.json. beside: further JSON files, by name.
         dropped: tensors that are left out, with the reason. added: tensors that the source does not hold so.
         whole: tensors of several experts that are copied as they are.
+        fused: matrices of experts that go into one tensor.
         left_fields: fields of the source's configuration that are left out, by dotted path, with the reason.
         companions: the files beside the weights.
         requantization: the recipes that `requantize` has chosen; None without it.
+        origin: what the destination, in 4 bits, is to be like again; None for all others.
         allow_nonfinite: whether tensors may hold NaN or Inf.
     """
 
@@ -125,9 +131,11 @@ class Plan:
     dropped: Mapping[str, str]
     added: Mapping[str, np.ndarray]
     whole: tuple[str, ...]
+    fused: tuple[FusedExperts, ...]
     left_fields: Mapping[str, str]
     companions: Companions
     requantization: "Requantization | None" = None
+    origin: Origin | None = None
     allow_nonfinite: bool = False
 
     @property
@@ -145,14 +153,40 @@ class Plan:
             for name in self.source_format.names(prefix, target.stored, self._shape(prefix), self.reader)[1:]
         )
 
+    @functools.cached_property
+    def fused_biases(self) -> dict[str, tuple[str, ...]]:
+        """The biases that go into one tensor, by its name."""
+        return {name: parts for fused in self.fused for name, parts in biases(self.reader, fused).items()}
+
+    @functools.cached_property
+    def fused_parts(self) -> frozenset[str]:
+        """The prefixes of matrices, and the biases, that go into another tensor."""
+        matrices = {prefix for fused in self.fused for prefix in fused.prefixes}
+        return frozenset(matrices.union(*self.fused_biases.values()))
+
+    def fused_specs(self, fused: FusedExperts) -> dict[str, Spec]:
+        """The tensors of these in the destination."""
+        (n, k), count, parts = self._shape(fused.prefixes[0]), len(fused.experts), len(fused.experts[0])
+        lines = parts * n
+        if self.targets[fused.prefixes[0]].recipe is None:
+            specs = {fused.name: (DTYPE_NAMES[self.out_dtype], (count, k, lines))}
+        else:
+            specs = {
+                f"{fused.name}_blocks": ("U8", (count, lines, k // BLOCK, BLOCK // 2)),
+                f"{fused.name}_scales": ("U8", (count, lines, k // BLOCK)),
+            }
+        for name, members in biases(self.reader, fused).items():
+            specs[name] = (self.reader.stored(members[0]).dtype, (count, lines))
+        return specs
+
     def specs(self, prefix: str) -> dict[str, Spec]:
-        """The tensors of a matrix in the destination."""
+        """The tensors of a matrix in the destination; where it goes into another, what it is there."""
         recipe, shape, name = self.targets[prefix].recipe, self._shape(prefix), f"{prefix}.weight"
         if self.targets[prefix].is_copied:
             return {name: (self.reader.stored(name).dtype, shape)}
         if recipe is None:
             return {name: (DTYPE_NAMES[self.out_dtype], shape)}
-        layout = self.format.layout(recipe, shape)
+        layout = self.format.written(recipe, shape)
         parts = (layout.weight, layout.weight_scale, layout.input_scale)
         return {prefix + part.suffixes[0]: (part.dtypes[0], part.shapes[0]) for part in parts if part is not None}
 
@@ -160,7 +194,11 @@ class Plan:
     def copied(self) -> tuple[str, ...]:
         """The tensors that are copied as they are, and are none of `targets`, as the source's files have them."""
         claimed = (
-            {f"{prefix}.weight" for prefix in self.targets} | self.scales | self.parts_of_whole | set(self.dropped)
+            {f"{prefix}.weight" for prefix in self.targets}
+            | self.scales
+            | self.parts_of_whole
+            | self.fused_parts
+            | set(self.dropped)
         )
         return (*self.whole, *(name for name in self.reader if name not in claimed))
 
@@ -168,7 +206,7 @@ class Plan:
     def rows(self) -> list[Row]:
         """A row for every tensor, in the order of the model; the scales of a matrix count with it."""
         rows = [self._matrix(prefix) for prefix in self.targets if f"{prefix}.weight" not in self.parts_of_whole]
-        rows += [self._copy(name) for name in self.copied]
+        rows += [self._copy(name) for name in (*self.copied, *itertools.chain(*self.fused_biases.values()))]
         rows += [self._dropped(name) for name in self.dropped if name not in self.added]
         rows += [self._added(name) for name in self.added]
         return sorted(rows, key=lambda row: natural(row.name))
@@ -233,9 +271,9 @@ class Plan:
         sources = {
             name: f"part of {prefix}.weight, as {self.format.name if self.format else 'it is'} stores it"
             for prefix in self.targets
-            if f"{prefix}.weight" not in self.parts_of_whole
+            if f"{prefix}.weight" not in self.parts_of_whole and prefix not in self.fused_parts
             for name in self.specs(prefix)
-        }
+        } | {name: f"the experts' matrices in {fused.name}" for fused in self.fused for name in self.fused_specs(fused)}
         for name, source in (
             *((name, "a scale of the KV cache") for name in self.added),
             *((name, f"the tensor of that name in {self.reader.stored(name).file}") for name in self.copied),
@@ -262,12 +300,16 @@ class Plan:
             name,
             1,
             shape,
-            self.reader.stored(name).dtype.lower() if target.stored is None else target.stored.weight,
-            specs[name][0].lower() if target.recipe is None else target.recipe.weight,
-            sum(self.reader.stored(each).nbytes for each in names),
+            self.reader.stored(name).dtype.lower() if target.stored is None else self._scheme(prefix),
+            specs[name][0].lower() if target.recipe is None else MXFP4 if self.format.packs else target.recipe.weight,
+            sum(self.reader.stored(each).nbytes_on_disk for each in names),
             sum(nbytes(*spec) for spec in specs.values()),
             target.reason,
         )
+
+    def _scheme(self, prefix: str) -> Scheme | str:
+        """Of a matrix in 8 bits, or in 4, in the source."""
+        return MXFP4 if self.reader.stored(f"{prefix}.weight").is_packed else self.targets[prefix].stored.weight
 
     def _copy(self, name: str) -> Row:
         tensor = self.reader.stored(name)
@@ -276,7 +318,7 @@ class Plan:
 
     def _why_copied(self, name: str) -> str:
         if name in self.whole:
-            reasons = (self.targets[part.removesuffix(".weight")].reason for part in self.reader.fused[name])
+            reasons = (self.targets[part.rpartition(".")[0]].reason for part in self.reader.fused[name])
             return next(reasons) or ""
         return why_no_matrix(self.reader, name)
 

@@ -5,6 +5,7 @@
     the same, per_channel, ch_axis 0               per channel        [N]
     fp8_e4m3, per_group of 32, scale_format e8m0   MXFP8              U8 [N, K / 32]
     the same, per_block [1, 32]                    MXFP8, for vLLM    the same
+    fp4, per_group of 32, scale_format e8m0        MXFP4              the same, beside two codes a byte
 
     `input_tensors`                                activations
     null                                           none
@@ -15,7 +16,7 @@
 A matrix has the first entry of `layer_quant_config` whose wildcards match its name, else that of its class in
 `layer_type_quant_config`, else `global_quant_config`; `exclude` holds wildcards for whole names (or `re:` patterns, in
 vLLM). A KV cache in FP8 is declared by the `output_tensors` of what `kv_cache_group` or `kv_cache_quant_config` names;
-its scales are `k_proj.output_scale` and `v_proj.output_scale`. `pack_method` is about 4 bits alone.
+its scales are `k_proj.output_scale` and `v_proj.output_scale`. `pack_method` is about integers of 4 bits alone.
 
 Sources: amd-quark 0.13 `torch/quantization/config/config.py`, `torch/export/{config/config.py,nn/modules/
 realquantizer.py,main_export/quant_config_parser.py}`; vLLM `quantization/quark/{quark,utils}.py` and
@@ -42,6 +43,7 @@ from fp8x.scheme import E8M0, KV_SCHEMES, SCALE_RULES, Scheme, mx, per_row, per_
 Path = tuple[str, ...]  # of an object in the config, name by name
 
 ELEMENTS = {"fp8_e4m3": "e4m3", "fp8_e5m2": "e5m2"}
+FP4 = "fp4"
 QUERIES = "*q_proj"  # whose outputs may be quantized beside a KV cache; `q_proj.output_scale` is warned of
 LAYERS, CACHES = "layer_quant_config", "kv_cache_quant_config"
 ONLINE = ("r3", "r4", "online_r1_rotation")  # rotations that are no part of the weights
@@ -157,6 +159,12 @@ def _recipe(layer: Fields, has_outputs: bool, out_dtype: np.dtype) -> Recipe | N
         return Recipe(weight, out_dtype=out_dtype)
     inputs = layer.object("input_tensors")
     activation = _scheme(inputs, 0, 1)  # tokens, with or without a batch before them
+    if inputs.peek("dtype") == FP4:
+        warnings.warn(
+            f"{inputs.file}: {inputs.where}: activations in 4 bits there; fp8x quantizes them in MXFP8, which loses "
+            "less",
+            stacklevel=6,
+        )
     # Only one scale for everything can be known before the tokens are.
     fits = (True, False, None) if activation.block == (None, None) else (True,)
     if not inputs.one_of("is_dynamic", *fits, default=False):
@@ -168,7 +176,9 @@ def _recipe(layer: Fields, has_outputs: bool, out_dtype: np.dtype) -> Recipe | N
 
 def _scheme(tensor: Fields, *axes: int) -> Scheme:
     """What a tensor's configuration says; `axes`: which a scale a row may be named by."""
-    dtype = tensor.one_of("dtype", *ELEMENTS)
+    dtype = tensor.one_of("dtype", *ELEMENTS, FP4)
+    if dtype == FP4:
+        tensor.one_of("qscheme", "per_group")
     tensor.one_of("symmetric", True, None, default=None)
     tensor.one_of("is_scale_quant", False, None, default=None)
     match tensor.one_of("qscheme", "per_tensor", "per_channel", "per_group", "per_block"):
@@ -182,7 +192,7 @@ def _scheme(tensor: Fields, *axes: int) -> Scheme:
             tensor.one_of("group_size", 32)
         case "per_block":
             tensor.one_of("block_size", [1, 32])
-    tensor.one_of("dtype", "fp8_e4m3")
+    tensor.one_of("dtype", "fp8_e4m3", FP4)
     tensor.one_of("scale_format", "e8m0")
     rule = tensor.one_of("scale_calculation_mode", None, *SCALE_RULES[E8M0], default=None)
     return dataclasses.replace(mx(), scale_rule=rule)

@@ -20,6 +20,7 @@ from fp8x.checkpoint.header import DTYPES as DTYPES
 from fp8x.checkpoint.header import Stored as Stored
 from fp8x.checkpoint.header import parse_object, read_header
 from fp8x.checkpoint.noted import Noted
+from fp8x.checkpoint.packed import unpack, unpacked
 from fp8x.checkpoint.source import source_directory
 from fp8x.errors import CheckpointError
 
@@ -83,7 +84,8 @@ class Reader:
             if is_flattened(self.config):
                 self._tensors = unflattened(self._tensors, metadata)
                 self.metadata = undescribed(self.metadata)
-            found = unfused(self._tensors, self.config.get("model_type"))
+            self._tensors = unpacked(self._tensors)
+            found = unfused(self._tensors, model_type(self.config))
             self.fused, self.whole = found.parts, found.whole
             self._fused_tensors = {name: self._tensors[name] for name in self.fused}
             self._tensors = found.tensors
@@ -160,7 +162,7 @@ class Reader:
         """Fills a writable array, contiguous and of any type, with a tensor's bytes from `start` on.
 
         From several threads at once if need be. The file stays open until `close`, or until nobody has the reader. Of a
-        matrix that lies transposed, these have to be whole rows.
+        tensor with a view, these have to be whole rows.
 
         Raises:
             CheckpointError: no such tensor, or a file that has changed since its header was read.
@@ -171,10 +173,12 @@ class Reader:
                 if tensor.file not in self._files:
                     self._files[tensor.file] = _File(tensor.file)
                 file = self._files[tensor.file]
-            if tensor.columns is None:
+            if tensor.view is None:
                 _read_bytes(file, tensor, name, tensor.start + start, buffer)
-            else:
+            elif tensor.view.is_transposed:
                 _read_columns(file, tensor, name, start, buffer)
+            else:
+                _read_rows(file, tensor, name, start, buffer)
             # Afterwards: what was written before or meanwhile shows, a file in its place is none of ours.
             self._check_unchanged(tensor.file, os.fstat(file.descriptor))
 
@@ -259,13 +263,31 @@ def _read_bytes(file: _File, tensor: Stored, name: str, offset: int, buffer: np.
 
 def _read_columns(file: _File, tensor: Stored, name: str, start: int, buffer: np.ndarray) -> None:
     """Whole rows of a matrix `[N, K]` that lies transposed: a piece of each of K rows of the file."""
-    size, k = DTYPES[tensor.dtype].itemsize, tensor.shape[1]
+    size, k, view = DTYPES[tensor.dtype].itemsize, tensor.shape[1], tensor.view
     rows = buffer.reshape(-1).view(f"u{size}").reshape(-1, k)
-    first = tensor.first_column + start // (k * size)
-    band = np.empty((k, len(rows)), rows.dtype)
-    for row in range(k):
-        _read_bytes(file, tensor, name, tensor.start + (row * tensor.columns + first) * size, band[row])
-    rows[:] = band.T
+    first = view.first + start // (k * size) * view.step
+    band = np.empty((k, (len(rows) - 1) * view.step + 1), rows.dtype)
+    for row in range(k if len(rows) else 0):
+        _read_bytes(file, tensor, name, tensor.start + (row * view.lines + first) * size, band[row])
+    rows[:] = band[:, :: view.step].T
+
+
+def _read_rows(file: _File, tensor: Stored, name: str, start: int, buffer: np.ndarray) -> None:
+    """Whole rows of a matrix that lie among others, or in 4 bits; some at a time."""
+    view, row = tensor.view, tensor.row_bytes
+    rows = buffer.reshape(-1).view(np.uint8).reshape(-1, row)
+    line = row // 2 if view.is_packed else row
+    at_once = max(PIECE // (line * view.step), 1)
+    band = np.empty((min(at_once, len(rows)) * view.step, line), np.uint8)
+    for done in range(0, len(rows), at_once):
+        part = rows[done : done + at_once]
+        lines = band[: (len(part) - 1) * view.step + 1]
+        first = view.first + (start // row + done) * view.step
+        _read_bytes(file, tensor, name, tensor.start + first * line, lines)
+        if view.is_packed:
+            unpack(lines[:: view.step], part)
+        else:
+            part[:] = lines[:: view.step]
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -318,6 +340,12 @@ def _read_config(path: Path, unread: dict[str, str]) -> dict[str, Any]:
     config[QUANTIZATION] = Noted(value) if isinstance(value, Mapping) else value
     unread |= dict.fromkeys(others, f"{first} says how the source is quantized, and counts")
     return config
+
+
+def model_type(config: Mapping[str, Any]) -> str | None:
+    """Of the language model, which may be a part of another."""
+    text = config.get("text_config")
+    return (text.get("model_type") if isinstance(text, Mapping) else None) or config.get("model_type")
 
 
 def _read_legacy(path: Path) -> dict[str, Any]:

@@ -66,6 +66,8 @@ class ResumableWriter:
         specs: every tensor, in the order in which they will come: so they are dealt out to files.
         identity: what the bytes follow from. Files of a run with another are not used.
         max_shard_bytes: tensors go to several files, with an index, where one would be larger.
+        files: the file of each tensor, in the place of that.
+        index: with these: the index, where there is one.
 
     Attributes:
         work: where the files lie until they are all there.
@@ -77,14 +79,23 @@ class ResumableWriter:
             written by another process, or is larger than what is free on its disk.
     """
 
-    def __init__(self, path: str | Path, specs: Specs, identity: Any, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES):
+    def __init__(
+        self,
+        path: str | Path,
+        specs: Specs,
+        identity: Any,
+        *,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        files: Mapping[str, str] | None = None,
+        index: Mapping[str, Any] | None = None,
+    ):
         self.path = real(path)
         finished = _find_finished(self.path)
         self.work = partial(self.path)
-        self._shards = _deal(specs, max_shard_bytes)
+        self._shards, self._index = _deal(specs, max_shard_bytes) if files is None else _placed(specs, files), index
         self._shard_of = {name: shard for shard in self._shards for name in shard.offsets}
         self._plan = hashlib.sha256(
-            json.dumps([identity, list(specs.items()), max_shard_bytes], default=str).encode()
+            json.dumps([identity, list(specs.items()), max_shard_bytes, files, index], default=str).encode()
         ).hexdigest()
         self._lock = threading.Lock()
         self.is_complete = finished is not None and finished[1] == self._plan
@@ -248,7 +259,9 @@ class ResumableWriter:
     def _finish(self) -> None:
         if missing := [shard.file for shard in self._shards if not shard.is_finished]:
             raise CheckpointError(f"{self.path}: {', '.join(missing[:3])} got less than was planned")
-        if len(self._shards) > 1:
+        if self._index is not None:
+            self.add_json(INDEX, self._index)
+        elif len(self._shards) > 1:
             weight_map = {name: shard.file for shard in self._shards for name in shard.offsets}
             self.add_json(INDEX, {"metadata": {"total_size": self.bytes}, "weight_map": weight_map})
         for file in self._out.iterdir():
@@ -398,3 +411,11 @@ def _deal(specs: Specs, max_bytes: int) -> list[_Shard]:
     if len(parts) == 1:
         return [_Shard(SINGLE, parts[0])]
     return [_Shard(f"model-{i:05}-of-{len(parts):05}.safetensors", part) for i, part in enumerate(parts, 1)]
+
+
+def _placed(specs: Specs, files: Mapping[str, str]) -> list[_Shard]:
+    """Tensors to these files."""
+    parts: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
+    for name, spec in specs.items():
+        parts.setdefault(files[name], {})[name] = spec
+    return [_Shard(file, part) for file, part in parts.items()]

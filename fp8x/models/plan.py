@@ -11,15 +11,17 @@ import numpy as np
 from fp8x.calibrate import sidecar
 from fp8x.calibrate.sidecar import Sidecar
 from fp8x.checkpoint import FORMATS, Format, Reader, choose_format, format_of
+from fp8x.checkpoint.fusing import FusedExperts, fused_experts
 from fp8x.checkpoint.header import FLOAT8
 from fp8x.checkpoint.kept import why_kept
 from fp8x.checkpoint.kv_cache import QUERIES, KVScales, kv_tensors, read_kv_scales
+from fp8x.checkpoint.origin import ORIGIN
 from fp8x.checkpoint.plan import Plan, Target, why_no_matrix
-from fp8x.errors import CheckpointError, RuleError
+from fp8x.errors import CheckpointError, RuleError, some
 from fp8x.models.config import DecoderConfig
 from fp8x.models.hf_names import rule_names
 from fp8x.models.matrices import check_scales, dtype_of, modules_of, stored_by_prefix, tables_of
-from fp8x.models.plan_config import beside_of, config_of, unread_parts_of
+from fp8x.models.plan_config import beside_of, config_of, origin_for, unread_parts_of
 from fp8x.recipe import OUT_DTYPES, Recipe, Rules, as_recipe, check_stored
 from fp8x.roles import by_name
 
@@ -83,6 +85,11 @@ def plan(
     dropped |= unread_parts_of(reader, source_format, targets)
     config, left_fields = config_of(reader, source_format, chosen, recipes, out_dtype, kept_kv)
     beside = {} if chosen is None else chosen.beside(config["quantization_config"])
+    origin = origin_for(reader, chosen, targets)
+    if origin is not None and chosen.packs:
+        config["quantization_config"] = dict(origin.quantization_config)
+    elif origin is not None:
+        beside[ORIGIN], origin = origin.to_json(), None
     companions, fields = beside_of(reader, beside)
     found = Plan(
         reader=reader,
@@ -96,9 +103,11 @@ def plan(
         dropped=dropped,
         added={} if kept_kv is None else kv_tensors(kept_kv, chosen),
         whole=tuple(_whole(reader, targets)),
+        fused=tuple(_fused(reader, chosen, targets)),
         left_fields=left_fields | fields,
         companions=companions,
         requantization=requantization,
+        origin=origin,
         allow_nonfinite=allow_nonfinite,
     )
     _check(found, recipe, is_changed)
@@ -229,12 +238,28 @@ def _keys_and_values(
 def _whole(reader: Reader, targets: Mapping[str, Target]) -> Iterator[str]:
     """Tensors of several experts that lie otherwise than their matrices, and of which none is quantized: they stay."""
     for name, parts in reader.fused.items():
-        lies_otherwise = name.endswith("_linear.weight") or any(
-            reader.stored(part).columns is not None for part in parts
+        lies_otherwise = name.endswith(("_linear.weight", "_bias")) or any(
+            reader.stored(part).view is not None for part in parts
         )
-        prefixes = [part.removesuffix(".weight") for part in parts]
+        prefixes = [part.rpartition(".")[0] for part in parts]
         if lies_otherwise and all(prefix in targets and targets[prefix].is_copied for prefix in prefixes):
             yield name
+
+
+def _fused(reader: Reader, format: Format | None, targets: Mapping[str, Target]) -> list[FusedExperts]:
+    """Matrices of experts that go into one tensor.
+
+    Raises:
+        CheckpointError: a format in 4 bits, and what is not in MX blocks before.
+    """
+    quantized = [prefix for prefix, target in targets.items() if target.recipe is not None]
+    if format is not None and format.packs and (made := [each for each in quantized if not targets[each].is_kept]):
+        raise CheckpointError(
+            f"format: {format.name!r} holds what is in MX blocks before, with codes that e2m1 has; {some(made)} "
+            "not, and fp8x quantizes nothing to 4 bits"
+        )
+    dequantized = [p for p, target in targets.items() if target.recipe is None and target.stored is not None]
+    return fused_experts(reader, format, quantized, dequantized)
 
 
 def _check(found: Plan, recipe: Recipe | str | None, is_changed: bool) -> None:

@@ -2,16 +2,19 @@
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from fp8x.checkpoint import Format, Reader
+from fp8x.checkpoint import Format, Reader, format_of
 from fp8x.checkpoint.companions import Companions, find_companions
 from fp8x.checkpoint.kv_cache import KVScales
+from fp8x.checkpoint.origin import ORIGIN, Origin, origin_of
 from fp8x.checkpoint.plan import Target, matrix_shape
 from fp8x.checkpoint.reader import INDEX, LEGACY
+from fp8x.errors import Fp8xError
 from fp8x.models.matrices import dtype_of, with_dtype
 from fp8x.recipe import Recipe
 
@@ -47,6 +50,30 @@ def config_of(
     return config, dict.fromkeys(paths, reason) | {
         f"__metadata__.{key}": "files are headed anew" for key in reader.metadata
     }
+
+
+def origin_for(reader: Reader, format: Format | None, targets: Mapping[str, Target]) -> Origin | None:
+    """What a source in 4 bits was like, where the destination has the same values.
+
+    For a destination in 4 bits only where it is in the words of that format, and says the same of every matrix.
+    """
+    in_8_bits = [target for target in targets.values() if target.stored is not None]
+    if format is None or not in_8_bits or not all(target.is_kept for target in targets.values()):
+        return None
+    origin = origin_of(reader)
+    if origin is None or not format.packs:
+        return origin
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they have been given, of the source
+        try:
+            if format_of({"quantization_config": origin.quantization_config}).quant_method != format.quant_method:
+                return None
+            said = format.from_config(origin.quantization_config, targets, dtype_of(reader.config))
+        except Fp8xError:
+            return None
+    # gpt-oss's config need not name what is in 16 bits.
+    asked = {p: t.recipe for p, t in targets.items() if t.recipe is not None or format.name != "mxfp4"}
+    return origin if all(said[prefix] == recipe for prefix, recipe in asked.items()) else None
 
 
 def _undescribed(reader: Reader) -> list[str]:
@@ -113,6 +140,8 @@ def beside_of(reader: Reader, beside: Mapping[str, object]) -> tuple[Companions,
     """The files beside the weights, and fields in those that are written anew which come along with neither."""
     found, unread = find_companions(reader.path, reader.files), dict(reader.unread)
     left = {name: unread.pop(name) for name in (LEGACY, INDEX) if name in unread}
+    if ORIGIN not in beside and (reader.path / ORIGIN).is_file():
+        left[ORIGIN] = "what the checkpoint in 4 bits was like that the source was made of"
     if LEGACY not in left and LEGACY not in beside and (reader.path / LEGACY).is_file():
         left[LEGACY] = "read as quantization_config of config.json"
     return dataclasses.replace(found, left={**found.left, **left}), unread

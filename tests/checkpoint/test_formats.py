@@ -50,6 +50,8 @@ HOLDS = {  # OUT: any output type
     r"|pow2.*|floor|dynamic per tensor|per token|float32 out|one scale beside blocks",
     "fp8": r"e[45]m[32]_e[45]m[32]_OUT|fp8_.*|pow2.*|per token|e5m2|one scale beside blocks",
     "modelopt": r"e4m3_e4m3_OUT(_dynamic)?|mxfp8_mxfp8_OUT|floor",
+    "mxfp4": "mxfp8_OUT",
+    "mxfp4-pack-quantized": "mxfp8_(mxfp8_)?OUT|floor",
     "mxfp8": "",
     "fbgemm_fp8": "",
     "quark": "",
@@ -153,7 +155,13 @@ def compressed(weights: dict = WEIGHTS, inputs: dict | None = None, **fields) ->
         (compressed(transform_config={"a": 1}), "transform_config is {'a': 1}, expected none"),
         (compressed(ignore=["re:("]), "'re:\\(' is no pattern"),
         (compressed(ignore="lm_head"), "ignore is 'lm_head', expected a list of strings"),
-        (compressed(WEIGHTS | {"num_bits": 4}), "g.weights.num_bits is 4; fp8x reads 8"),
+        (compressed(WEIGHTS | {"num_bits": 6}), "g.weights.num_bits is 6; fp8x reads 8 or 4"),
+        (compressed(WEIGHTS | {"num_bits": 4, "type": "int"}), "g.weights.type is 'int'; fp8x reads 'float'"),
+        (compressed(WEIGHTS | {"num_bits": 4, "strategy": None}), "g.weights has no group_size"),
+        (
+            compressed(WEIGHTS | {"num_bits": 4, "strategy": "group", "group_size": 16}),
+            "g.weights.group_size is 16; fp8x reads 32",
+        ),
         (compressed(WEIGHTS | {"type": "int"}), "g.weights.type is 'int'; fp8x reads 'float'"),
         (compressed(WEIGHTS | {"symmetric": False}), "symmetric is False; fp8x reads True"),
         (compressed(WEIGHTS | {"dynamic": True}), "dynamic is True; fp8x reads False"),
@@ -580,17 +588,29 @@ def test_scales_of_every_type_are_exact(tmp_path):
         FP8.decode("a", fp8x.RECIPES["fp8_e4m3fn_bf16_block_scale"], (256, 256), reader)
 
 
+# The bytes of e4m3 with the values of e2m1's 16 codes, by ml_dtypes.
+E2M1_AS_E4M3 = (
+    np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+)
+
+
 @st.composite
 def stored_matrices(draw):
     """A format, a recipe that it holds, and a matrix `[N, K]` of any bits with legal scales."""
     held = [
-        (format, recipe) for format in FORMATS.values() for recipe in RECIPES.values() if not format.objection([recipe])
+        (format, recipe)
+        for format in FORMATS.values()
+        for recipe in RECIPES.values()
+        if format.name != "mxfp4" and not format.objection([recipe])  # whose tensors hold several matrices
     ]
     format, recipe = draw(st.sampled_from(held))
     n, k = draw(st.integers(1, 300)), draw(st.integers(1, 300))
     k = -(-k // 32) * 32 if recipe.weight.is_mx else k
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    data = rng.integers(0, 256, (n, k), np.uint8).view(recipe.weight.dtype)
+    data = rng.integers(0, 256, (n, k), np.uint8)
+    if format.packs:
+        data = E2M1_AS_E4M3[data % 16]
+    data = data.view(recipe.weight.dtype)
     shape = recipe.weight.scale_shape((n, k))
     if recipe.weight.is_mx:
         scale = rng.integers(0, 255, shape, np.uint8).view(E8M0)

@@ -1,4 +1,4 @@
-"""Checkpoints in the dialects of others (`tests/goldens/make_{fp8,dialect}_goldens.py`): what they mean, and that it
+"""Checkpoints in the dialects of others (`tests/goldens/make_{fp8,dialect,mxfp4}_goldens.py`): what they mean, and that it
 survives."""
 
 import dataclasses
@@ -34,8 +34,11 @@ MX = Recipe(mx(), mx(), "dynamic")
 CHANNEL = Recipe(per_row(), per_row(), "dynamic")
 MX_FLOOR = dataclasses.replace(mx(), scale_rule="floor")
 
-# FBGEMM's bound of activations, which fp8x says it has not.
-pytestmark = pytest.mark.filterwarnings("ignore:.*activation_scale_ub is 1200.0:UserWarning")
+# FBGEMM's bound of activations, and activations in 4 bits, which fp8x says it has not.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*activation_scale_ub is 1200.0:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*activations in 4 bits there:UserWarning"),
+]
 
 
 def block(scheme: Scheme) -> Recipe:
@@ -60,6 +63,10 @@ CASES = {
     "quark_fp8_kv": ("quark", TENSOR, TENSOR),
     "quark_per_channel": ("quark", CHANNEL, (CHANNEL, Recipe(per_row()))),
     "quark_mxfp8": ("quark", Recipe(MX_FLOOR, MX_FLOOR, "dynamic"), Recipe(MX_FLOOR, MX_FLOOR, "dynamic")),
+    "compressed_tensors_mxfp4": ("compressed-tensors", Recipe(mx()), Recipe(mx())),
+    "compressed_tensors_mxfp4_w4a4": ("compressed-tensors", MX, MX),
+    "fp8_fp4_experts": ("fp8", block(POW2), MX),
+    "quark_mxfp4": ("quark", Recipe(MX_FLOOR, MX_FLOOR, "dynamic"), Recipe(MX_FLOOR, MX_FLOOR, "dynamic")),
     "torchao_row": ("torchao", CHANNEL, CHANNEL),
     "torchao_mixed": ("torchao", Recipe(per_tensor(), per_tensor(), "dynamic"), Recipe(per_row())),
     "torchao_mxfp8": ("torchao", MX, MX),
