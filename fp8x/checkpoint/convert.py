@@ -243,7 +243,7 @@ class _Matrix:
 
     @property
     def bytes(self) -> int:
-        return self.reader.stored(self.name).nbytes
+        return self.reader.stored(self.name).nbytes_on_disk
 
     @property
     def program(self) -> tuple:

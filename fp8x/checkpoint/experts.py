@@ -52,7 +52,7 @@ class ExpertJob:
     @property
     def bytes(self) -> int:
         """Of the source's matrices."""
-        return sum(self.reader.stored(name).nbytes for name in self.names)
+        return sum(self.reader.stored(name).nbytes_on_disk for name in self.names)
 
     @property
     def program(self) -> tuple:
@@ -103,7 +103,7 @@ class ExpertJob:
                 codes.append(packed)
                 missing[i] += count
             self._write(work, f"{self.fused.name}_blocks", start * len(sources) * k // 2, np.stack(codes, axis=1))
-            work.advance((stop - start) * len(sources) * k)
+            work.advance((stop - start) * self.bytes // n)
         for source, count in zip(sources, missing):
             if count:
                 raise not_e2m1(source, count)
@@ -122,5 +122,5 @@ class ExpertJob:
                 array = np.from_dlpack(found)[: stop - part.start]
                 whole[:, index :: len(sources)][:, part.start : stop] = array.T
                 work.keep_scratch(found)
-                work.advance(array.size)
+                work.advance(len(array) * self.bytes // (len(sources) * source.shape[0]))
         self._write(work, self.fused.name, 0, whole)

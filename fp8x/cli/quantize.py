@@ -54,7 +54,12 @@ def quantize(
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option("--format", "-f", metavar="NAME", help="compressed-tensors (the default), fp8 or modelopt."),
+        typer.Option(
+            "--format",
+            "-f",
+            metavar="NAME",
+            help="compressed-tensors (the default), fp8, modelopt, mxfp4 or mxfp4-pack-quantized.",
+        ),
     ] = None,
     rule: options.Rule = None,
     kv_cache: options.KVCache = None,

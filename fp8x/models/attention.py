@@ -21,17 +21,19 @@ from fp8x.nn.training import source_of
 class RMSNorm(nnx.Module):
     """`x / rms(x) * scale` over the last dimension, `scale` of shape `[dim]`.
 
-    The mean square is taken in float32 and the result cast to x's type before scaling, as transformers does:
-    the order of the roundings matters in bf16.
+    The mean square is taken in float32 and the result cast to x's type before scaling, or after it with
+    `scales_in_float32`, as transformers does: the order of the roundings matters in bf16.
     """
 
-    def __init__(self, dim: int, *, eps: float, param_dtype: DTypeLike):
+    def __init__(self, dim: int, *, eps: float, scales_in_float32: bool = False, param_dtype: DTypeLike):
         self.scale = nnx.Param(jnp.ones(dim, param_dtype))
-        self.eps = eps
+        self.eps, self.scales_in_float32 = eps, scales_in_float32
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         x32 = x.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        if self.scales_in_float32:
+            return (self.scale[...].astype(jnp.float32) * (x32 * inverse_rms)).astype(x.dtype)
         return self.scale[...].astype(x.dtype) * (x32 * inverse_rms).astype(x.dtype)
 
 
@@ -42,7 +44,8 @@ def causal_mask(queries: Int[Array, "b t"], keys: Int[Array, " s"], window: int 
 
 
 class Attention(nnx.Module):
-    """Grouped queries: `q_proj`, `k_proj`, `v_proj`, `o_proj` and, in some families, `q_norm` and `k_norm`."""
+    """Grouped queries: `q_proj`, `k_proj`, `v_proj`, `o_proj` and, in some families, `q_norm` and `k_norm`, or `sinks`
+    `[heads]`."""
 
     def __init__(self, config: DecoderConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
         def linear(inputs: int, outputs: int, use_bias: bool) -> nnx.Linear:
@@ -57,6 +60,7 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, param_dtype=param_dtype)
             self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, param_dtype=param_dtype)
+        self.sinks = nnx.Param(jnp.zeros(config.num_attention_heads, param_dtype)) if config.attention_sinks else None
         self.head_dim = config.head_dim
         self.qk_norm = config.qk_norm
         self.k_cache = self.v_cache = nnx.data(None)
@@ -78,7 +82,8 @@ class Attention(nnx.Module):
         if self.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         seen = remember(KeyValues(rotary.rotate(key), value), (self.k_cache, self.v_cache), cache, start)
-        out = attend(rotary.rotate(query), *seen, mask, 1 / math.sqrt(self.head_dim))
+        sinks = None if self.sinks is None else self.sinks[...]
+        out = attend(rotary.rotate(query), *seen, mask, 1 / math.sqrt(self.head_dim), sinks)
         return self.o_proj(meshes.merge_dims(out, (1, 1, 2))).astype(x.dtype), seen
 
     def cache_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -93,8 +98,11 @@ def attend(
     values: Float[Stored, "b s kv v"],
     mask: Bool[Array, "#b t s"],
     scale: float,
+    sinks: Float[Array, " h"] | None = None,
 ) -> Float[Array, "b t h v"]:
     """`softmax(query @ keys.T * scale) @ values`, a head of keys and values for every `h / kv` of queries.
+
+    A head's sink is one logit more in its softmax, of a key without a value: what it takes, no token gets (gpt-oss).
 
     Scores and softmax are in float32, sums too; the weights are cast to the queries' type. Of what is in 8 bits the
     codes are multiplied, and the scales go with the scores and the weights: both products read 8 bits.
@@ -106,11 +114,21 @@ def attend(
     scores = jnp.einsum("btkgd,bskd->bkgts", query, keys, preferred_element_type=jnp.float32) * scale
     if key_scale is not None:
         scores *= key_scale
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
+    weights = _softmax(jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min), sinks)
     if value_scale is not None:
         weights *= value_scale
     out = jnp.einsum("bkgts,bskv->btkgv", weights.astype(query.dtype), values)
     return out.reshape(b, t, h, values.shape[-1])
+
+
+def _softmax(scores: Float32[Array, "b kv g t s"], sinks: Float[Array, " h"] | None) -> Float32[Array, "b kv g t s"]:
+    """Softmax over the last dim and the head's sink, without the weight of the sink."""
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    sinks = sinks.astype(jnp.float32).reshape(*scores.shape[1:3], 1, 1)
+    top = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks))
+    exponentials = jnp.exp(scores - top)
+    return exponentials / (jnp.sum(exponentials, axis=-1, keepdims=True) + jnp.exp(sinks - top))
 
 
 def _factors(

@@ -34,6 +34,8 @@ class DecoderConfig:
         latent: attention through latents; None for grouped queries.
         qk_norm: whether queries and keys pass an RMSNorm over the head dimension.
         attention_bias, output_bias, mlp_bias: whether q, k and v, the attention's output and the dense MLPs add one.
+        attention_sinks: whether every head of queries has a logit of its own beside those of the keys (gpt-oss).
+        norm_in_float32: whether the residual's RMSNorm scales in float32 and casts after that (gpt-oss), or before.
         sliding_window: a token sees itself and the `sliding_window - 1` tokens before it; None: all before it.
         full_layers: indices of the layers without that window.
         eos_token_id: the tokens that end a text; may be empty.
@@ -65,6 +67,8 @@ class DecoderConfig:
     attention_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    attention_sinks: bool = False
+    norm_in_float32: bool = False
     sliding_window: int | None = None
     full_layers: tuple[int, ...] = ()
     tie_word_embeddings: bool = False
@@ -91,6 +95,8 @@ class DecoderConfig:
             raise ConfigError(f"dtype {self.dtype!r} is not supported; supported: {', '.join(_DTYPES)}")
         if self.dense_layers and self.intermediate_size is None:
             raise ConfigError(f"layers {list(self.dense_layers)} are dense, which needs intermediate_size")
+        if self.attention_sinks and self.latent is not None:
+            raise ConfigError("attention_sinks: attention through latents has none")
         if self.mixture is None and len(self.dense_layers) < self.num_hidden_layers:
             raise ConfigError("mixture: is None, but some layers are no dense ones")
 

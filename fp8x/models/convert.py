@@ -48,7 +48,8 @@ def convert(
         dst: the directory to make; it must not exist, or be empty, and neither it nor `src` lie in the other.
         recipe: a `Recipe` or its code; or "bf16", "f16", "f32", which dequantize what is in 8 bits to that type. None
             keeps every matrix as it is stored: for another format alone.
-        format: "compressed-tensors", "fp8" or "modelopt"; by default the first that can hold the result.
+        format: "compressed-tensors", "fp8" or "modelopt"; by default the first that can hold the result. Or, of what
+            was in 4 bits, "mxfp4" (gpt-oss) or "mxfp4-pack-quantized" (compressed-tensors' form).
         rules: exceptions to `recipe`, by module, as `fp8x.quantize_model` takes them. Modules go by their names in the
             checkpoint, and where `fp8x.load` knows the model by the paths that it gives them.
         requantize: in the place of `recipe`, for a source in 8 bits: a recipe or several, or "hopper" for the two that

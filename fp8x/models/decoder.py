@@ -24,6 +24,7 @@ from fp8x.models.kv_quantizer import KVQuantizer, KVQuantizers, as_scheme, make_
 from fp8x.models.latent import LatentAttention
 from fp8x.models.rotary import Rotary
 from fp8x.nn import GatedMLP, MoE
+from fp8x.ops.gate import ClampedSwiGLU
 from fp8x.scheme import KV_HEAD, KV_TENSOR, Scheme, is_kv_static
 from fp8x.sharding.model import place_static, plan_of, static_dims
 from fp8x.sharding.place import whole
@@ -35,11 +36,11 @@ class DecoderLayer(nnx.Module):
     """Attention, then the MLP (one gated MLP, or a mixture of experts), each residual."""
 
     def __init__(self, config: DecoderConfig, index: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = RMSNorm(hidden, eps=eps, param_dtype=param_dtype)
+        hidden = config.hidden_size
+        self.input_layernorm = _norm(config, param_dtype)
         attention = Attention if config.latent is None else LatentAttention
         self.self_attn = attention(config, param_dtype=param_dtype, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(hidden, eps=eps, param_dtype=param_dtype)
+        self.post_attention_layernorm = _norm(config, param_dtype)
         if index in config.dense_layers:
             self.mlp = GatedMLP(
                 hidden,
@@ -56,7 +57,7 @@ class DecoderLayer(nnx.Module):
                 mixture.intermediate,
                 mixture.num_experts,
                 mixture.top_k,
-                activation=config.hidden_act,
+                activation=ClampedSwiGLU(*mixture.clamped_swiglu) if mixture.clamped_swiglu else config.hidden_act,
                 scores=mixture.scores,
                 normalize_top_k=mixture.normalize,
                 routed_scale=mixture.scale,
@@ -64,6 +65,8 @@ class DecoderLayer(nnx.Module):
                 groups=mixture.groups,
                 top_groups=mixture.top_groups,
                 group_best=mixture.group_best,
+                use_bias=mixture.use_bias,
+                router_bias=mixture.router_bias,
                 shared_intermediate=mixture.shared_intermediate,
                 shared_gate=mixture.shared_gate,
                 router_dtype=jnp.float32 if mixture.router_float32 else None,
@@ -83,6 +86,16 @@ class DecoderLayer(nnx.Module):
         attended, seen = self.self_attn(self.input_layernorm(x), rotary, mask, cache, start)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)).astype(x.dtype), seen
+
+
+def _norm(config: DecoderConfig, param_dtype: DTypeLike) -> RMSNorm:
+    """Of the residual."""
+    return RMSNorm(
+        config.hidden_size,
+        eps=config.rms_norm_eps,
+        scales_in_float32=config.norm_in_float32,
+        param_dtype=param_dtype,
+    )
 
 
 class Decoder(nnx.Module):
@@ -115,7 +128,7 @@ class Decoder(nnx.Module):
         self.layers = nnx.List(
             DecoderLayer(config, index, param_dtype=param_dtype, rngs=rngs) for index in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, param_dtype=param_dtype)
+        self.norm = _norm(config, param_dtype)
         self.lm_head = (
             None
             if config.tie_word_embeddings

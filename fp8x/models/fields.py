@@ -49,6 +49,8 @@ _CHANGING: dict[str, tuple[Any, ...]] = {
     "scale_emb": (1.0,),
     "scoring_func": ("softmax",),
     "shared_expert_intermediate_size": (0,),
+    "swiglu_alpha": (),
+    "swiglu_limit": (),
     "sliding_window": (),
     "topk_method": ("greedy",),
     "use_bias": (False,),

@@ -75,7 +75,7 @@ def _moe_names(config: DecoderConfig, layer: str, hf_layer: str) -> dict[str, Na
     block = f"{hf_layer}.{called.block}"
     experts = [f"{block}.experts.{expert}" for expert in range(mixture.num_experts)]
     names: dict[str, Names] = {
-        f"{layer}.mlp.router": f"{block}.gate",
+        f"{layer}.mlp.router": f"{block}.{called.router}",
         f"{layer}.mlp.w13": [[f"{expert}.{called.gate}", f"{expert}.{called.up}"] for expert in experts],
         f"{layer}.mlp.w2": [f"{expert}.{called.down}" for expert in experts],
     }
@@ -86,17 +86,50 @@ def _moe_names(config: DecoderConfig, layer: str, hf_layer: str) -> dict[str, Na
     return names
 
 
-def param_names(config: DecoderConfig) -> dict[str, str]:
-    """Path of every parameter that is no linear layer's matrix -> tensor name; both have the same layout."""
-    names = {"embed_tokens.embedding": "model.embed_tokens.weight", "norm.scale": "model.norm.weight"}
+def param_names(config: DecoderConfig) -> dict[str, Names]:
+    """Path of every parameter that is no linear layer's matrix -> tensor name; both have the same layout. Of experts'
+    biases the names of all, nested as those of the matrices in `linear_names`."""
+    names: dict[str, Names] = {"embed_tokens.embedding": "model.embed_tokens.weight", "norm.scale": "model.norm.weight"}
     for index in range(config.num_hidden_layers):
         layer, hf_layer = f"layers.{index}", f"model.layers.{index}"
         names |= {f"{layer}.{name}.scale": f"{hf_layer}.{name}.weight" for name in _norms(config)}
         names |= {f"{layer}.{name}.bias": f"{hf_layer}.{name}.bias" for name in _biased(config, index)}
-        if index not in config.dense_layers and config.mixture.use_correction_bias:
-            block = FAMILIES[config.model_type].mixture.block
-            names[f"{layer}.mlp.correction_bias"] = f"{hf_layer}.{block}.gate.e_score_correction_bias"
+        if config.attention_sinks:
+            names[f"{layer}.self_attn.sinks"] = f"{hf_layer}.self_attn.sinks"
+        if index not in config.dense_layers:
+            names |= _moe_params(config, layer, hf_layer)
     return names
+
+
+def _moe_params(config: DecoderConfig, layer: str, hf_layer: str) -> dict[str, Names]:
+    matrices, mixture = _moe_names(config, layer, hf_layer), config.mixture
+    router, names = matrices[f"{layer}.mlp.router"], {}
+    if mixture.use_correction_bias:
+        names[f"{layer}.mlp.correction_bias"] = f"{router}.e_score_correction_bias"
+    if mixture.router_bias:
+        names[f"{layer}.mlp.router.bias"] = f"{router}.bias"
+    if mixture.use_bias:
+        experts = (f"{layer}.mlp.w13", f"{layer}.mlp.w2")
+        names |= {f"{path}.bias": with_suffix(matrices[path], ".bias") for path in experts}
+    return names
+
+
+def with_suffix(names: Names, suffix: str) -> Names:
+    """The names, each with `suffix` behind it."""
+    return names + suffix if isinstance(names, str) else [with_suffix(inner, suffix) for inner in names]
+
+
+def interleaved_names(config: DecoderConfig) -> dict[str, str]:
+    """Path of every layer of experts that a checkpoint in 16 or 32 bits holds in one tensor -> name of that tensor; see
+    `MixtureNames.interleaved`."""
+    if not (called := FAMILIES[config.model_type].mixture).interleaved:
+        return {}
+    layers = [index for index in range(config.num_hidden_layers) if index not in config.dense_layers]
+    return {
+        f"layers.{index}.mlp.{path}": f"model.layers.{index}.{called.block}.experts.{name}"
+        for index in layers
+        for path, name in (("w13", "gate_up_proj"), ("w2", "down_proj"))
+    }
 
 
 def unquantized_names(config: DecoderConfig) -> dict[str, str]:
@@ -106,9 +139,12 @@ def unquantized_names(config: DecoderConfig) -> dict[str, str]:
         "scale": "a norm's scale is a vector",
         "bias": "a bias, which stays as it is",
         "correction_bias": "a bias, which stays as it is",
+        "sinks": "attention sinks are a vector",
     }
     return {
-        name.removesuffix(".weight"): reasons[path.rpartition(".")[2]] for path, name in param_names(config).items()
+        name.removesuffix(".weight"): reasons[path.rpartition(".")[2]]
+        for path, names in param_names(config).items()
+        for _, name in flat(names)
     }
 
 

@@ -5,32 +5,28 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array
 
-from fp8x.array import ScaledArray
 from fp8x.calibrate import sidecar
 from fp8x.checkpoint import CONFIG, Format, Reader, Writer, choose_format, format_of
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_source
-from fp8x.checkpoint.header import DTYPES
 from fp8x.checkpoint.kv_cache import KVScales, kv_tensors
 from fp8x.checkpoint.requantize import Requantize, check_alone
 from fp8x.errors import CheckpointError
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
-from fp8x.models.hf_names import Names, flat, linear_names, param_names, rule_names, unquantized_names
+from fp8x.models.hf_names import flat, linear_names, param_names, rule_names, unquantized_names
 from fp8x.models.loading import Loader, check_counts, get
 from fp8x.models.matrices import with_dtype
 from fp8x.models.mesh_loading import MeshLoader
 from fp8x.models.modules import save_module
-from fp8x.nn.quantized import QuantizedLayer
+from fp8x.models.saving import fused_names, parts_of, stored_bytes, tensors_of
 from fp8x.nn.training import check_finished
 from fp8x.nn.walk import check_calibrated, remember_paths
 from fp8x.recipe import OUT_DTYPES, Recipe, Rules, as_recipe, check_stored
@@ -38,7 +34,7 @@ from fp8x.scheme import Scheme, is_kv_static, per_row
 from fp8x.sharding.layers import gathered
 from fp8x.sharding.model import plan_of
 from fp8x.sharding.place import whole, whole_shape
-from fp8x.sharding.plan import LayerSplit, Plan, check_mesh
+from fp8x.sharding.plan import Plan, check_mesh
 
 
 def load(
@@ -164,7 +160,8 @@ def save(
         model: a `Decoder`, or any NNX module, quantized or not.
         path: the directory to make; it must not exist, or be empty.
         format: of a `Decoder`: "compressed-tensors", "fp8" or "modelopt"; by default the first that can hold the model.
-            None for a model that is not quantized.
+            "mxfp4" (the experts of gpt-oss) and "mxfp4-pack-quantized" where all codes of MX blocks are e2m1's. None
+            for a model that is not quantized.
         max_shard_bytes: several files with an index, where one would be larger.
         beside: further JSON files, by name: they come with the weights or not at all.
         progress: called after every tensor with the bytes written and the bytes in all.
@@ -208,10 +205,11 @@ def save(
     declared = None if kv_scales is None else kv_scales.scheme
     writer_format = choose_format(used, format, declared) if used or kv_scales else None
     kv = {} if kv_scales is None else kv_tensors(kv_scales, writer_format)
+    fused = fused_names(config, layers, writer_format)
     params, placed = param_names(config), None if model.placement is None else plan_of(model, model.placement.mesh)
     total = sum(get(model, path).dtype.itemsize * math.prod(_shape(model, path, placed)) for path in params)
     total += sum(
-        _stored_bytes(layer, names[path], writer_format, placed and placed.layers[path])
+        stored_bytes(layer, names[path], writer_format, placed and placed.layers[path])
         for path, layer in layers.items()
     )
     total += sum(array.nbytes for array in kv.values())
@@ -223,12 +221,15 @@ def save(
             writer.add_json(name, value)
         if source is not None:
             writer.copy_companions(source)
-        for variable_path, name in params.items():
+        for variable_path, of_params in params.items():
             array = get(model, variable_path)[...]
-            writer.add(name, array if placed is None else whole(array, placed.param(variable_path, array.ndim)))
+            array = array if placed is None else whole(array, placed.param(variable_path, array.ndim))
+            fused_name = fused.get(variable_path.removesuffix(".bias"))
+            for name, part in parts_of(array, of_params, fused_name and f"{fused_name}_bias"):
+                writer.add(name, part)
         for module_path, layer in layers.items():
             layer = layer if placed is None else gathered(layer, placed.layers[module_path])
-            for name, array in _tensors(layer, names[module_path], writer_format):
+            for name, array in tensors_of(layer, names[module_path], fused.get(module_path), writer_format):
                 writer.add(name, array)
         for name, array in kv.items():
             writer.add(name, array)
@@ -268,32 +269,3 @@ def _shape(model: Decoder, path: str, placed: Plan | None) -> tuple[int, ...]:
     """Of a parameter that is no linear layer's matrix, on disk."""
     shape = get(model, path).shape
     return shape if placed is None else whole_shape(shape, placed.param(path, len(shape)))
-
-
-def _stored_bytes(layer: nnx.Module, names: Names, format: Format | None, split: LayerSplit | None) -> int:
-    """The size of what `_tensors` gives."""
-    weight = layer.kernel if isinstance(layer, nnx.Linear) else layer.weight
-    shape = weight.shape[::-1] if isinstance(layer, nnx.Linear) else weight.shape
-    shape = shape if split is None else whole_shape(shape, split.dims(len(shape)))
-    if not isinstance(layer, QuantizedLayer):
-        return weight.dtype.itemsize * math.prod(shape)
-    layout = format.layout(layer.recipe, shape[-2:])
-    specs = [spec for spec in (layout.weight, layout.weight_scale, layout.input_scale) if spec is not None]
-    each = sum(math.prod(spec.shapes[0]) * DTYPES[spec.dtypes[0]].itemsize for spec in specs)
-    return each * len(list(flat(names)))
-
-
-def _tensors(layer: nnx.Module, names: Names, format: Format | None) -> Iterator[tuple[str, Array | np.ndarray]]:
-    """What is stored of one layer."""
-    if isinstance(layer, nnx.Linear):
-        yield f"{names}.weight", layer.kernel[...].T
-        return
-    if not isinstance(layer, QuantizedLayer):
-        stack = np.asarray(layer.weight[...])
-        yield from ((f"{prefix}.weight", stack[index]) for index, prefix in flat(names))
-        return
-    data, scale = np.asarray(layer.weight[...]), np.asarray(layer.weight_scale[...])
-    input_scale = None if layer.input_scale is None else np.asarray(layer.input_scale[...])
-    for index, prefix in flat(names):
-        weight = ScaledArray(data[index], scale[index], layer.recipe.weight)
-        yield from format.encode(prefix, layer.recipe, weight, input_scale).items()

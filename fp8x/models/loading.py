@@ -47,7 +47,7 @@ class Loader:
         progress: Callable[[int, int], None] | None,
     ):
         self.reader, self.model, self.format, self.allow_nonfinite = reader, model, format, allow_nonfinite
-        self.names = linear_names(model.config)
+        self.names, self.params = linear_names(model.config), param_names(model.config)
         self.dtype = jnp.dtype(model.config.dtype)
         self.shapes = {path: _weight_shape(get(model, path)) for path in self.names}
         self.kv_scales = read_kv_scales(reader, format)
@@ -75,7 +75,8 @@ class Loader:
         Raises:
             CheckpointError: with some of the names.
         """
-        needed = list(param_names(self.model.config).values())
+        params = [(path, at, name) for path, names in self.params.items() for at, name in flat(names)]
+        needed = [name for _, _, name in params]
         for path, names in self.names.items():
             recipe, shape = self.stored[path], self.shapes[path][-2:]
             for _, prefix in flat(names):
@@ -96,8 +97,8 @@ class Loader:
             is_lost = self.format is None and any("scale" in name for name in unknown)
             hint = "; is the quantization_config lost?" if is_lost else ""
             raise CheckpointError(f"{self.reader.path}: {some(unknown)} not part of what config.json describes{hint}")
-        for path, name in param_names(self.model.config).items():
-            self.reader.check(name, shapes=[get(self.model, path).shape], dtypes=UNQUANTIZED)
+        for path, at, name in params:
+            self.reader.check(name, shapes=[get(self.model, path).shape[len(at) :]], dtypes=UNQUANTIZED)
         for path, names in self.names.items():
             recipe = self.stored[path]
             shape = self.shapes[path][-2:]
@@ -159,9 +160,12 @@ class Loader:
 
     def load(self, recipes: Mapping[str, Recipe | None]) -> None:
         """Fills the model; `recipes` of every linear module, None where it stays in 16 or 32 bits."""
-        for path, name in param_names(self.model.config).items():
+        for path, names in self.params.items():
             variable = get(self.model, path)
-            variable.set_value(self._array(name, variable.shape, variable.dtype))
+            if isinstance(names, str):
+                variable.set_value(self._array(names, variable.shape, variable.dtype))
+            else:
+                variable.set_value(self._stack(names, variable.shape, self._array))
         for path, names in self.names.items():
             recipe, shape = recipes[path], self.shapes[path]
             if recipe is not None:
@@ -169,7 +173,9 @@ class Loader:
             elif isinstance(names, str):
                 get(self.model, path).kernel.set_value(self._matrix(names, self.stored[path], shape).T)
             else:
-                get(self.model, path).weight.set_value(self._stack(names, self.stored[path], shape))
+                stored = self.stored[path]
+                read = lambda prefix, shape, stored=stored: self._matrix(prefix, stored, shape)  # noqa: E731
+                get(self.model, path).weight.set_value(self._stack(names, shape, read))
 
     def _quantized_layer(self, path: str, names: Names, recipe: Recipe, shape: tuple[int, ...]) -> QuantizedLayer:
         scheme = weight_scheme(recipe, len(shape))
@@ -190,10 +196,9 @@ class Loader:
                 self._finish(*self._tensors(prefix, stored, shape[-2:]))
         weight = ScaledArray(jax.device_put(data), jax.device_put(scale), scheme)
         input_scale = None if input_scale is None else jnp.array(input_scale)
-        if not isinstance(names, str):
-            return GroupedLinear.from_arrays(weight, recipe, input_scale=input_scale)
         bias = get(self.model, path).bias
-        return Linear.from_arrays(weight, recipe, bias=None if bias is None else bias[...], input_scale=input_scale)
+        kind = Linear if isinstance(names, str) else GroupedLinear
+        return kind.from_arrays(weight, recipe, bias=None if bias is None else bias[...], input_scale=input_scale)
 
     def _fill(
         self, prefix: str, stored: Recipe | None, recipe: Recipe, data: np.ndarray, scale: np.ndarray
@@ -233,11 +238,11 @@ class Loader:
             )
         return found
 
-    def _stack(self, names: Names, stored: Recipe | None, shape: tuple[int, ...]) -> Array:
-        """The experts' matrices in one array."""
+    def _stack(self, names: Names, shape: tuple[int, ...], read: Callable[[str, tuple[int, ...]], Array]) -> Array:
+        """The experts' matrices, or biases, in one array, from `read(name, shape)` of each."""
         stack = aligned(shape, self.dtype)
-        for index, prefix in flat(names):
-            stack[index] = self._matrix(prefix, stored, shape[-2:])
+        for index, name in flat(names):
+            stack[index] = read(name, shape[len(index) :])
         return jax.device_put(stack)
 
     def _matrix(self, prefix: str, stored: Recipe | None, shape: tuple[int, ...]) -> Array:

@@ -38,7 +38,8 @@ def modules_of(reader: Reader) -> dict[str, list[str]]:
         )
         return by_name
     modules = {path: [prefix for _, prefix in flat(names)] for path, names in linear_names(config).items()}
-    needed = [*param_names(config).values(), *(f"{prefix}.weight" for names in modules.values() for prefix in names)]
+    needed = [name for names in param_names(config).values() for _, name in flat(names)]
+    needed += [f"{prefix}.weight" for names in modules.values() for prefix in names]
     missing = [name for name in needed if name not in reader]
     if len(missing) == len(needed):
         warnings.warn(

@@ -18,7 +18,7 @@ from fp8x.checkpoint.format import MatrixScales, weight_spec
 from fp8x.checkpoint.header import UNQUANTIZED
 from fp8x.checkpoint.reader import Slices
 from fp8x.models.decoder import Decoder
-from fp8x.models.hf_names import Names, flat, param_names
+from fp8x.models.hf_names import Names, flat
 from fp8x.models.loading import Loader, dequantized, get
 from fp8x.nn.grouped import GroupedLinear
 from fp8x.nn.linear import Linear
@@ -55,18 +55,24 @@ class MeshLoader(Loader):
         """
         layout = plan(self.model.config, self.mesh, recipes)
         biases = {}
-        for path, name in param_names(self.model.config).items():
+        for path, names in self.params.items():
             variable = get(self.model, path)
-            read = self._part_of(name, variable.shape, variable.dtype)
+            read = self._param(names, variable)
             if path.endswith(".bias"):
                 biases[path.removesuffix(".bias")] = read
                 continue
             dims = layout.param(path, variable.ndim)
             put(variable, place(read, variable.shape, variable.dtype, dims, self.mesh))
-            self._finish(name)
+            self._finish(*(name for _, name in flat(names)))
         for path, names in self.names.items():
             self._layer(path, names, recipes[path], layout, biases.get(path), input_scales.get(path))
         finish(self.model, layout)
+
+    def _param(self, names: Names, variable: nnx.Variable) -> Read:
+        """Reads of a parameter that is no matrix of a linear layer's."""
+        depth = max(len(at) for at, _ in flat(names))
+        part = functools.cache(lambda name: self._part_of(name, variable.shape[depth:], variable.dtype))
+        return _stacked(names, part, variable.ndim - depth)
 
     def _layer(
         self,
@@ -99,6 +105,7 @@ class MeshLoader(Loader):
             place_weight(module, split, self.mesh, lambda index: read(index[::-1]).T, bias)
         else:
             place_weight(module, split, self.mesh, read, bias)
+        self._finish(*(name for _, name in flat(self.params.get(f"{path}.bias", []))))
         for _, prefix in flat(names):
             self._finish(*self._tensors(prefix, stored, shape[-2:]))
 
@@ -213,14 +220,14 @@ def _abstract(recipe: Recipe, shape: tuple[int, ...]) -> QuantizedLayer:
     return nnx.eval_shape(lambda: GroupedLinear(e, k, tuple(n), recipe=recipe, rngs=nnx.Rngs(0)))
 
 
-def _stacked(names: Names, read: Callable[[str], Read]) -> Read:
-    """Reads of the matrices of a layer as one array, from reads of each."""
+def _stacked(names: Names, read: Callable[[str], Read], ndim: int = 2) -> Read:
+    """Reads of the matrices of a layer, or of what has `ndim` dims, as one array, from reads of each."""
     if isinstance(names, str):
         return lambda index: read(names)(index)
     prefixes = dict(flat(names))
 
     def read_all(index: tuple[slice, ...]) -> np.ndarray:
-        leading, rest = [range(10**9)[where] for where in index[:-2]], index[-2:]
+        leading, rest = [range(10**9)[where] for where in index[:-ndim]], index[-ndim:]
         counts = [len(which) for which in leading]
         parts = [read(prefixes[at])(rest) for at in itertools.product(*leading)]
         return np.stack(parts).reshape(*counts, *parts[0].shape)

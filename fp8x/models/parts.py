@@ -38,7 +38,9 @@ class Mixture:
     Attributes:
         num_experts, top_k: how many there are, and how many a token visits.
         intermediate: width of one expert.
-        scores, normalize, scale, use_correction_bias: as `fp8x.nn.MoE` takes them.
+        scores, normalize, scale, use_correction_bias, use_bias, router_bias: as `fp8x.nn.MoE` takes them.
+        clamped_swiglu: alpha and limit of the experts' gate, a `fp8x.ops.gate.ClampedSwiGLU`; None for the decoder's
+            `hidden_act`.
         groups, top_groups, group_best: a token's experts are of so many groups of them, as `fp8x.nn.MoE` takes them.
         shared_intermediate: width of the expert that every token visits; None without one.
         shared_gate: whether a sigmoid weighs that one.
@@ -52,6 +54,9 @@ class Mixture:
     normalize: bool = True
     scale: float = 1.0
     use_correction_bias: bool = False
+    use_bias: bool = False
+    router_bias: bool = False
+    clamped_swiglu: tuple[float, float] | None = None
     groups: int = 1
     top_groups: int = 1
     group_best: int = 1

@@ -99,7 +99,7 @@ class Rope:
 
 def read_rope(fields: Fields, head_dim: int, *, partial: float | None = None, interleaved: bool = False) -> Rope:
     """The rotation that config.json states: in `rope_theta` and `rope_scaling` (transformers 4), or in
-    `rope_parameters` (5).
+    `rope_parameters` (5); where neither is there, in the family's default of the latter.
 
     Arguments:
         head_dim: dims of a head that positions are for.
@@ -109,8 +109,10 @@ def read_rope(fields: Fields, head_dim: int, *, partial: float | None = None, in
         ConfigError: a rotation that is not one of the four, or lacks a number.
     """
     rope: dict[str, Any] = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        stated = fields.raw(name) or {}
+    old, new = fields.raw("rope_scaling"), fields.raw("rope_parameters")
+    if not old and new is None:
+        new = fields.get("rope_parameters")
+    for name, stated in (("rope_scaling", old or {}), ("rope_parameters", new or {})):
         if not isinstance(stated, Mapping):
             raise fields.error(name, stated, "an object")
         if nested := [key for key, value in stated.items() if isinstance(value, Mapping)]:

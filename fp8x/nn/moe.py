@@ -41,6 +41,7 @@ class MoE(nnx.Module):
         groups, top_groups, group_best: a token's experts are of `top_groups` of so many groups of them, those with the
             highest sum of their `group_best` highest scores.
         use_bias: whether every expert's matrices add a bias.
+        router_bias: whether the router adds one to its logits, which chooses and weighs (gpt-oss).
         shared_intermediate: gives a shared expert of that width, which every token visits with weight one.
         shared_gate: whether a sigmoid of the token weighs the shared expert instead (Qwen2-MoE).
         router_dtype: computation type of the router; None takes `dtype`.
@@ -48,7 +49,7 @@ class MoE(nnx.Module):
         param_dtype: type of what is not quantized.
 
     Attributes:
-        router: `nnx.Linear`, hidden -> num_experts, without bias.
+        router: `nnx.Linear`, hidden -> num_experts.
         correction_bias: `CorrectionBias` `[E]`, or None.
         w13: weights `[E, 2, intermediate, hidden]`: gate (w1), then up (w3).
         w2: weights `[E, hidden, intermediate]`.
@@ -83,6 +84,7 @@ class MoE(nnx.Module):
         top_groups: int = 1,
         group_best: int = 1,
         use_bias: bool = False,
+        router_bias: bool = False,
         shared_intermediate: int | None = None,
         shared_gate: bool = False,
         router_dtype=None,
@@ -107,7 +109,7 @@ class MoE(nnx.Module):
         self.scores, self.routed_scale = check_scores(scores), routed_scale
         self.groups, self.top_groups, self.group_best = groups, top_groups, group_best
         of_router = options | {"dtype": router_dtype or dtype}
-        self.router = nnx.Linear(hidden, num_experts, use_bias=False, **of_router)
+        self.router = nnx.Linear(hidden, num_experts, use_bias=router_bias, **of_router)
         self.correction_bias = CorrectionBias(jnp.zeros(num_experts)) if use_correction_bias else None
         if recipe is None:
             make = functools.partial(UnquantizedGroupedLinear, num_experts, use_bias=use_bias, **options)

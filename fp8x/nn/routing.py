@@ -44,7 +44,8 @@ def choose_experts(
 
     Arguments:
         logits: the router's.
-        scores: softmax over the experts (Mixtral, Qwen3-MoE), or a sigmoid each (DeepSeek-V3).
+        scores: softmax over the experts (Mixtral, Qwen3-MoE), or a sigmoid each (DeepSeek-V3). Softmax over the chosen
+            experts alone (gpt-oss) is that over all with `normalize`.
         bias: is added to the scores to choose by, and enters no weight: DeepSeek-V3's `e_score_correction_bias`
             (arXiv:2412.19437, section 2.1.2).
         normalize: whether a token's weights are scaled to sum to one; all zero stay zero.

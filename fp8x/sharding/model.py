@@ -54,9 +54,10 @@ def shard(model: "Decoder | MoE", mesh: Mesh) -> "Decoder | MoE":
     layers = plan_of(model, mesh)
     for path, split in layers.layers.items():
         place_layer(get_module(model, path), split, mesh)
-    embedding = model.embed_tokens.embedding
-    dims = (layers.embedding, None)
-    put(embedding, place(values_of(embedding), embedding.shape, embedding.dtype, dims, mesh))
+    for at, variable in nnx.to_flat_state(nnx.state(model)):
+        if at[-1] in ("embedding", "sinks"):
+            dims = layers.param(".".join(map(str, at)), variable.ndim)
+            put(variable, place(values_of(variable), variable.shape, variable.dtype, dims, mesh))
     finish(model, layers)
     return model
 

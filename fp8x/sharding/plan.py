@@ -60,17 +60,26 @@ class Plan:
         placement: the mesh and what its axes are for.
         layers: the splits of every linear layer, by path; `lm_head` too.
         embedding: the split of the embedding's rows.
+        head_dim: dims of a head of queries.
     """
 
     placement: Placement
     layers: dict[str, LayerSplit]
     embedding: Split | None
+    head_dim: int
 
     def param(self, path: str, ndim: int) -> tuple[Split | None, ...]:
-        """The dims of a parameter that is no linear layer's matrix: the embedding, a norm, or a linear layer's bias."""
+        """The dims of a parameter that is no linear layer's matrix: the embedding, a norm, attention sinks, or a linear
+        layer's bias."""
         if path.endswith("embedding"):
             return (self.embedding, None)
-        return (self.layers[path.removesuffix(".bias")].n,) if path.endswith(".bias") else (None,) * ndim
+        if path.endswith(".bias"):
+            return self.layers[path.removesuffix(".bias")].dims(ndim + 1)[:-1]
+        if path.endswith(".sinks"):
+            queries = self.layers[f"{path.removesuffix('.sinks')}.q_proj"].n
+            # One a head, as there is a scale a block.
+            return (None if queries is None else queries.of_scales(self.head_dim),)
+        return (None,) * ndim
 
 
 def check_mesh(mesh: Mesh) -> None:
@@ -112,7 +121,7 @@ def plan(config: "DecoderConfig", mesh: Mesh, recipes: Mapping[str, Recipe | Non
     vocab = _features(config.vocab_size, model, parts, [recipes.get("lm_head")])
     if not config.tie_word_embeddings:
         layers["lm_head"] = LayerSplit(n=vocab)
-    return Plan(Placement(mesh, _axis(mesh, DATA), heads, model), layers, vocab)
+    return Plan(Placement(mesh, _axis(mesh, DATA), heads, model), layers, vocab, config.head_dim)
 
 
 def mixture(

@@ -3,7 +3,8 @@
 The environment (CPU): `pip install torch transformers safetensors`; the committed files of Mixtral and Qwen3-MoE were
 made with torch 2.13.0 and transformers 5.23.0, the others with torch 2.14.1 and transformers 5.24.0. Run `python
 tests/goldens/make_hf_goldens.py NAME...`; it replaces the named case folders beside this file, or all. Each holds a
-checkpoint (config.json and safetensors, with the tensor names of the published models) and `golden.safetensors`:
+checkpoint (config.json and safetensors, with the tensor names of the published models) and `golden.safetensors`. Where
+config.json says that experts are in MXFP4, they are packed here and dequantized by transformers, to either type:
 
   ids         int32   [2, 12]         prompts
   logits      float32 [2, 12, vocab]  in the checkpoint's own type
@@ -243,6 +244,48 @@ CASES += [
     )
 ]  # fmt: skip
 
+# The fields of openai/gpt-oss-20b, and sizes of which no two are alike.
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "attention_bias": True, "attention_dropout": 0.0,
+    "eos_token_id": 2, "experts_per_token": 2, "num_experts_per_tok": 2, "num_local_experts": 4, "head_dim": 16,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "hidden_act": "silu",
+    "initial_context_length": 16, "initializer_range": 0.02, "max_position_embeddings": 128, "output_router_logits":
+    False, "router_aux_loss_coef": 0.9, "pad_token_id": 0, "rms_norm_eps": 1e-5, "rope_theta": 150.0, "sliding_window":
+    5, "layer_types": ["sliding_attention", "full_attention"], "swiglu_limit": 1.5, "tie_word_embeddings": False,
+    "use_cache": True, "vocab_size": 64, "rope_scaling": {
+        "beta_fast": 8.0, "beta_slow": 1.0, "factor": 8.0, "original_max_position_embeddings": 16, "rope_type": "yarn",
+        "truncate": False,
+    },
+}  # fmt: skip
+MXFP4 = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
+    ],
+}  # fmt: skip
+
+# In transformers 5's words, and silent where it has a default; as published; and as published in MXFP4.
+CASES += [
+    Case(
+        "gpt_oss",
+        {name: value for name, value in GPT_OSS.items() if name not in ("layer_types", "rope_theta", "rope_scaling")}
+        | {
+            "hidden_size": 32, "intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 3,
+            "experts_per_token": 3, "head_dim": 12, "swiglu_alpha": 1.2, "dtype": "float32",
+            "rope_parameters": GPT_OSS["rope_scaling"] | {"rope_theta": 150.0},
+        },
+        seed=21,
+    ),
+    Case("gpt_oss_bf16", GPT_OSS | {"hidden_size": 64, "intermediate_size": 32, "torch_dtype": "bfloat16"}, seed=22),
+    Case(
+        "gpt_oss_mxfp4",
+        GPT_OSS | {
+            "hidden_size": 64, "intermediate_size": 96, "torch_dtype": "bfloat16", "quantization_config": MXFP4,
+        },
+        seed=23,
+    ),
+]  # fmt: skip
+
 
 def randomize(model: torch.nn.Module, seed: int) -> None:
     """Fills every parameter: matrices keep their input's variance or enlarge it, so that every layer matters."""
@@ -253,21 +296,61 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
             value = 1 + 0.2 * noise
         elif name.endswith("bias") or "embed" in name:
             value = 0.3 * noise
+        elif name.endswith("sinks"):
+            value = 1 + noise
         else:
-            gain = 2.0 if "gate.weight" in name or "lm_head" in name else 1.4
-            value = gain * parameter.shape[-1] ** -0.5 * noise
+            is_transposed = model.config.model_type == "gpt_oss" and "experts" in name
+            gain = 2.0 if "gate.weight" in name or "router" in name or "lm_head" in name else 1.4
+            value = gain * parameter.shape[-2 if is_transposed else -1] ** -0.5 * noise
         parameter.data.copy_(value)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
 
 
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def pack_mxfp4(experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[E, K, N]` as `blocks [E, N, K / 32, 16]` and `scales [E, N, K / 32]`, uint8, by OCP's rule (MX v1.0, 6.3).
+
+    The scale is the largest power of two in a block over that in e2m1, 4; values are rounded to nearest, of two equally
+    near to the even code, and saturate. The first of two values is in the low bits.
+    """
+    values = experts.float().transpose(1, 2).unflatten(-1, (-1, 32))
+    exponent = values.abs().amax(-1, keepdim=True).frexp().exponent - 1 - 2
+    scaled = values.ldexp(-exponent)
+    distance = (scaled.abs()[..., None] - E2M1).abs()
+    is_nearest = distance == distance.amin(-1, keepdim=True)
+    preferred = is_nearest.int() * torch.tensor([2, 1] * 4)  # even codes first
+    codes = preferred.argmax(-1) + 8 * scaled.signbit()
+    blocks = codes[..., ::2] + 16 * codes[..., 1::2]
+    return blocks.to(torch.uint8), (exponent.squeeze(-1) + 127).to(torch.uint8)
+
+
+def save_mxfp4(model: torch.nn.Module, folder: Path) -> None:
+    """The model with its experts' matrices as gpt-oss has them on disk."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in model.state_dict().items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = pack_mxfp4(value)
+        else:
+            tensors[name] = value
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def write_checkpoint(case: Case, folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps(case.config, indent=2) + "\n")
+    plain = {name: value for name, value in case.config.items() if name != "quantization_config"}
+    (folder / "config.json").write_text(json.dumps(plain, indent=2) + "\n")
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
     randomize(model, case.seed)
-    model.to(case.dtype).save_pretrained(folder, max_shard_size=case.shard_size)
-    (folder / "generation_config.json").unlink()
+    model.to(case.dtype)
+    if plain == case.config:
+        model.save_pretrained(folder, max_shard_size=case.shard_size)
+        (folder / "generation_config.json").unlink()
+    else:
+        save_mxfp4(model, folder)
     # save_pretrained rewrites config.json in the style of its own version; the case says which style it tests.
     (folder / "config.json").write_text(json.dumps(case.config, indent=2) + "\n")
 
@@ -296,7 +379,7 @@ def is_decided(model: torch.nn.Module, texts: torch.Tensor) -> torch.Tensor:
     hooks = [
         module.register_forward_hook(lambda module, _, output: routed.append(choices(module, output[0])))
         for name, module in model.named_modules()
-        if name.endswith("mlp.gate") or name.endswith("block_sparse_moe.gate")
+        if name.endswith(("mlp.gate", "block_sparse_moe.gate", "mlp.router"))
     ]
     logits = model(texts).logits
     for hook in hooks:

@@ -30,6 +30,50 @@ QWEN = {
 }
 
 
+# As published with openai/gpt-oss-20b; its experts are in MXFP4, which config.json says beside this.
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "eos_token_id": 200002,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "output_router_logits": False,
+    "pad_token_id": 199999,
+    "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "transformers_version": "4.55.0.dev0",
+    "use_cache": True,
+    "vocab_size": 201088,
+}
+
+
 def without(hf, name):
     return {key: value for key, value in hf.items() if key != name}
 
@@ -93,6 +137,50 @@ def test_sliding_window(hf, window):
     assert DecoderConfig.from_hf(hf).sliding_window == window
 
 
+def test_the_published_gpt_oss_is_read():
+    config = DecoderConfig.from_hf(GPT_OSS)
+    assert (config.head_dim, config.sliding_window, config.full_layers) == (64, 128, tuple(range(1, 24, 2)))
+    assert (config.attention_bias, config.output_bias, config.attention_sinks) == (True, True, True)
+    assert (config.context, config.dtype, config.norm_in_float32) == (131072, "bfloat16", True)
+    mixture = config.mixture
+    assert (mixture.num_experts, mixture.top_k, mixture.intermediate) == (32, 4, 2880)
+    assert (mixture.scores, mixture.normalize, mixture.use_bias, mixture.router_bias) == ("softmax", True, True, True)
+    assert mixture.clamped_swiglu == (1.702, 7.0)
+    rope = config.rope
+    assert (rope.kind, rope.theta, rope.factor, rope.original, rope.truncate) == ("yarn", 150000, 32, 4096, False)
+    assert (rope.low, rope.high, rope.amplitude) == (1, 32, 0.1 * math.log(32) + 1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attention_bias",
+        "experts_per_token",
+        "head_dim",
+        "hidden_act",
+        "layer_types",
+        "max_position_embeddings",
+        "num_experts_per_tok",
+        "rms_norm_eps",
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window",
+        "swiglu_limit",
+    ],
+)
+def test_gpt_oss_without_a_field_takes_the_default_of_transformers(name):
+    assert DecoderConfig.from_hf(without(GPT_OSS, name)) == DecoderConfig.from_hf(GPT_OSS)
+
+
+def test_gpt_oss_by_fields_of_its_own():
+    fields = {"swiglu_alpha": 1.5, "swiglu_limit": 2, "attention_bias": False, "sliding_window": None}
+    config = DecoderConfig.from_hf(GPT_OSS | fields)
+    assert config.mixture.clamped_swiglu == (1.5, 2.0)
+    assert (config.attention_bias, config.output_bias, config.sliding_window) == (False, False, None)
+    plain = DecoderConfig.from_hf(without(GPT_OSS, "rope_scaling") | {"rope_parameters": {"rope_theta": 10.0}})
+    assert (plain.rope.kind, plain.rope.theta) == ("default", 10)
+
+
 def test_the_raw_config_is_kept_and_takes_no_part_in_comparison():
     config = DecoderConfig.from_hf(MIXTRAL | {"bos_token_id": 1})
     assert config.hf["bos_token_id"] == 1
@@ -154,6 +242,10 @@ def test_a_missing_size_is_named(hf):
         (MIXTRAL | {"rope_parameters": "default"}, r"rope_parameters must be an object, got str 'default'"),
         (MIXTRAL | {"rope_theta": -1}, r"rope_theta must be a positive number, got int -1"),
         (QWEN | {"mlp_only_layers": [0]}, r"qwen3_moe model has no intermediate_size"),
+        (GPT_OSS | {"experts_per_token": 2}, r"experts_per_token \(2\) and num_experts_per_tok \(4\) differ"),
+        (GPT_OSS | {"hidden_act": "gelu"}, r"hidden_act must be 'silu', got str 'gelu'"),
+        (GPT_OSS | {"swiglu_limit": 0}, r"swiglu_limit must be a positive number, got int 0"),
+        (MIXTRAL | {"swiglu_limit": 7.0}, r"mixtral model has swiglu_limit 7.0, which fp8x does not know there"),
         (QWEN | {"mlp_only_layers": [0.5]}, r"mlp_only_layers must be a non-negative integer or a list of them"),
     ],
 )

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from golden import GOLDENS, Golden, read_golden
+from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
 from metric import as_bits
+from safetensors import safe_open
+from safetensors.numpy import load_file
 
 import fp8x
 from fp8x.checkpoint import Reader, Writer
@@ -21,6 +24,7 @@ from fp8x.errors import CheckpointError, RuleError, ShapeError
 from fp8x.models import Decoder, DecoderConfig, generate
 from fp8x.models.families import FAMILIES
 from fp8x.models.latent import LatentAttention
+from fp8x.models.loading import get
 from fp8x.nn.walk import get_module, named_layers
 
 # Mixtral and Qwen3-MoE are those of the other tests.
@@ -36,6 +40,8 @@ NAMES = [
     "deepseek_v2_groups",
     "deepseek_v3",
     "deepseek_v3_direct",
+    "gpt_oss",
+    "gpt_oss_bf16",
 ]
 BLOCKS = "fp8_e4m3fn_bf16_block_scale"
 
@@ -171,7 +177,7 @@ def test_no_texts_and_no_tokens_have_no_logits(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["deepseek_v3", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen2_moe", "gpt_oss"])
 def test_gradients_reach_every_parameter(name):
     for path, leaf in nnx.to_flat_state(read_golden(name).gradient()):
         assert jnp.all(jnp.isfinite(leaf[...])), path
@@ -294,3 +300,136 @@ class TestDeepSeek:
         two, _ = with_layer_behind(path, tmp_path / "two", 4)
         with pytest.raises(CheckpointError, match=r"model.layers.4.* not part of what config.json describes"):
             fp8x.load(two)
+
+
+class TestGptOss:
+    """Its sinks, its experts in one tensor, and these in MXFP4, by transformers, which dequantizes them."""
+
+    @staticmethod
+    def assert_stored_alike(saved: Path, expected: Path) -> None:
+        saved, expected = (load_file(folder / "model.safetensors") for folder in (saved, expected))
+        assert saved.keys() == expected.keys()
+        for name, array in expected.items():
+            assert (saved[name].dtype, saved[name].shape) == (array.dtype, array.shape), name
+            assert saved[name].tobytes() == array.tobytes(), name
+
+    @pytest.mark.parametrize(
+        ("name", "format"), [("gpt_oss", None), ("gpt_oss_bf16", None), ("gpt_oss_mxfp4", "mxfp4")]
+    )
+    @pytest.mark.parametrize("axes", [{}, pytest.param({"tensor": 2, "expert": 2}, marks=pytest.mark.slow)], ids=str)
+    def test_it_is_saved_as_transformers_saves_it(self, name, format, axes, tmp_path):
+        golden, done = read_golden(name), []
+        model = fp8x.load(golden.path, mesh=mesh_of(**axes) if axes else None)
+        fp8x.save(model, tmp_path / "saved", format, progress=lambda *counts: done.append(counts))
+        self.assert_stored_alike(tmp_path / "saved", golden.path)
+        assert done[-1][0] == done[-1][1]
+        if format is not None:
+            written = json.loads((tmp_path / "saved" / "config.json").read_text())
+            assert written["quantization_config"] == golden.hf["quantization_config"]
+
+    def test_experts_in_mxfp4_are_those_of_transformers(self, run, tmp_path):
+        golden = read_golden("gpt_oss_mxfp4")
+        ids, expected = golden.tensors["ids"], golden.tensors["logits_f32"]
+        assert set(named_layers(golden.model)) == {f"layers.{i}.mlp.{name}" for i in range(2) for name in ("w13", "w2")}
+        assert {layer.recipe for layer in named_layers(golden.model).values()} == {fp8x.recipe("mxfp8_bf16")}
+        dequantized = fp8x.load(golden.path, "f32")
+        assert not named_layers(dequantized)
+        assert np.abs(run(dequantized, ids) - expected).max() < 1e-5 * expected.std()
+        rounding = np.sqrt(np.mean((golden.tensors["logits"] - expected) ** 2))
+        for model in (golden.model, fp8x.load(golden.path, "bf16")):
+            distance = np.sqrt(np.mean((np.asarray(run(model, ids)) - golden.tensors["logits"]) ** 2))
+            assert distance < 1.5 * rounding
+            texts = generate(model, ids, max_new_tokens=16)
+            np.testing.assert_array_equal(texts, np.concatenate([ids, golden.tensors["generated"]], axis=1))
+
+    @pytest.mark.sample
+    @pytest.mark.parametrize(
+        ("recipe", "format"),
+        [(None, "compressed-tensors"), ("f32", None), (None, "mxfp4"), (None, "mxfp4-pack-quantized")],
+    )
+    def test_experts_in_mxfp4_come_back(self, recipe, format, tmp_path):
+        """Saved and converted: in 8 bits, out of them, and in 4."""
+        golden = read_golden("gpt_oss_mxfp4")
+        model = fp8x.load(golden.path, recipe)
+        fp8x.save(model, tmp_path / "saved", format)
+        fp8x.convert(golden.path, tmp_path / "converted", recipe, format)
+        for name in ("saved", "converted"):
+            assert_same(fp8x.load(tmp_path / name), model)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("axes", [{"tensor": 2}, {"expert": 2}, {"tensor": 2, "expert": 2}], ids=str)
+    def test_experts_in_mxfp4_on_a_mesh(self, axes, run):
+        golden, mesh = read_golden("gpt_oss_mxfp4"), mesh_of(**axes)
+        placed, ids = fp8x.load(golden.path, mesh=mesh), golden.tensors["ids"]
+        assert_same(placed, fp8x.sharding.shard(fp8x.load(golden.path), mesh))
+        rounding = np.sqrt(np.mean((golden.tensors["logits"] - golden.tensors["logits_f32"]) ** 2))
+        assert np.sqrt(np.mean((np.asarray(placed(ids)) - golden.tensors["logits"]) ** 2)) < 1.5 * rounding
+
+    def test_quantized_experts_are_saved_one_by_one(self, tmp_path):
+        """Each with its bias; those of the layer that stays in 16 bits together."""
+        golden = read_golden("gpt_oss_bf16")
+        model = fp8x.load(golden.path, "e4m3_bf16", rules={r"layers\.1\.mlp\.w(13|2)": None})
+        fp8x.save(model, tmp_path / "saved")
+        with safe_open(tmp_path / "saved" / "model.safetensors", "np") as file:
+            names = {name for name in file.keys() if "experts" in name}  # noqa: SIM118
+        parts = [
+            f"{name}_proj.{kind}" for name in ("gate", "up", "down") for kind in ("weight", "weight_scale", "bias")
+        ]
+        together = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+        assert names == {f"model.layers.0.mlp.experts.{e}.{part}" for e in range(4) for part in parts} | {
+            f"model.layers.1.mlp.experts.{name}" for name in together
+        }
+        assert_same(fp8x.load(tmp_path / "saved"), model)
+
+    @pytest.mark.parametrize(
+        ("code", "message"),
+        [
+            ("mxfp8_bf16", r"'mxfp4' holds the experts of gpt-oss alone; layers.0.self_attn.q_proj.* not; use 'mxfp4-"),
+            ("e4m3_bf16", r"'mxfp4': weights .* are not in MX blocks"),
+        ],
+    )
+    def test_what_mxfp4_does_not_hold(self, code, message, tmp_path):
+        model = fp8x.load(read_golden("gpt_oss_bf16").path, code)
+        with pytest.raises(CheckpointError, match=message):
+            fp8x.save(model, tmp_path / "saved", "mxfp4")
+        assert not (tmp_path / "saved").exists()
+
+    def test_codes_that_e2m1_has_not(self, tmp_path):
+        rules = {r"layers\.\d\.mlp\.w(13|2)": "mxfp8_bf16"}
+        model = fp8x.load(read_golden("gpt_oss_bf16").path, rules=rules)
+        with pytest.raises(CheckpointError, match=r"mlp.experts.gate_up_proj: \d+ of \d+ codes are none of e2m1's"):
+            fp8x.save(model, tmp_path / "saved", "mxfp4")
+        assert not (tmp_path / "saved").exists()
+
+    @pytest.mark.parametrize(("recipe", "heads"), [(None, 4), (BLOCKS, 16)])
+    def test_sinks_lie_where_their_heads_do(self, recipe, heads, run):
+        """Blocks of 128 rows hold the eight heads of the first device, of which there are four; it has all of them."""
+        golden, mesh = read_golden("gpt_oss_bf16"), mesh_of(tensor=2)
+        sinks = fp8x.load(golden.path, recipe, mesh).layers[0].self_attn.sinks
+        assert sinks.get_metadata("spec") == P("tensor") and sinks.shape == (heads,)
+        parts = [np.asarray(shard.data) for shard in sinks[...].addressable_shards]
+        expected = np.zeros(heads, parts[0].dtype)
+        expected[:4] = golden.model.layers[0].self_attn.sinks[...]
+        np.testing.assert_array_equal(np.concatenate(parts[:2]), expected)
+
+    def test_a_rule_for_sinks_is_refused(self):
+        for take in (fp8x.load, fp8x.plan):
+            with pytest.raises(RuleError, match=r"rules: .*sinks.* vector"):
+                take(read_golden("gpt_oss_bf16").path, "e4m3_bf16", rules={r"model\.layers\.0\.self_attn\.sinks": None})
+
+    def test_a_plan_says_why_router_and_sinks_stay(self):
+        plan = fp8x.plan(read_golden("gpt_oss_bf16").path, "e4m3_bf16")
+        reasons = {row.name: row.reason for row in plan.groups}
+        assert reasons["model.layers.*.mlp.router.weight"] == "a router"
+        assert reasons["model.layers.*.self_attn.sinks"] == "a vector or a number"
+
+    def test_a_sink_matters_and_so_does_a_bias(self, run):
+        """The goldens show it: without, logits are others."""
+        golden = read_golden("gpt_oss")
+        layer = "layers.1."
+        for path in ("self_attn.sinks", "self_attn.o_proj.bias", "mlp.router.bias", "mlp.w13.bias", "mlp.w2.bias"):
+            model = nnx.clone(golden.model)
+            variable = get(model, layer + path)
+            variable.set_value(jnp.zeros_like(variable[...]))
+            moved = np.abs(np.asarray(run(model, golden.tensors["ids"])) - golden.tensors["logits"]).max()
+            assert moved > 0.1 * golden.tensors["logits"].std(), path

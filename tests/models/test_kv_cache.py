@@ -57,6 +57,29 @@ def test_attention_reads_8_bits(scheme, dtype):
     assert_close(actual, expected, tolerance=2 * float(jnp.finfo(dtype).eps) + 2.0**-18)
 
 
+@pytest.mark.parametrize("scheme", [None, HEAD, TOKEN], ids=str)
+def test_a_sink_takes_weight_and_gives_no_value(scheme):
+    """One logit more for each head of queries, in float64, by hand; without a key to see it takes all."""
+    rng = np.random.default_rng(0)
+    b, t, s, h, kv, d = 2, 3, 7, 6, 2, 8
+    query, key, value = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((b, t, h, d), (b, s, kv, d), (b, s, kv, d))
+    )
+    sinks = np.array([-3, 0, 1, 2, 5, 90], np.float32)
+    mask = rng.random((b, t, s)) < 0.7
+    stored = (
+        KeyValues(key, value) if scheme is None else KeyValues(*(quantizer(scheme, kv, d)(x) for x in (key, value)))
+    )
+    keys, values = (np.repeat(float64(array), h // kv, axis=2) for array in stored)
+    scores = np.einsum("bthd,bshd->bhts", float64(query), keys) * 0.3
+    weights = np.where(mask[:, None], np.exp(scores), 0)
+    weights /= weights.sum(-1, keepdims=True) + np.exp(float64(sinks))[:, None, None]
+    actual = jax.jit(attend, static_argnums=4)(query, *stored, mask, 0.3, sinks)
+    assert_close(actual, np.einsum("bhts,bshv->bthv", weights, values), tolerance=2.0**-18)
+    nothing = attend(query, *stored, np.zeros_like(mask), 0.3, sinks)
+    assert np.all(np.asarray(nothing) == 0)
+
+
 def test_codes_are_those_of_ml_dtypes():
     x = np.random.default_rng(0).normal(size=(2, 3, 2, 8)).astype(np.float32)
     scale = np.array([0.01, 0.03], np.float32)
@@ -66,7 +89,7 @@ def test_codes_are_those_of_ml_dtypes():
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "gpt_oss"])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_a_cache_changes_nothing(name, scheme, run):
     """A text in pieces through a cache, and texts of other lengths beside it, as at once without one."""

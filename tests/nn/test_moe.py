@@ -12,7 +12,7 @@ from shapes import quantize, quantize_with_scale
 
 import fp8x
 from fp8x.errors import CalibrationError, ShapeError
-from fp8x.ops.gate import ACTIVATIONS
+from fp8x.ops.gate import ACTIVATIONS, ClampedSwiGLU
 from fp8x.scheme import Scheme
 
 CODES = [code for code in fp8x.RECIPES if "_f32" not in code]
@@ -41,7 +41,7 @@ def tokens(count, dtype=jnp.float32, hidden=HIDDEN, seed=0):
 def dense(moe, x) -> np.ndarray:
     """The mixture in float64; what a recipe quantizes is quantized, from the float64 values."""
     x = float64(x)
-    logits = x @ float64(moe.router.kernel[...])
+    logits = x @ float64(moe.router.kernel[...]) + (0 if moe.router.bias is None else float64(moe.router.bias[...]))
     p = np.exp(logits - logits.max(-1, keepdims=True))
     p = 1 / (1 + np.exp(-logits)) if moe.scores == "sigmoid" else p / p.sum(-1, keepdims=True)
     bias = 0.0 if moe.correction_bias is None else float64(moe.correction_bias[...])
@@ -54,13 +54,20 @@ def dense(moe, x) -> np.ndarray:
     y = np.zeros_like(x)
     for e in range(moe.num_experts):
         gate_up = product(moe.w13, e, x)
-        h = float64(ACTIVATIONS[moe.activation](jnp.asarray(gate_up[:, 0], jnp.float32))) * gate_up[:, 1]
-        y += weights[:, e, None] * product(moe.w2, e, h)
+        y += weights[:, e, None] * product(moe.w2, e, gated(moe.activation, gate_up[:, 0], gate_up[:, 1]))
     if moe.shared is not None:
         kernels = [float64(getattr(moe.shared, name).kernel[...]) for name in ("gate_proj", "up_proj", "down_proj")]
         gate, up = x @ kernels[0], x @ kernels[1]
-        y += (float64(ACTIVATIONS[moe.activation](jnp.asarray(gate, jnp.float32))) * up) @ kernels[2]
+        y += gated(moe.activation, gate, up) @ kernels[2]
     return y
+
+
+def gated(activation, gate, up) -> np.ndarray:
+    """What lies between an expert's products, in float64."""
+    if isinstance(activation, ClampedSwiGLU):
+        gate, up = np.minimum(gate, activation.limit), np.clip(up, -activation.limit, activation.limit)
+        return gate / (1 + np.exp(-activation.alpha * gate)) * (up + 1)
+    return float64(ACTIVATIONS[activation](jnp.asarray(gate, jnp.float32))) * up
 
 
 def product(layer, e, x) -> np.ndarray:
@@ -87,6 +94,7 @@ def product(layer, e, x) -> np.ndarray:
         dict(top_k=EXPERTS, activation="relu", use_bias=True),
         dict(shared_intermediate=32, activation="gelu_pytorch_tanh"),
         dict(scores="sigmoid", routed_scale=2.5, use_correction_bias=True),
+        dict(activation=ClampedSwiGLU(1.5, 0.8), use_bias=True, router_bias=True),
     ],
     ids=str,
 )

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fp8x.errors import ConfigError
-from fp8x.models.families import deepseek, glm, llama, mixtral, qwen
+from fp8x.models.families import deepseek, glm, gpt_oss, llama, mixtral, qwen
 from fp8x.models.families.family import Family
 from fp8x.models.fields import Fields
 
@@ -20,6 +20,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v2": deepseek.V2,
     "deepseek_v3": deepseek.V3,
     "glm4_moe": glm.GLM4_MOE,
+    "gpt_oss": gpt_oss.GPT_OSS,
 }
 
 

@@ -17,6 +17,9 @@ class MixtureNames:
         block: the mixture.
         gate, up, down: the matrices of an expert.
         shared: the expert that every token visits.
+        router: what chooses the experts.
+        interleaved: whether experts in 16 or 32 bits are written all in one tensor, `[E, K, N]`, gate and up in
+            alternate columns: `experts.gate_up_proj`, `experts.down_proj` and, `[E, N]`, these with `_bias`.
     """
 
     block: str = "mlp"
@@ -24,6 +27,8 @@ class MixtureNames:
     up: str = "up_proj"
     down: str = "down_proj"
     shared: str = "shared_experts"
+    router: str = "gate"
+    interleaved: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +125,6 @@ def _activation(fields: Fields) -> str:
 
 
 def _dtype(fields: Fields) -> str:
-    """`dtype` (transformers 5) or `torch_dtype` (4); float32, which holds any of the others, where neither is."""
-    name = fields.raw("dtype") or fields.raw("torch_dtype") or "float32"
+    """`dtype` (transformers 5) or `torch_dtype` (4); where neither is the family's, or float32, which holds any."""
+    name = fields.raw("dtype") or fields.raw("torch_dtype") or fields.defaults.get("dtype", "float32")
     return name.removeprefix("torch.") if isinstance(name, str) else name
