@@ -163,7 +163,7 @@ def quantize(
             planned = plan(found or given, planned.requantization)
         done = _convert(planned, destination, None if found is None else {SIDECAR: found.to_json()})
     rows, exactness = [], None
-    if verify or _comes_from_8_bits(planned, recipe is not None or bool(requantize)):
+    if verify or planned.source_format is not None:
         from fp8x.checkpoint.inspect import inspect
 
         advice = f"{destination} is complete"
@@ -193,11 +193,6 @@ def quantize(
     lines = [str(exactness)] if exactness is not None and planned.source_format is not None else []
     _show(summary, lines, source, destination)
     plans.show_exceptions(planned)
-
-
-def _comes_from_8_bits(plan: "Plan", is_changed: bool) -> bool:
-    """Whether what became of matrices in 8 bits is to be compared with them: all but copies in the same format."""
-    return plan.source_format is not None and (is_changed or plan.format is not plan.source_format)
 
 
 def _convert(plan: "Plan", destination: Path, beside: dict[str, Any] | None) -> "Conversion":
