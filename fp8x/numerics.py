@@ -37,9 +37,9 @@ def quantize(x: Float[Array, "..."], scheme: Scheme, *, name: str = "x") -> Scal
 
 
 def requantize(q: ScaledArray, scheme: Scheme, *, name: str = "q") -> ScaledArray:
-    """`quantize` of what `q` stands for; but from e8m0 scales to `"amax"` ones a block whose values are all exact by
-    the smallest power of two that clips none gets that for its scale (`exact_scale`). Its scales stay the scheme's:
-    which number a scale is, is data.
+    """`quantize` of what `q` stands for; but from scales that are powers of two (e8m0, `"pow2"`, `"unit"`) to `"amax"`
+    ones, a block whose values are all exact by the smallest power of two that clips none has that for its scale
+    (`pow2_loses`, `exact_scale`). The result is an ordinary array of the scheme: scales are data.
 
     Raises:
         ShapeError: as `quantize`.

@@ -115,8 +115,9 @@ class Scheme:
 
     def keeps_exact_blocks(self, source: "Scheme") -> bool:
         """Whether an array that comes from `source` to this scheme gets a power of two for the scale of a block where
-        that keeps every value: the source's scales are powers of two, and this scheme's are amax / max."""
-        return source.is_mx and self.scale_rule == "amax"
+        that keeps every value: where this scheme's scales are amax / max, and the source's powers of two, as all other
+        rules make them."""
+        return source.scale_rule != "amax" and self.scale_rule == "amax"
 
     def block_of(self, shape: Sequence[int], name: str = "array") -> tuple[int, ...]:
         """The block's extent in every dim of an array of `shape`; `name` stands in errors.
