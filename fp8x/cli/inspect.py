@@ -93,9 +93,13 @@ def _show(found: "Inspection", rows: "list[TensorRow]", checkpoint: Path, recipe
 
 
 def _notes(found: "Inspection") -> list[str]:
-    """Why an SNR is missing."""
+    """What is the same, and why an SNR is missing."""
     if found.mean_snr is not None:
-        return ["The last row's SNR is the mean over quantized tensors with an error; – is exact: not quantized."]
+        exactness = [] if found.exactness is None else [str(found.exactness)]
+        return [
+            *exactness,
+            "The last row's SNR is the mean over quantized tensors with an error; – is exact: not quantized.",
+        ]
     if found.format is not None:
         return ["No SNR: it needs the weights before quantization; pass --reference BF16_DIR."]
     return ["No SNR: nothing is quantized; --recipe CODE shows what a recipe would give."]
