@@ -12,7 +12,7 @@ from fp8x.checkpoint.finite import check_overflow, is_finite
 from fp8x.checkpoint.fusing import FusedExperts, biases
 from fp8x.checkpoint.header import nbytes
 from fp8x.checkpoint.packed import pack
-from fp8x.checkpoint.parts import StoredMatrix, not_e2m1, quantized_matrix, refuse_nonfinite
+from fp8x.checkpoint.parts import StoredMatrix, not_e2m1, quantized_matrix, refuse_nonfinite, warn_of_flushed
 from fp8x.checkpoint.plan import Plan, Spec
 from fp8x.checkpoint.reader import DTYPE_NAMES, Reader
 
@@ -114,6 +114,7 @@ class ExpertJob:
         bits = np.dtype(f"uint{8 * dtype.itemsize}")
         whole = work.buffer(math.prod((k, lines, dtype.itemsize)), "expert").view(bits).reshape(k, lines)
         for index, source in enumerate(sources):
+            warn_of_flushed(source, work)
             for part, values in source.parts(work):
                 if not self.plan.allow_nonfinite and not is_finite(values.data, DTYPE_NAMES[values.data.dtype]):
                     refuse_nonfinite(self.reader, source.name, work)

@@ -34,8 +34,11 @@ def convert(
     """Writes a Hugging Face checkpoint anew: quantized, in another scheme or format, or dequantized.
 
     No model is built, so any architecture will do, and memory does not grow with the model. Quantized matrices become
-    what `fp8x.load(src, recipe)` makes of them, byte by byte. From 8 bits to other 8 bits they go through float32;
-    `fp8x.checkpoint.inspect.inspect(dst, reference=src)` measures what that adds.
+    what `fp8x.load(src, recipe)` makes of them, byte by byte. From 8 bits to other 8 bits they go through float32; a
+    block from scales that are powers of two, as MX has them, which another keeps exactly, gets that
+    (`fp8x.numerics.requantize`).
+    `fp8x.checkpoint.inspect.inspect(dst, reference=src).exactness` counts exact blocks, and measures what the others
+    lost.
 
     After a conversion was killed the same call goes on with the tensors that are not on disk, within a file too, and
     ends with the same bytes.

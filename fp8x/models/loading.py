@@ -13,6 +13,7 @@ from jaxtyping import Array
 from fp8x import numerics
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import Format, Reader
+from fp8x.checkpoint.exact import count_flushed, warn_of_flushed
 from fp8x.checkpoint.finite import check_overflow, count_nonfinite, is_finite, nonfinite_error
 from fp8x.checkpoint.format import MatrixScales, stored_recipes, weight_spec
 from fp8x.checkpoint.header import DTYPE_NAMES, UNQUANTIZED
@@ -213,9 +214,10 @@ class Loader:
         found = self._scales(prefix, stored, data.shape)
         if stored.weight != recipe.weight:
             codes = found.codes(prefix, stored, data.shape, self.reader)
-            array = dequantized(ScaledArray(codes, found.scale, stored.weight))
-            self._check_finite(name, np.asarray(array))
-            weight = numerics.quantize_weight(array, recipe.weight, name=name, allow_nonfinite=True)
+            source = ScaledArray(codes, found.scale, stored.weight)
+            warn_of_flushed(name, count_flushed(source), source.data.size)
+            self._check_finite(name, np.asarray(dequantized(source)))
+            weight = requantized(source, scheme=recipe.weight)
             data[...], scale[...] = weight.data, weight.scale
         elif found.translation is not None:
             data[...], scale[...] = found.codes(prefix, stored, data.shape, self.reader), found.scale
@@ -251,7 +253,9 @@ class Loader:
         codes = found.codes(prefix, stored, shape, self.reader)
         self._check_finite(f"{prefix}.weight", codes)
         self._finish(*self._tensors(prefix, stored, shape))
-        array = dequantized(ScaledArray(codes, found.scale, stored.weight)).astype(self.dtype)
+        source = ScaledArray(codes, found.scale, stored.weight)
+        warn_of_flushed(f"{prefix}.weight", count_flushed(source), codes.size)
+        array = dequantized(source).astype(self.dtype)
         self._check_overflow(f"{prefix}.weight", np.asarray(array))
         return array
 
@@ -303,6 +307,7 @@ def check_counts(reader: Reader, config: DecoderConfig) -> None:
 
 # In float32: from there convert goes to other 8 bits, too.
 dequantized = jax.jit(numerics.dequantize)
+requantized = jax.jit(numerics.requantize, static_argnames="scheme")
 
 
 def get(model: nnx.Module, path: str):

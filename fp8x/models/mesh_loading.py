@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import Format, Reader
+from fp8x.checkpoint.exact import count_flushed, warn_of_flushed
 from fp8x.checkpoint.format import MatrixScales, weight_spec
 from fp8x.checkpoint.header import UNQUANTIZED
 from fp8x.checkpoint.reader import Slices
@@ -132,7 +134,7 @@ class MeshLoader(Loader):
         """A weight from the 8 bits that are stored to others, and its static activation scale."""
         shape, dims = layer.weight.shape, split.dims(layer.weight.ndim)
         placed = place(self._dequantized(names, stored, shape), shape, np.dtype(np.float32), dims, self.mesh)
-        weight = quantize_placed(placed, layer.weight_scheme, shape, dims, self.mesh)
+        weight = quantize_placed(placed, layer.weight_scheme, shape, dims, self.mesh, source=stored.weight)
         scales = (self._scales(prefix, stored, shape[-2:]).input_scale for _, prefix in flat(names))
         return weight, _input_scale(layer, stored, scales)
 
@@ -142,7 +144,8 @@ class MeshLoader(Loader):
         @functools.cache
         def view(prefix: str) -> _Dequantized:
             scales = self._scales(prefix, stored, shape[-2:])
-            return _Dequantized(self._view(prefix, stored, scales, shape[-2:]), scales.scale, stored.weight)
+            codes = self._view(prefix, stored, scales, shape[-2:])
+            return _Dequantized(f"{prefix}.weight", codes, scales.scale, stored.weight)
 
         return _stacked(names, lambda prefix: self._checked(f"{prefix}.weight", view(prefix)))
 
@@ -182,6 +185,7 @@ class MeshLoader(Loader):
 class _Dequantized:
     """A stored matrix whose parts are in float32."""
 
+    name: str
     codes: Slices | np.ndarray
     scale: np.ndarray
     scheme: Scheme
@@ -197,6 +201,7 @@ class _Dequantized:
             of_scales.append(slice(None) if block is None else slice(first, last))
             inner.append(slice(part.start - start, part.stop - start))
         whole = ScaledArray(self.codes[tuple(outer)], self.scale[tuple(of_scales)], self.scheme)
+        warn_of_flushed(self.name, count_flushed(whole), math.prod(self.codes.shape))
         return np.asarray(dequantized(whole))[tuple(inner)]
 
 
