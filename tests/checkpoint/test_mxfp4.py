@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import fp8x
 from fp8x.checkpoint import Reader, Writer
 from fp8x.checkpoint.header import DTYPES, read_header
+from fp8x.checkpoint.inspect import inspect, merge_experts
 from fp8x.checkpoint.packed import pack, unpack
 from fp8x.errors import CheckpointError
 
@@ -453,3 +454,11 @@ def test_what_16_and_32_bits_hold(tmp_path, dtype, first, last):
         fp8x.convert(source, tmp_path / "no", dtype)
     fp8x.convert(source, tmp_path / "inf", dtype, allow_nonfinite=True)
     assert np.isinf(read(Reader(tmp_path / "inf"), "a.weight").astype(np.float64)).any()
+
+
+def test_what_inspect_says(tmp_path):
+    source = write(tmp_path / "in", gpt_oss(), GPT_OSS, model_type="gpt_oss")
+    rows = {row.name: row for row in merge_experts(inspect(source).rows)}
+    row = rows[f"{BLOCK}.*.up_proj.weight"]
+    assert (row.stored_as, row.shape, row.bytes) == ("mxfp4", (3, 96, 64), 3 * 96 * (32 + 2))
+    assert inspect(source).bytes == sum(array.nbytes for array in gpt_oss().values())
