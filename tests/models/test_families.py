@@ -356,6 +356,19 @@ class TestGptOss:
         for name in ("saved", "converted"):
             assert_same(fp8x.load(tmp_path / name), model)
 
+    def test_experts_in_mxfp4_are_requantized(self, tmp_path):
+        golden = read_golden("gpt_oss_mxfp4")
+        model = fp8x.load(golden.path, requantize=BLOCKS)
+        fp8x.convert(golden.path, tmp_path / "converted", format="fp8", requantize=BLOCKS)
+        assert_same(fp8x.load(tmp_path / "converted"), model)
+        placed = fp8x.load(golden.path, mesh=mesh_of(tensor=2, expert=2), requantize=BLOCKS)
+        assert_same(placed, fp8x.sharding.shard(model, mesh_of(tensor=2, expert=2)))
+
+    def test_one_scale_across_experts_leaves_each_its_bias(self):
+        path, recipe = read_golden("gpt_oss_bf16").path, fp8x.Recipe(fp8x.Scheme("e4m3", block=(None, None, None)))
+        rules = {r"layers\.\d\.mlp\.w(13|2)": recipe}
+        assert_same(fp8x.load(path, rules=rules), fp8x.quantize_model(fp8x.load(path), None, rules))
+
     @pytest.mark.slow
     @pytest.mark.parametrize("axes", [{"tensor": 2}, {"expert": 2}, {"tensor": 2, "expert": 2}], ids=str)
     def test_experts_in_mxfp4_on_a_mesh(self, axes, run):
