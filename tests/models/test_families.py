@@ -414,16 +414,17 @@ class TestGptOss:
             fp8x.save(model, tmp_path / "saved", "mxfp4")
         assert not (tmp_path / "saved").exists()
 
-    @pytest.mark.parametrize(("recipe", "heads"), [(None, 4), (BLOCKS, 16)])
-    def test_sinks_lie_where_their_heads_do(self, recipe, heads, run):
-        """Blocks of 128 rows hold the eight heads of the first device, of which there are four; it has all of them."""
-        golden, mesh = read_golden("gpt_oss_bf16"), mesh_of(tensor=2)
-        sinks = fp8x.load(golden.path, recipe, mesh).layers[0].self_attn.sinks
+    @pytest.mark.parametrize(("code", "heads"), [(None, 4), (BLOCKS, 64)])
+    def test_sinks_lie_where_their_heads_do(self, code, heads, run):
+        """Blocks of 128 rows hold 32 heads of 12 dims on the first device: of the four that there are it has all."""
+        golden, recipe = read_golden("gpt_oss"), code and dataclasses.replace(fp8x.recipe(code), out_dtype=jnp.float32)
+        placed, ids = fp8x.load(golden.path, recipe, mesh_of(tensor=2)), golden.tensors["ids"]
+        sinks = placed.layers[0].self_attn.sinks
         assert sinks.get_metadata("spec") == P("tensor") and sinks.shape == (heads,)
-        parts = [np.asarray(shard.data) for shard in sinks[...].addressable_shards]
-        expected = np.zeros(heads, parts[0].dtype)
+        expected = np.zeros(heads, np.float32)
         expected[:4] = golden.model.layers[0].self_attn.sinks[...]
-        np.testing.assert_array_equal(np.concatenate(parts[:2]), expected)
+        np.testing.assert_array_equal(np.asarray(sinks[...]), expected)
+        assert_tokens_agree(np.asarray(placed(ids)), np.asarray(run(fp8x.load(golden.path, recipe), ids)), code)
 
     def test_a_rule_for_sinks_is_refused(self):
         for take in (fp8x.load, fp8x.plan):
