@@ -5,6 +5,7 @@ and from bit arithmetic, never from a division by a constant (XLA turns those in
 and not in others), `log2` (off by one ulp at powers of two) or a cast to e8m0 (rounds to nearest, turns 0 into NaN).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -32,14 +33,35 @@ def quantize(x: Float[Array, "..."], scheme: Scheme, *, name: str = "x") -> Scal
     Raises:
         ShapeError: `x` has too few dims for the block, or an MX scheme meets a ragged dim; `name` is in the message.
     """
-    x = jnp.asarray(x)
+    return _quantize(jnp.asarray(x), scheme, name, lambda x: compute_scale(block_amax(x, scheme), scheme))
+
+
+def requantize(q: ScaledArray, scheme: Scheme, *, name: str = "q") -> ScaledArray:
+    """`quantize` of what `q` stands for; but from scales that are powers of two (e8m0, `"pow2"`, `"unit"`) to `"amax"`
+    ones, a block whose values are all exact by the smallest power of two that clips none has that for its scale
+    (`pow2_loses`, `exact_scale`). The result is an ordinary array of the scheme: scales are data.
+
+    Raises:
+        ShapeError: as `quantize`.
+    """
+
+    def exact(x):
+        amax = block_amax(x, scheme)
+        return exact_scale(amax, pow2_loses(x, amax, scheme), scheme)
+
+    if not scheme.keeps_exact_blocks(q.scheme):
+        return quantize(dequantize(q), scheme, name=name)
+    return _quantize(dequantize(q), scheme, name, exact)
+
+
+def _quantize(x: Float[Array, "..."], scheme: Scheme, name: str, scale_of: Callable[[Array], Array]) -> ScaledArray:
     _check_input(x, scheme, name)
 
-    def by_own_amax(x):
-        scale = compute_scale(block_amax(x, scheme), scheme)
+    def by_own_scale(x):
+        scale = scale_of(x)
         return [_codes(x, scale, scheme), scale]
 
-    return ScaledArray(*meshes.by_xla(by_own_amax, lambda: _dims(x, scheme), x), scheme)
+    return ScaledArray(*meshes.by_xla(by_own_scale, lambda: _dims(x, scheme), x), scheme)
 
 
 def quantize_with_scale(x: Float[Array, "..."], scale: Float[Array, "..."], scheme: Scheme) -> ScaledArray:
@@ -211,6 +233,34 @@ def compute_scale(amax: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..
         bits = (bits + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000)
         scale = jax.lax.bitcast_convert_type(bits, jnp.float32)
     return jnp.where(jax.lax.bitcast_convert_type(amax, jnp.int32) == 0, np.float32(1.0), scale)
+
+
+def pow2_loses(x: Float[Array, "..."], amax: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
+    """Of every block: 1 where some finite value is not exact by the scale that `"pow2"` gives `amax`, else 0; float32,
+    in the shape of the scales.
+
+    Exact means: quantized and dequantized it has the same bits, those of -0 among them. Like an amax, a block's is the
+    largest of its parts', if all of these are given the whole block's `amax`.
+    """
+    pow2 = _pow2(scheme)
+
+    def loses(x, amax):
+        x, scale = _float32(x), compute_scale(amax, pow2)
+        back = _codes(x, scale, pow2).astype(jnp.float32) * _expand(scale, x.shape, pow2)
+        # Bits, since XLA takes subnormal numbers for zeros on CPU.
+        differs = jax.lax.bitcast_convert_type(back, jnp.int32) != jax.lax.bitcast_convert_type(x, jnp.int32)
+        return _block_max((differs & jnp.isfinite(x)).astype(jnp.float32), pow2, finite=False)
+
+    return meshes.by_xla(loses, lambda: _dims(x, scheme)[1], x, amax)
+
+
+def exact_scale(amax: Float[Array, "..."], loses: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
+    """A power of two for blocks of which `pow2_loses` says 0, and for the others what the scheme's own rule gives."""
+    return jnp.where(loses == 0, compute_scale(amax, _pow2(scheme)), compute_scale(amax, scheme))
+
+
+def _pow2(scheme: Scheme) -> Scheme:
+    return dataclasses.replace(scheme, scale_rule="pow2")
 
 
 def _e8m0_scale(amax: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:

@@ -435,8 +435,30 @@ def test_from_8_bits(quantized, tiny_checkpoint, tmp_path):
     found = read_json("quantize", quantized, tmp_path / "plain", "-r", "bf16")
     assert found["format"] is None and "bf16" in found["schemes"]
     found = read_json("quantize", quantized, tmp_path / "fp8", "--format", "fp8")
-    assert found["format"] == "fp8" and not found["snr_db"]
+    assert found["format"] == "fp8" and set(found["snr_db"].values()) == {None}  # exact
+    assert found["exactness"]["differing"] == 0 and found["exactness"]["inexact_snr_db"] is None
     assert "--recipe: missing" in error("quantize", tiny_checkpoint, tmp_path / "out")
+
+
+BLOCK = "fp8_e4m3fn_bf16_block_scale"
+
+
+def test_exact_blocks(tiny_checkpoint, tmp_path):
+    invoke("quantize", tiny_checkpoint, tmp_path / "mx", "-r", "mxfp8_mxfp8_bf16")
+    found = read_json("quantize", tmp_path / "mx", tmp_path / "a", "-r", BLOCK)["exactness"]
+    assert 0 < found["exact_blocks"] < found["blocks"] and 0 < found["differing"] < found["values"]
+    assert 25 < found["inexact_snr_db"] < 40
+    out = invoke("quantize", tmp_path / "mx", tmp_path / "b", "-r", BLOCK).stdout
+    line = f"{found['exact_blocks']:,} of {found['blocks']:,} blocks are exact; {found['differing']:,} of "
+    assert line in out
+    inspected = read_json("inspect", tmp_path / "a", "--reference", tmp_path / "mx")
+    assert inspected["exactness"] == found
+    assert sum(row["exact_blocks"] or 0 for row in inspected["tensors"]) == found["exact_blocks"]
+    assert line in invoke("inspect", tmp_path / "a", "--reference", tmp_path / "mx").stdout
+    out = invoke("quantize", tmp_path / "mx", tmp_path / "c", "-f", "modelopt").stdout
+    assert f"nothing was lost: every one of {found['values']:,} values is the source's, bit for bit" in out
+    plain = read_json("quantize", tiny_checkpoint, tmp_path / "d", "-r", "mxfp8_bf16")
+    assert plain["exactness"] is None
 
 
 def test_requantize(tiny_checkpoint, tmp_path):
@@ -447,7 +469,9 @@ def test_requantize(tiny_checkpoint, tmp_path):
     assert "lowest SNR" in invoke(*dry_run).stdout and not (tmp_path / "dry").exists()
     chosen = found["requantized"]["layers.1.mlp.w13"]
     assert chosen["recipe"] in (f"{DYNAMIC}, pow2 weights", "fp8_e4m3fn_bf16_block_scale, pow2 weights")
-    assert 25 < chosen["others_snr_db"][DYNAMIC] < 40 and len(chosen["others_snr_db"]) == 3
+    assert chosen["snr_db"] is None and len(chosen["others_snr_db"]) == 3  # exact
+    lowest = [snr for each in found["requantized"].values() for snr in each["others_snr_db"].values() if snr]
+    assert lowest and 25 < min(lowest) < 40
     assert found["recipe"] is None and set(found["schemes"]) <= {"bf16", "e4m3 1×· f32 pow2", "e4m3 128×128 f32 pow2"}
     out = invoke("quantize", tmp_path / "mx", tmp_path / "b", "--requantize", DYNAMIC, "--format", "modelopt").stdout
     assert f"{DYNAMIC}, pow2 weights" in out and "next best" in out and "recipe chosen by module" in out

@@ -20,11 +20,11 @@ from fp8x.array import ScaledArray
 from fp8x.checkpoint import rows
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_source
 from fp8x.checkpoint.experts import ExpertJob
-from fp8x.checkpoint.finite import is_finite, nonfinite_error
+from fp8x.checkpoint.finite import check_overflow, is_finite, nonfinite_error
 from fp8x.checkpoint.format import Layout
 from fp8x.checkpoint.header import UNQUANTIZED, nbytes
 from fp8x.checkpoint.packed import pack
-from fp8x.checkpoint.parts import StoredMatrix, not_e2m1, quantized_matrix, refuse_nonfinite
+from fp8x.checkpoint.parts import StoredMatrix, not_e2m1, quantized_matrix, refuse_nonfinite, warn_of_flushed
 from fp8x.checkpoint.plan import Plan, Spec, Target
 from fp8x.checkpoint.reader import CONFIG, DTYPE_NAMES, Reader
 from fp8x.checkpoint.resumable import ResumableWriter
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What a conversion did.
+    """What a conversion did. How much of its source it kept is found by reading it, also where it was resumed:
+    `fp8x.checkpoint.inspect.inspect(dst, reference=src).exactness`.
 
     Attributes:
         plan: that it followed.
@@ -242,7 +243,7 @@ class _Matrix:
 
     @property
     def bytes(self) -> int:
-        return self.reader.stored(self.name).nbytes
+        return self.reader.stored(self.name).nbytes_on_disk
 
     @property
     def program(self) -> tuple:
@@ -259,11 +260,17 @@ class _Matrix:
         if self.layout is not None and self.layout.input_scale is not None:
             for name, array in self.layout.input_scale.write(self.prefix, self._input_scale(input_scale)).items():
                 work.writer.write(name, 0, array)
+        if not self.target.is_kept:
+            warn_of_flushed(source, work)
         if scheme is None:
             for part, values in source.parts(work):
                 scratch = work.scratch(values.shape, f"uint{8 * self.plan.out_dtype.itemsize}")
                 self._check_codes(work, values)
-                self._write_result(work, part, rows.dequantized(values, scratch, dtype=self.plan.out_dtype))
+                found = rows.dequantized(values, scratch, dtype=self.plan.out_dtype)
+                if not self.plan.allow_nonfinite:
+                    file = self.reader.stored(self.name).file
+                    check_overflow(self.name, file, np.from_dlpack(found), DTYPE_NAMES[self.plan.out_dtype])
+                self._write_result(work, part, found)
         elif self.target.is_kept:
             self._write_scale(work, 0, source.scale)
             if self.plan.format.packs:
@@ -293,7 +300,7 @@ class _Matrix:
 
     def _convert_whole(self, work: "_Work", source: StoredMatrix, scheme: Scheme) -> None:
         """To blocks that hold every row: their scales before their values."""
-        scale = rows.compute_scale(self._amax(work, source, scheme), scheme)
+        scale = source.scale_of_amax(work, self._amax(work, source, scheme), scheme)
         self._write_scale(work, 0, scale)
         for part, values in source.parts(work, scheme):
             data = rows.quantized_with_scale(values, scale, work.scratch(values.shape), scheme=scheme)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fp8x.checkpoint import rows
-from fp8x.checkpoint.finite import is_finite
+from fp8x.checkpoint.finite import check_overflow, is_finite
 from fp8x.checkpoint.fusing import FusedExperts, biases
 from fp8x.checkpoint.header import nbytes
 from fp8x.checkpoint.packed import pack
-from fp8x.checkpoint.parts import StoredMatrix, not_e2m1, quantized_matrix, refuse_nonfinite
+from fp8x.checkpoint.parts import StoredMatrix, not_e2m1, quantized_matrix, refuse_nonfinite, warn_of_flushed
 from fp8x.checkpoint.plan import Plan, Spec
 from fp8x.checkpoint.reader import DTYPE_NAMES, Reader
 
@@ -52,7 +52,7 @@ class ExpertJob:
     @property
     def bytes(self) -> int:
         """Of the source's matrices."""
-        return sum(self.reader.stored(name).nbytes for name in self.names)
+        return sum(self.reader.stored(name).nbytes_on_disk for name in self.names)
 
     @property
     def program(self) -> tuple:
@@ -103,7 +103,7 @@ class ExpertJob:
                 codes.append(packed)
                 missing[i] += count
             self._write(work, f"{self.fused.name}_blocks", start * len(sources) * k // 2, np.stack(codes, axis=1))
-            work.advance((stop - start) * len(sources) * k)
+            work.advance((stop - start) * self.bytes // n)
         for source, count in zip(sources, missing):
             if count:
                 raise not_e2m1(source, count)
@@ -114,13 +114,16 @@ class ExpertJob:
         bits = np.dtype(f"uint{8 * dtype.itemsize}")
         whole = work.buffer(math.prod((k, lines, dtype.itemsize)), "expert").view(bits).reshape(k, lines)
         for index, source in enumerate(sources):
+            warn_of_flushed(source, work)
             for part, values in source.parts(work):
                 if not self.plan.allow_nonfinite and not is_finite(values.data, DTYPE_NAMES[values.data.dtype]):
                     refuse_nonfinite(self.reader, source.name, work)
                 found = rows.dequantized(values, work.scratch(values.shape, bits.name), dtype=dtype)
                 stop = min(part.stop, source.shape[0])
                 array = np.from_dlpack(found)[: stop - part.start]
+                if not self.plan.allow_nonfinite:
+                    check_overflow(source.name, self.reader.stored(source.name).file, array, DTYPE_NAMES[dtype])
                 whole[:, index :: len(sources)][:, part.start : stop] = array.T
                 work.keep_scratch(found)
-                work.advance(array.size)
+                work.advance(len(array) * self.bytes // (len(sources) * source.shape[0]))
         self._write(work, self.fused.name, 0, whole)

@@ -13,7 +13,7 @@ from fp8x.checkpoint.measure import TensorRow
 from fp8x.checkpoint.names import natural
 from fp8x.checkpoint.parts import StoredMatrix, quantized_matrix
 from fp8x.checkpoint.reader import Reader
-from fp8x.checkpoint.rows import mean_decibels
+from fp8x.checkpoint.rows import decibels, mean_decibels
 from fp8x.checkpoint.threads import Threads
 from fp8x.errors import CheckpointError
 from fp8x.recipe import Recipe, Rules, as_recipe
@@ -42,6 +42,63 @@ class Inspection:
     def mean_snr(self) -> float | None:
         """`mean_decibels` of the quantized tensors."""
         return mean_decibels(row.snr for row in self.rows)
+
+    @property
+    def exactness(self) -> "Exactness | None":
+        """Over all matrices that were compared with an original; None without any."""
+        return exactness(self.rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exactness:
+    """How much of its original a checkpoint keeps bit for bit; prints as a sentence.
+
+    Attributes:
+        values, differing: how many were compared (of matrices that are in 8 bits before, after, or both), and how many
+            of them are not the original's.
+        blocks, exact_blocks: how many there are in matrices in 8 bits, and in how many no value differs.
+        signal, noise: sums of squares of the original, and of the difference from it, over blocks in which a value
+            differs, and over dequantized matrices in which one does.
+    """
+
+    values: int
+    differing: int
+    blocks: int
+    exact_blocks: int
+    signal: float
+    noise: float
+
+    @property
+    def snr(self) -> float | None:
+        """Signal-to-noise ratio in dB where something was lost; None where nothing was."""
+        return decibels(self.signal, self.noise) if self.differing else None
+
+    def to_json(self) -> dict[str, float | None]:
+        named = {name: getattr(self, name) for name in ("values", "differing", "blocks", "exact_blocks")}
+        return named | {"inexact_snr_db": self.snr}
+
+    def __str__(self) -> str:
+        if not self.differing:
+            return f"nothing was lost: every one of {self.values:,} values is the source's, bit for bit"
+        lost = f"{self.differing:,} of {self.values:,} values differ from the source's"
+        if not self.blocks:
+            return f"{lost}, at {self.snr:.1f} dB"
+        return f"{self.exact_blocks:,} of {self.blocks:,} blocks are exact; {lost}, in blocks at {self.snr:.1f} dB"
+
+
+def exactness(rows: Iterable[TensorRow]) -> Exactness | None:
+    """Over those rows that were compared with an original; None without any."""
+    known = [row for row in rows if row.differing is not None]
+    if not known:
+        return None
+    return Exactness(
+        sum(row.size for row in known),
+        sum(row.differing for row in known),
+        sum(row.blocks or 0 for row in known),
+        sum(row.exact_blocks or 0 for row in known),
+        sum(row.inexact_signal for row in known),
+        sum(row.noise for row in known),
+    )
 
 
 def inspect(
@@ -105,7 +162,7 @@ def merge_experts(rows: Iterable[TensorRow]) -> list[TensorRow]:
 
 def _merged(name: str, rows: list[TensorRow]) -> TensorRow:
     schemes, shapes = dict.fromkeys(row.scheme for row in rows), {row.shape for row in rows}
-    known = all(row.signal is not None for row in rows)
+    numbers = ("signal", "noise", "differing", "blocks", "exact_blocks", "inexact_signal")
     return TensorRow(
         name,
         rows[0].scheme if len(schemes) == 1 else " | ".join(map(str, schemes)),
@@ -113,9 +170,14 @@ def _merged(name: str, rows: list[TensorRow]) -> TensorRow:
         sum(row.bytes for row in rows),
         max((row.amax for row in rows if row.amax is not None), default=None),
         sum(row.nonfinite for row in rows),
-        sum(row.signal for row in rows) if known else None,
-        sum(row.noise for row in rows) if known else None,
+        **{name: _sum(getattr(row, name) for row in rows) for name in numbers},
     )
+
+
+def _sum(numbers: Iterable[float | None]) -> float | None:
+    """None where one is not known."""
+    known = list(numbers)
+    return None if None in known else sum(known)
 
 
 class _Reference:

@@ -1,8 +1,6 @@
-"""The numbers of one tensor, some rows at a time: amax, what is not finite, and the energy of an error.
+"""The numbers of one tensor, some rows at a time: amax, what is not finite, and how it compares with its original.
 
-Maxima are those of bits, which numpy compares at the speed of the cache; so are sums of squares `np.einsum`'s, which
-are 8 times as fast as XLA's on a CPU. Sums are made row by row, then over the rows in float64 in their order: the same
-whatever the number of threads, and whether codes were stored or are made now.
+Maxima are those of bits, which numpy compares at the speed of the cache; `compare.py` has the rest.
 """
 
 import dataclasses
@@ -14,6 +12,7 @@ import numpy as np
 
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import rows
+from fp8x.checkpoint.compare import Comparison
 from fp8x.checkpoint.finite import extent
 from fp8x.checkpoint.parts import StoredMatrix
 from fp8x.checkpoint.reader import DTYPE_NAMES, Reader
@@ -34,6 +33,11 @@ class TensorRow:
         nonfinite: how many values are NaN or Inf.
         signal: sum of squares of the original; None without one.
         noise: sum of squares of the difference from it.
+        differing: how many values are not the original's, bit for bit in float32; None without one.
+        blocks, exact_blocks: of a `Scheme`: how many there are, and in how many no value differs; None without an
+            original.
+        inexact_signal: the part of `signal` in the other blocks (all of it where there are no blocks, but a value
+            differs); all of `noise` is theirs.
     """
 
     name: str
@@ -44,6 +48,10 @@ class TensorRow:
     nonfinite: int = 0
     signal: float | None = None
     noise: float | None = None
+    differing: int | None = None
+    blocks: int | None = None
+    exact_blocks: int | None = None
+    inexact_signal: float | None = None
 
     @property
     def is_quantized(self) -> bool:
@@ -106,14 +114,18 @@ Pair = tuple[np.ndarray | ScaledArray, np.ndarray | ScaledArray | None]  # value
 
 
 def _summed(row: TensorRow, pairs: Iterable[Pair], threads: Threads) -> TensorRow:
-    amax, nonfinite, signal, noise = 0.0, 0, None, None
+    amax, nonfinite, found = 0.0, 0, None
     for values, truth in pairs:
         largest, count = _extent(values)
         amax, nonfinite = max(amax, largest), nonfinite + count
         if truth is not None:
-            here = _energies(values, truth, threads)
-            signal, noise = (signal or 0.0) + here[0], (noise or 0.0) + here[1]
-    return dataclasses.replace(row, amax=amax, nonfinite=nonfinite, signal=signal, noise=noise)
+            found = found or Comparison(row.scheme if row.is_quantized else None, row.shape)
+            found.add(values, truth, threads)
+    row = dataclasses.replace(row, amax=amax, nonfinite=nonfinite)
+    if found is None:
+        return row
+    names = ("signal", "noise", "differing", "blocks", "exact_blocks", "inexact_signal")
+    return dataclasses.replace(row, **{name: getattr(found, name) for name in names})
 
 
 def _extent(values: np.ndarray | ScaledArray) -> tuple[float, int]:
@@ -124,25 +136,3 @@ def _extent(values: np.ndarray | ScaledArray) -> tuple[float, int]:
     if np.isfinite(tops).all():
         return float(tops.max(initial=0)), 0
     return float(rows.finite_amax(values)), int(rows.count_nonfinite(values))
-
-
-def _energies(
-    values: np.ndarray | ScaledArray, truth: np.ndarray | ScaledArray, threads: Threads
-) -> tuple[float, float]:
-    """The sums of squares of the truth, and of the difference from it."""
-    uses = ("truth", "difference")
-    scratch = tuple(threads.scratch(values.shape, "float32", use) for use in uses)
-    difference, truth = rows.differences(values, truth, scratch)
-    for array, use in zip((truth, difference), uses):
-        threads.keep_scratch(array, use)
-    truth, difference = map(np.from_dlpack, (truth, difference))
-    energies = _energy(truth), _energy(difference)
-    if all(map(math.isfinite, energies)):
-        return energies
-    # What is not finite in the original has no error that could be measured.
-    is_finite = np.isfinite(truth)
-    return tuple(float(np.square(array[is_finite], dtype=np.float64).sum()) for array in (truth, difference))
-
-
-def _energy(values: np.ndarray) -> float:
-    return float(np.einsum("nk,nk->n", values, values).sum(dtype=np.float64))

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from fp8x.array import ScaledArray
-from fp8x.checkpoint import rows
+from fp8x.checkpoint import exact, rows
 from fp8x.checkpoint.finite import count_nonfinite, nonfinite_error
 from fp8x.checkpoint.fnuz import Translation
 from fp8x.checkpoint.format import Format
@@ -65,7 +65,16 @@ class StoredMatrix:
         amax = np.zeros(scheme.scale_shape(self.shape), np.float32)
         for _, values in self.parts(threads, scheme):
             amax = np.maximum(amax, rows.block_amax(values, scheme))
-        return rows.compute_scale(amax, scheme)
+        return self.scale_of_amax(threads, amax, scheme)
+
+    def scale_of_amax(self, threads: Threads, amax: np.ndarray, scheme: Scheme) -> jax.Array:
+        """The scales of its values in a scheme whose blocks hold every row, from the `amax` of these."""
+        if self.scheme is None or not scheme.keeps_exact_blocks(self.scheme):
+            return rows.compute_scale(amax, scheme)
+        loses = np.zeros_like(amax)
+        for _, values in self.parts(threads, scheme):
+            loses = np.maximum(loses, rows.pow2_loses(values, amax, scheme))
+        return rows.exact_scale(amax, loses, scheme)
 
 
 def quantized_matrix(
@@ -86,6 +95,13 @@ def refuse_nonfinite(reader: Reader, name: str, threads: Threads) -> None:
         reader.read_into(name, start, buffer)
         count += count_nonfinite(buffer, tensor.dtype)
     raise nonfinite_error(name, tensor.file, count, math.prod(tensor.shape))
+
+
+def warn_of_flushed(matrix: StoredMatrix, threads: Threads) -> None:
+    """Warns of values that become zero where a matrix in 8 bits is dequantized (`exact.py`)."""
+    if matrix.scheme is not None and exact.may_flush(matrix.scale, matrix.scheme):
+        count = sum(exact.count_flushed(values) for _, values in matrix.parts(threads))
+        exact.warn_of_flushed(matrix.name, count, math.prod(matrix.shape))
 
 
 def not_e2m1(matrix: StoredMatrix, count: int) -> CheckpointError:

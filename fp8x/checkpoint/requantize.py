@@ -5,9 +5,10 @@ channels with float32 scales. How much of the source survives depends on the rul
 
 - `"pow2"` shifts the exponents of codes and keeps their mantissas. What ends below 2^-6, the smallest normal e4m3, is
   rounded to a multiple of 2^-9; all else is exact.
-- `"amax"` (amax / 448) rounds every code anew, except where amax is 448 times a power of two and both rules agree. But
-  its scale is down to half as large, and so are the steps below the smallest normal. It wins where that counts for
-  more: in a block with little but some large values and a floor of tiny ones.
+- `"amax"` (amax / 448) rounds every code anew, except where amax is 448 times a power of two and both rules agree, and
+  in blocks that a power of two keeps exactly, which get it by either rule (`fp8x.numerics.requantize`). But its scale
+  is down to half as large, and so are the steps below the smallest normal. It wins where that counts for more: in a
+  block with little but some large values and a floor of tiny ones.
 
 So both are tried, and measured. No other power of two needs to be. A larger one is never better, whatever the source:
 of the numbers that it can hold, those within the smaller one's reach are among the smaller one's. A smaller one clips.
@@ -31,6 +32,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fp8x import numerics
+from fp8x.array import ScaledArray
 from fp8x.checkpoint import rows
 from fp8x.checkpoint.finite import nonfinite_error
 from fp8x.checkpoint.format import Format
@@ -310,12 +312,12 @@ class _Measurement:
         source, _ = quantized_matrix(self.format, prefix, stored, self.reader, allow_nonfinite=self.allow_nonfinite)
         scales = {scheme: source.whole_scale(threads, scheme) for scheme in schemes if scheme.block[0] is None}
         sums, nonfinite, k = np.zeros(1 + len(schemes)), 0, source.shape[1]
-        for part, truth in self._parts(source, schemes, threads):
+        for part, values, truth in self._parts(source, schemes, threads):
             nonfinite += truth.size - np.count_nonzero(np.isfinite(truth))
             sums[0] += _distance(np.zeros_like(truth), truth)
             for index, scheme in enumerate(schemes, 1):
                 if scheme != source.scheme:  # else its bytes stay
-                    found = np.asarray(_requantized(truth, scales.get(scheme), scheme))
+                    found = np.asarray(_requantized(values, scales.get(scheme), scheme))
                     sums[index] += _distance(found, truth)
             threads.advance((min(part.stop, source.shape[0]) - part.start) * k)
         if nonfinite and not self.allow_nonfinite:
@@ -325,11 +327,11 @@ class _Measurement:
 
     def _parts(
         self, source: StoredMatrix, schemes: Sequence[Scheme], threads: Threads
-    ) -> Iterator[tuple[slice, Float[np.ndarray, "n k"]]]:
-        """The dequantized source, some rows at a time, in whole blocks of all these schemes. Zeros beyond the end,
-        which add nothing."""
+    ) -> Iterator[tuple[slice, ScaledArray, Float[np.ndarray, "n k"]]]:
+        """The source and what it stands for, some rows at a time, in whole blocks of all these schemes. Zeros beyond
+        the end, which add nothing."""
         for part, values in source.parts(threads, *schemes):
-            yield part, np.asarray(_dequantized(values))
+            yield part, values, np.asarray(_dequantized(values))
 
 
 _dequantized = jax.jit(numerics.dequantize)
@@ -337,10 +339,11 @@ _dequantized = jax.jit(numerics.dequantize)
 
 # The difference is numpy's: XLA may fuse it with the product before, and would round once less.
 @functools.partial(jax.jit, static_argnames="scheme")
-def _requantized(x: Float[Array, "n k"], scale: Array | None, scheme: Scheme) -> Float[Array, "n k"]:
-    """`x` in a scheme and back, with scales of the whole matrix where its blocks hold every row."""
-    q = numerics.quantize(x, scheme) if scale is None else numerics.quantize_with_scale(x, scale, scheme)
-    return q.dequantize()
+def _requantized(q: ScaledArray, scale: Array | None, scheme: Scheme) -> Float[Array, "n k"]:
+    """`q` in another scheme, dequantized, with scales of the whole matrix where its blocks hold every row."""
+    if scale is None:
+        return numerics.requantize(q, scheme).dequantize()
+    return numerics.quantize_with_scale(q.dequantize(), scale, scheme).dequantize()
 
 
 def _distance(x: Float[np.ndarray, "n k"], truth: Float[np.ndarray, "n k"]) -> float:

@@ -66,7 +66,11 @@ def quantized(
     """
     values = _values(x)
     top = numerics.block_max(values, scheme)
-    q = numerics.quantize_with_scale(values, numerics.compute_scale(top, scheme), scheme)
+    if keeps_exact_blocks(x, scheme):
+        scale = numerics.exact_scale(top, numerics.pow2_loses(values, top, scheme), scheme)
+    else:
+        scale = numerics.compute_scale(top, scheme)
+    q = numerics.quantize_with_scale(values, scale, scheme)
     return _bits(q.data), q.scale, top
 
 
@@ -75,7 +79,8 @@ def quantized_finite(
     x: Array | ScaledArray, scratch: UInt8[Array, "n k"], scheme: Scheme
 ) -> tuple[UInt8[Array, "n k"], Array]:
     """`quantized` by the finite values alone, where NaN and Inf are allowed."""
-    q = numerics.quantize(_values(x), scheme)
+    is_scaled = isinstance(x, ScaledArray)
+    q = numerics.requantize(x, scheme) if is_scaled else numerics.quantize(x, scheme)
     return _bits(q.data), q.scale
 
 
@@ -105,17 +110,27 @@ def block_amax(x: Array | ScaledArray, scheme: Scheme) -> Float[Array, "1 c"]:
 
 
 @functools.partial(jax.jit, static_argnames="scheme")
+def pow2_loses(x: ScaledArray, amax: Float[Array, "1 c"], scheme: Scheme) -> Float[Array, "1 c"]:
+    """Of blocks that go on in other rows, with an `amax` of all of them."""
+    return numerics.pow2_loses(_values(x), amax, scheme)
+
+
+@functools.partial(jax.jit, static_argnames="scheme")
+def exact_scale(amax: Float[Array, "1 c"], loses: Float[Array, "1 c"], scheme: Scheme) -> Float[Array, "1 c"]:
+    return numerics.exact_scale(amax, loses, scheme)
+
+
+@functools.partial(jax.jit, static_argnames="scheme")
 def compute_scale(amax: Float[Array, "1 c"], scheme: Scheme) -> Float[Array, "1 c"]:
     return numerics.compute_scale(amax, scheme)
 
 
 @_compiled
-def differences(
+def in_float32(
     x: Array | ScaledArray, truth: Array | ScaledArray, scratch: tuple[Float[Array, "n k"], Float[Array, "n k"]]
 ) -> tuple[Float[Array, "n k"], Float[Array, "n k"]]:
-    """How far `x` is from `truth`, and `truth`, in float32."""
-    truth = _float32(truth)
-    return _float32(x) - truth, truth
+    """What both stand for."""
+    return _float32(x), _float32(truth)
 
 
 @jax.jit
@@ -139,6 +154,11 @@ def finite_amax(x: Array | ScaledArray) -> Float[Array, ""]:
 @jax.jit
 def count_nonfinite(x: Array | ScaledArray) -> Array:
     return jnp.sum(~jnp.isfinite(_values(x)))
+
+
+def keeps_exact_blocks(x: Array | ScaledArray, scheme: Scheme) -> bool:
+    """`Scheme.keeps_exact_blocks` of an array that may be in 16 or 32 bits."""
+    return isinstance(x, ScaledArray) and scheme.keeps_exact_blocks(x.scheme)
 
 
 def _values(x: Array | ScaledArray) -> Float[Array, "n k"]:

@@ -53,7 +53,9 @@ def inspect(
             terminal.warn(f"{row.name}: {row.nonfinite:,} of {row.size:,} values are NaN or Inf")
     if as_json:
         rows = [_as_dict(row) for row in found.rows]
-        return terminal.show_json({"format": found.format, "bytes": found.bytes, "tensors": rows})
+        exactness = found.exactness and found.exactness.to_json()
+        summary = {"format": found.format, "bytes": found.bytes, "exactness": exactness, "tensors": rows}
+        return terminal.show_json(summary)
     _show(found, found.rows if every else module.merge_experts(found.rows), checkpoint, recipe)
     if plot is not None:
         terminal.show(f"wrote {plot}")
@@ -69,6 +71,9 @@ def _as_dict(row: "TensorRow") -> dict[str, Any]:
         "amax": row.amax,
         "snr_db": row.snr,
         "nonfinite": row.nonfinite,
+        "differing": row.differing,
+        "blocks": row.blocks,
+        "exact_blocks": row.exact_blocks,
     }
 
 
@@ -88,9 +93,13 @@ def _show(found: "Inspection", rows: "list[TensorRow]", checkpoint: Path, recipe
 
 
 def _notes(found: "Inspection") -> list[str]:
-    """Why an SNR is missing."""
+    """What is the same, and why an SNR is missing."""
     if found.mean_snr is not None:
-        return ["The last row's SNR is the mean over quantized tensors with an error; – is exact: not quantized."]
+        exactness = [] if found.exactness is None else [str(found.exactness)]
+        return [
+            *exactness,
+            "The last row's SNR is the mean over quantized tensors with an error; – is exact: not quantized.",
+        ]
     if found.format is not None:
         return ["No SNR: it needs the weights before quantization; pass --reference BF16_DIR."]
     return ["No SNR: nothing is quantized; --recipe CODE shows what a recipe would give."]

@@ -54,7 +54,12 @@ def quantize(
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option("--format", "-f", metavar="NAME", help="compressed-tensors (the default), fp8 or modelopt."),
+        typer.Option(
+            "--format",
+            "-f",
+            metavar="NAME",
+            help="compressed-tensors (the default), fp8, modelopt, mxfp4 or mxfp4-pack-quantized.",
+        ),
     ] = None,
     rule: options.Rule = None,
     kv_cache: options.KVCache = None,
@@ -89,7 +94,8 @@ def quantize(
     something fails nothing is left of DST, and a DST that holds anything is left alone. If it is killed as it writes,
     the same command goes on with the tensors that are not on disk.
 
-    From 8 bits to others the added error is measured. Scales from --calibrate are in DST/calibration.json too; if it is
+    From 8 bits to others, or to another format, the result is read back and compared: which blocks are exact, and the
+    error of the others. Scales from --calibrate are in DST/calibration.json too; if it is
     killed or fails after it has found them, the same command does not calibrate again.
     """
     from fp8x.calibrate import Sidecar, sidecar
@@ -156,13 +162,14 @@ def quantize(
         if found or given:
             planned = plan(found or given, planned.requantization)
         done = _convert(planned, destination, None if found is None else {SIDECAR: found.to_json()})
-    rows = []
-    if verify or (planned.source_format is not None and (recipe is not None or requantize)):
+    rows, exactness = [], None
+    if verify or planned.source_format is not None:
         from fp8x.checkpoint.inspect import inspect
 
         advice = f"{destination} is complete"
         with interrupt.advice(advice), terminal.progress("reading back", unit="bytes") as update:
-            rows = inspect(destination, reference=source, progress=update).rows
+            inspection = inspect(destination, reference=source, progress=update)
+        rows, exactness = inspection.rows, inspection.exactness
     summary = {
         "recipe": recipe,
         "requantized": planned.requantization and planned.requantization.to_json(),
@@ -173,6 +180,7 @@ def quantize(
         "conversion_seconds": round(done.seconds, 2),
         "bytes_per_second": round(done.bytes_read / max(done.seconds, 1e-9)),
         "schemes": _schemes(planned, rows),
+        "exactness": exactness and exactness.to_json(),
         "snr_db": {row.name: row.snr for row in rows if row.snr is not None},
         "calibration_resumed": before is not None,
         "malformed": malformed,
@@ -182,7 +190,8 @@ def quantize(
     }
     if as_json:
         return terminal.show_json(summary)
-    _show(summary, source, destination)
+    lines = [str(exactness)] if exactness is not None and planned.source_format is not None else []
+    _show(summary, lines, source, destination)
     plans.show_exceptions(planned)
 
 
@@ -282,7 +291,7 @@ def _schemes(plan: "Plan", rows: "list[TensorRow]") -> dict[str, Any]:
     return found
 
 
-def _show(summary: dict[str, Any], source: Path, destination: Path) -> None:
+def _show(summary: dict[str, Any], lines: list[str], source: Path, destination: Path) -> None:
     table = terminal.table("scheme", "tensors", "bytes before", "bytes after", "mean SNR")
     schemes = summary["schemes"]
     for scheme, found in schemes.items():
@@ -301,4 +310,4 @@ def _show(summary: dict[str, Any], source: Path, destination: Path) -> None:
         line += f", calibrated on {summary['calibration']['tokens']:,} tokens ({destination / SIDECAR})"
         line += " by a run that was stopped" if summary["calibration_resumed"] else ""
     choices = [plans.choices(summary["requantized"])] if summary["requantized"] else []
-    terminal.show(f"{source} → {destination}", *choices, table, line)
+    terminal.show(f"{source} → {destination}", *choices, table, *lines, line)

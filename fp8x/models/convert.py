@@ -34,8 +34,11 @@ def convert(
     """Writes a Hugging Face checkpoint anew: quantized, in another scheme or format, or dequantized.
 
     No model is built, so any architecture will do, and memory does not grow with the model. Quantized matrices become
-    what `fp8x.load(src, recipe)` makes of them, byte by byte. From 8 bits to other 8 bits they go through float32;
-    `fp8x.checkpoint.inspect.inspect(dst, reference=src)` measures what that adds.
+    what `fp8x.load(src, recipe)` makes of them, byte by byte. From 8 bits to other 8 bits they go through float32; a
+    block from scales that are powers of two, as MX has them, which another keeps exactly, gets that
+    (`fp8x.numerics.requantize`).
+    `fp8x.checkpoint.inspect.inspect(dst, reference=src).exactness` counts exact blocks, and measures what the others
+    lost.
 
     After a conversion was killed the same call goes on with the tensors that are not on disk, within a file too, and
     ends with the same bytes.
@@ -46,7 +49,8 @@ def convert(
         dst: the directory to make; it must not exist, or be empty, and neither it nor `src` lie in the other.
         recipe: a `Recipe` or its code; or "bf16", "f16", "f32", which dequantize what is in 8 bits to that type. None
             keeps every matrix as it is stored: for another format alone.
-        format: "compressed-tensors", "fp8" or "modelopt"; by default the first that can hold the result.
+        format: "compressed-tensors", "fp8" or "modelopt"; by default the first that can hold the result. Or, of what
+            was in 4 bits, "mxfp4" (gpt-oss) or "mxfp4-pack-quantized" (compressed-tensors' form).
         rules: exceptions to `recipe`, by module, as `fp8x.quantize_model` takes them. Modules go by their names in the
             checkpoint, and where `fp8x.load` knows the model by the paths that it gives them.
         requantize: in the place of `recipe`, for a source in 8 bits: a recipe or several, or "hopper" for the two that

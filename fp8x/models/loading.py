@@ -13,7 +13,8 @@ from jaxtyping import Array
 from fp8x import numerics
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import Format, Reader
-from fp8x.checkpoint.finite import count_nonfinite, is_finite, nonfinite_error
+from fp8x.checkpoint.exact import count_flushed, warn_of_flushed
+from fp8x.checkpoint.finite import check_overflow, count_nonfinite, is_finite, nonfinite_error
 from fp8x.checkpoint.format import MatrixScales, stored_recipes, weight_spec
 from fp8x.checkpoint.header import DTYPE_NAMES, UNQUANTIZED
 from fp8x.checkpoint.kv_cache import QUERIES, read_kv_scales
@@ -104,7 +105,7 @@ class Loader:
             dtypes = UNQUANTIZED if recipe is None else weight_spec(recipe, shape).dtypes
             for _, prefix in flat(names):
                 self.reader.check(f"{prefix}.weight", shapes=[shape], dtypes=dtypes)
-        self._total_bytes = sum(self.reader.stored(name).nbytes for name in needed)
+        self._total_bytes = sum(self.reader.stored(name).nbytes_on_disk for name in needed)
         if left:
             warnings.warn(
                 f"{self.reader.path}: {len(left)} tensors of {self.model.config.skipped_layers} layers for multi-token "
@@ -211,9 +212,10 @@ class Loader:
         found = self._scales(prefix, stored, data.shape)
         if stored.weight != recipe.weight:
             codes = found.codes(prefix, stored, data.shape, self.reader)
-            array = dequantized(ScaledArray(codes, found.scale, stored.weight))
-            self._check_finite(name, np.asarray(array))
-            weight = numerics.quantize_weight(array, recipe.weight, name=name, allow_nonfinite=True)
+            source = ScaledArray(codes, found.scale, stored.weight)
+            warn_of_flushed(name, count_flushed(source), source.data.size)
+            self._check_finite(name, np.asarray(dequantized(source)))
+            weight = requantized(source, scheme=recipe.weight)
             data[...], scale[...] = weight.data, weight.scale
         elif found.translation is not None:
             data[...], scale[...] = found.codes(prefix, stored, data.shape, self.reader), found.scale
@@ -253,7 +255,11 @@ class Loader:
         codes = found.codes(prefix, stored, shape, self.reader)
         self._check_finite(f"{prefix}.weight", codes)
         self._finish(*self._tensors(prefix, stored, shape))
-        return dequantized(ScaledArray(codes, found.scale, stored.weight)).astype(self.dtype)
+        source = ScaledArray(codes, found.scale, stored.weight)
+        warn_of_flushed(f"{prefix}.weight", count_flushed(source), codes.size)
+        array = dequantized(source).astype(self.dtype)
+        self._check_overflow(f"{prefix}.weight", np.asarray(array))
+        return array
 
     def _array(self, name: str, shape: tuple[int, ...], dtype: np.dtype | None = None) -> Array:
         """An unquantized tensor, in the model's type unless another is given."""
@@ -270,9 +276,14 @@ class Loader:
     def _finish(self, *names: str) -> None:
         """Tensors are read."""
         for name in names:
-            self._read_bytes += self.reader.stored(name).nbytes
+            self._read_bytes += self.reader.stored(name).nbytes_on_disk
         if self._progress is not None:
             self._progress(self._read_bytes, self._total_bytes)
+
+    def _check_overflow(self, name: str, array: np.ndarray) -> None:
+        """`array` is a matrix, or a part of it, that was in 8 bits and finite there."""
+        if not self.allow_nonfinite:
+            check_overflow(name, self.reader.stored(name).file, array, DTYPE_NAMES[array.dtype])
 
     def _check_finite(self, name: str, array: np.ndarray) -> None:
         """`array` is the tensor as stored, translated, or a part of it."""
@@ -298,6 +309,7 @@ def check_counts(reader: Reader, config: DecoderConfig) -> None:
 
 # In float32: from there convert goes to other 8 bits, too.
 dequantized = jax.jit(numerics.dequantize)
+requantized = jax.jit(numerics.requantize, static_argnames="scheme")
 
 
 def get(model: nnx.Module, path: str):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import Format, Reader
+from fp8x.checkpoint.exact import count_flushed, warn_of_flushed
 from fp8x.checkpoint.format import MatrixScales, weight_spec
 from fp8x.checkpoint.header import UNQUANTIZED
 from fp8x.checkpoint.reader import Slices
@@ -86,7 +88,7 @@ class MeshLoader(Loader):
         if stored is None:
             read = _stacked(names, lambda prefix: self._part_of(f"{prefix}.weight", shape[-2:]))
         else:
-            read = _cast(self._dequantized(names, stored, shape), self.dtype)
+            read = self._cast(path, self._dequantized(names, stored, shape))
         if recipe is not None:
             layer = _abstract(recipe, shape)
             layer.bias = nnx.data(module.bias)
@@ -132,7 +134,7 @@ class MeshLoader(Loader):
         """A weight from the 8 bits that are stored to others, and its static activation scale."""
         shape, dims = layer.weight.shape, split.dims(layer.weight.ndim)
         placed = place(self._dequantized(names, stored, shape), shape, np.dtype(np.float32), dims, self.mesh)
-        weight = quantize_placed(placed, layer.weight_scheme, shape, dims, self.mesh)
+        weight = quantize_placed(placed, layer.weight_scheme, shape, dims, self.mesh, source=stored.weight)
         scales = (self._scales(prefix, stored, shape[-2:]).input_scale for _, prefix in flat(names))
         return weight, _input_scale(layer, stored, scales)
 
@@ -142,9 +144,22 @@ class MeshLoader(Loader):
         @functools.cache
         def view(prefix: str) -> _Dequantized:
             scales = self._scales(prefix, stored, shape[-2:])
-            return _Dequantized(self._view(prefix, stored, scales, shape[-2:]), scales.scale, stored.weight)
+            codes = self._view(prefix, stored, scales, shape[-2:])
+            return _Dequantized(f"{prefix}.weight", codes, scales.scale, stored.weight)
 
         return _stacked(names, lambda prefix: self._checked(f"{prefix}.weight", view(prefix)))
+
+    def _cast(self, path: str, read: Read) -> Read:
+        """Reads of a layer in the model's type."""
+        (_, first), *_ = flat(self.names[path])
+
+        def cast(index: tuple[slice, ...]) -> np.ndarray:
+            with np.errstate(over="ignore"):
+                part = read(index).astype(self.dtype)
+            self._check_overflow(f"{first}.weight", part)
+            return part
+
+        return cast
 
     def _view(self, prefix: str, stored: Recipe, found: MatrixScales, shape: tuple[int, ...]) -> Slices | np.ndarray:
         """The codes of one matrix in 8 bits, in the scheme's type; whole where they have to be translated."""
@@ -170,6 +185,7 @@ class MeshLoader(Loader):
 class _Dequantized:
     """A stored matrix whose parts are in float32."""
 
+    name: str
     codes: Slices | np.ndarray
     scale: np.ndarray
     scheme: Scheme
@@ -185,11 +201,8 @@ class _Dequantized:
             of_scales.append(slice(None) if block is None else slice(first, last))
             inner.append(slice(part.start - start, part.stop - start))
         whole = ScaledArray(self.codes[tuple(outer)], self.scale[tuple(of_scales)], self.scheme)
+        warn_of_flushed(self.name, count_flushed(whole), math.prod(self.codes.shape))
         return np.asarray(dequantized(whole))[tuple(inner)]
-
-
-def _cast(read: Read, dtype: np.dtype) -> Read:
-    return lambda index: read(index).astype(dtype)
 
 
 def _input_scale(layer: QuantizedLayer, stored: Recipe, scales: Iterable[np.ndarray]) -> np.ndarray | None:

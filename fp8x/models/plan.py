@@ -90,7 +90,7 @@ def plan(
         config["quantization_config"] = dict(origin.quantization_config)
     elif origin is not None:
         beside[ORIGIN], origin = origin.to_json(), None
-    companions, fields = beside_of(reader, beside)
+    companions, fields = beside_of(reader, [*beside, *([] if origin is None else [ORIGIN])])
     found = Plan(
         reader=reader,
         modules=modules,

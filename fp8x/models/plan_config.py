@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -136,12 +136,12 @@ def unread_parts_of(reader: Reader, source_format: Format | None, targets: Mappi
     return found
 
 
-def beside_of(reader: Reader, beside: Mapping[str, object]) -> tuple[Companions, dict[str, str]]:
+def beside_of(reader: Reader, used: Collection[str]) -> tuple[Companions, dict[str, str]]:
     """The files beside the weights, and fields in those that are written anew which come along with neither."""
     found, unread = find_companions(reader.path, reader.files), dict(reader.unread)
     left = {name: unread.pop(name) for name in (LEGACY, INDEX) if name in unread}
-    if ORIGIN not in beside and (reader.path / ORIGIN).is_file():
+    if ORIGIN not in used and (reader.path / ORIGIN).is_file():
         left[ORIGIN] = "what the checkpoint in 4 bits was like that the source was made of"
-    if LEGACY not in left and LEGACY not in beside and (reader.path / LEGACY).is_file():
+    if LEGACY not in left and LEGACY not in used and (reader.path / LEGACY).is_file():
         left[LEGACY] = "read as quantization_config of config.json"
     return dataclasses.replace(found, left={**found.left, **left}), unread

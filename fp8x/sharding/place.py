@@ -110,34 +110,49 @@ def scale_dims(scheme: Scheme, shape: tuple[int, ...], dims: Dims) -> tuple[Sche
     return dataclasses.replace(scheme, block=block), tuple(found)
 
 
-def quantize_placed(weight: Array, scheme: Scheme, shape: tuple[int, ...], dims: Dims, mesh: Mesh) -> ScaledArray:
+def quantize_placed(
+    weight: Array, scheme: Scheme, shape: tuple[int, ...], dims: Dims, mesh: Mesh, source: Scheme | None = None
+) -> ScaledArray:
     """What quantizing the whole weight gives, bit for bit, from a weight that `place` has laid out: every device
     quantizes its part, and only magnitudes move.
 
     Arguments:
         weight: in 16 or 32 bits, padded.
         shape: of the whole weight.
+        source: of a weight that comes from 8 bits, of which blocks may be kept exactly (`numerics.requantize`).
     """
     finer, of_scales = scale_dims(scheme, shape, dims)
     # jit may write an equal spec in another way; it is a part of what later steps compile for.
     shardings = [NamedSharding(mesh, spec_of(lie)) for lie in (dims, of_scales)]
-    data, scale = jax.device_put(_quantize(weight, scheme, shape, dims, mesh), tuple(shardings))
+    keeps_exact = source is not None and scheme.keeps_exact_blocks(source)
+    data, scale = jax.device_put(_quantize(weight, scheme, shape, dims, mesh, keeps_exact), tuple(shardings))
     return ScaledArray(data, scale, finer)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _quantize(weight: Array, scheme: Scheme, shape: tuple[int, ...], dims: Dims, mesh: Mesh) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _quantize(
+    weight: Array, scheme: Scheme, shape: tuple[int, ...], dims: Dims, mesh: Mesh, keeps_exact: bool
+) -> tuple[Array, Array]:
     (finer, of_scales), spec = scale_dims(scheme, shape, dims), spec_of(dims)
 
-    def on_device(part: Array) -> tuple[Array, Array]:
-        amax = numerics.block_amax(part, finer)
+    def of_whole_blocks(found: Array) -> Array:
+        """The largest of a whole block, from those of its parts on any device."""
         blocks = zip(scheme.block_of(shape), finer.block_of(shape))
         for axis, (split, scales, (block, cut)) in enumerate(zip(dims, of_scales, blocks)):
             if split is not None and scales is None:
-                amax = jax.lax.pmax(amax, split.axes)
+                found = jax.lax.pmax(found, split.axes)
             elif split is not None and cut != block:
-                amax = _of_whole_blocks(amax, scales, axis)
-        quantized = numerics.quantize_with_scale(part, numerics.compute_scale(amax, finer), finer)
+                found = _of_whole_blocks(found, scales, axis)
+        return found
+
+    def on_device(part: Array) -> tuple[Array, Array]:
+        amax = of_whole_blocks(numerics.block_amax(part, finer))
+        if keeps_exact:
+            loses = of_whole_blocks(numerics.pow2_loses(part, amax, finer))
+            scale = numerics.exact_scale(amax, loses, finer)
+        else:
+            scale = numerics.compute_scale(amax, finer)
+        quantized = numerics.quantize_with_scale(part, scale, finer)
         return quantized.data, quantized.scale
 
     out_specs = (spec, spec_of(of_scales))

@@ -1,5 +1,5 @@
-"""Checkpoints in the dialects of others (`tests/goldens/make_{fp8,dialect,mxfp4}_goldens.py`): what they mean, and that it
-survives."""
+"""Checkpoints in the dialects of others (`tests/goldens/make_{fp8,dialect,mxfp4}_goldens.py`): what they mean, and that
+it survives."""
 
 import dataclasses
 import functools

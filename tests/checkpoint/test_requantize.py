@@ -94,10 +94,20 @@ class TestByHand:
         assert (choice.module, choice.chosen.recipe) == ("fc0", BLOCK_POW2)
         assert (choice.chosen.noise, choice.chosen.snr) == (0.0, math.inf)
         assert choice.chosen.signal == 1 + 1.125**2 + 1920**2 + 0.5**2
-        # By amax / 448 the scale is 30 / 7, of which 1, 1.125 and 1/2 become 15/64, 1/4 and 15/128.
+        # By amax / 448 the scale would be 30 / 7; but what a power of two keeps exactly gets it by that rule, too.
+        (other,) = choice.others
+        assert (other.recipe, other.noise) == (BLOCK, 0.0)
+
+    def test_amax_rounds_every_code_of_a_block_that_no_power_of_two_keeps(self, tmp_path):
+        """Of scale 8, 9/512 is 1.125 steps of 2^-9, and 1 is left of them. Of 30 / 7, what amax / 448 gives, 1, 1.125
+        and 1/2 become 15/64, 1/4 and 15/128, and 9/512 becomes 2/512."""
+        row = np.concatenate([group([1.0, -1.125, 9 / 512]), group([240.0, 0.0625])])
+        (choice,) = fp8x.choose_recipes(write_mx(tmp_path / "a", (row[None], [[0, 3]])), BLOCK_CODE).choices
+        assert (choice.chosen.recipe, choice.chosen.noise) == (BLOCK_POW2, 512.0**-2)
         (other,) = choice.others
         assert other.recipe == BLOCK
-        by_hand = (1 - 15 / 64 * 30 / 7) ** 2 + (1.125 - 1 / 4 * 30 / 7) ** 2 + (0.5 - 15 / 128 * 30 / 7) ** 2
+        pairs = [(1, 15 / 64), (1.125, 1 / 4), (0.5, 15 / 128), (9 / 512, 2 / 512)]
+        by_hand = sum((value - code * 30 / 7) ** 2 for value, code in pairs)
         assert by_hand > 1e-4 and other.noise == pytest.approx(by_hand, rel=1e-3)
 
     def test_where_small_values_are_lost_amax_may_win(self, tmp_path):
@@ -199,8 +209,8 @@ def test_the_choice_is_that_of_a_format_with_one_recipe(tmp_path):
     """Alone, the first matrix takes amax and the second powers of two; `fp8` holds one rule, and the second's error
     under the first's is the larger."""
     first = np.concatenate([group([20.0, 1.125]), group([256.0])])
-    second = np.concatenate([group([1.125] * 32), group([480.0 / 2])])
-    path = write_mx(tmp_path / "a", (first[None], [[0, 12]]), (second[None], [[8, 8]]))
+    second = np.concatenate([group([1.125] * 32), group([480.0 / 2]), group([9 / 512])])
+    path = write_mx(tmp_path / "a", (first[None], [[0, 12]]), (second[None], [[8, 8, 7]]))
     apart = fp8x.convert(path, tmp_path / "b", requantize=BLOCK_CODE)
     assert apart.requantization.recipes == {"fc0": BLOCK, "fc1": BLOCK_POW2}
     together = fp8x.convert(path, tmp_path / "c", format="fp8", requantize=BLOCK_CODE)
@@ -248,11 +258,12 @@ def test_an_earlier_choice_is_taken_as_it_is(tmp_path):
 
 def test_a_choice_as_text_and_json(tmp_path):
     row = np.concatenate([group([1.0, -1.125]), group([240.0])])
-    found = fp8x.choose_recipes(write_mx(tmp_path / "a", (row[None], [[0, 3]])), BLOCK_CODE)
-    assert str(found).startswith(f"fc0  {BLOCK_CODE}, pow2 weights (exact); not {BLOCK_CODE} (")
+    found = fp8x.choose_recipes(write_mx(tmp_path / "a", (row[None], [[0, 3]])), (BLOCK_CODE, "e5m2_e5m2_bf16"))
+    assert str(found).startswith(f"fc0  {BLOCK_CODE}, pow2 weights (exact); not {BLOCK_CODE} (exact); not e5m2_")
     (entry,) = found.to_json().values()
     assert entry["recipe"] == f"{BLOCK_CODE}, pow2 weights" and entry["snr_db"] == math.inf
-    assert 20 < entry["others_snr_db"][BLOCK_CODE] < 100
+    assert entry["others_snr_db"][BLOCK_CODE] == math.inf
+    assert 20 < entry["others_snr_db"]["e5m2_e5m2_bf16"] < 100 and " dB)" in str(found)
 
 
 def test_progress_counts_what_is_read(tmp_path):
@@ -275,7 +286,10 @@ def test_nonfinite_codes(tmp_path):
             call()
     assert [each.name for each in tmp_path.iterdir()] == ["a"]
     found = fp8x.choose_recipes(path, allow_nonfinite=True)
-    assert found == fp8x.choose_recipes(write_mx(tmp_path / "clean", (clean, exponents)))
+    expected = fp8x.choose_recipes(write_mx(tmp_path / "clean", (clean, exponents)))
+    for one, other in zip(*([each.choices[0].chosen, *each.choices[0].others] for each in (found, expected))):
+        assert one.recipe == other.recipe and one.signal == pytest.approx(other.signal, rel=1e-12)
+        assert one.noise == pytest.approx(other.noise, rel=1e-12)
 
 
 def test_what_does_not_fit(tmp_path):

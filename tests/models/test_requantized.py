@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -16,7 +15,9 @@ from safetensors.numpy import load_file, save_file
 from small import assert_same
 
 import fp8x
+from fp8x import numerics
 from fp8x.checkpoint import Reader
+from fp8x.checkpoint.inspect import inspect
 from fp8x.errors import CalibrationError, CheckpointError, RecipeError, RuleError
 from fp8x.nn.walk import named_layers
 from fp8x.recipe import Recipe
@@ -29,9 +30,9 @@ STATIC_BLOCK = dataclasses.replace(SMALL_BLOCK, activation=per_tensor(), activat
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def quantize(x, scheme):
+def requantize(q, scheme):
     """There and back."""
-    return fp8x.quantize(x, scheme).dequantize()
+    return numerics.requantize(q, scheme).dequantize()
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_experts_choose_together(mx, tmp_path):
             continue
         truth, noises = float64(layers[choice.module].quantized_weight), {}
         for candidate in (choice.chosen, *choice.others):
-            back = quantize(jnp.asarray(truth, jnp.float32), candidate.recipe.weight)
+            back = requantize(layers[choice.module].quantized_weight, candidate.recipe.weight)
             by_expert = np.square(np.asarray(back, np.float64) - truth).reshape(len(truth), -1).sum(1)
             noises[candidate.recipe] = by_expert
             assert candidate.noise == pytest.approx(by_expert.sum(), rel=1e-12) and candidate.noise > 0
@@ -97,6 +98,23 @@ def test_experts_choose_together(mx, tmp_path):
     assert {("layers.0.mlp.w13", (1, None)), ("layers.0.mlp.w13", (32, 32))} <= wishes
     fp8x.convert(mx, tmp_path / "out", requantize=found)
     assert_same(fp8x.load(mx, requantize=found), fp8x.load(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("recipe", [SMALL_BLOCK, CHANNEL], ids=["block", "channel"])
+def test_blocks_that_powers_of_two_keep_are_those_of_a_conversion(recipe, mx, tmp_path):
+    """By the rule amax, of which no choice is left."""
+    found = fp8x.choose_recipes(mx, recipe)
+    amax = [next(each for each in (choice.chosen, *choice.others) if each.recipe == recipe) for choice in found.choices]
+    choices = zip(found.choices, amax, strict=True)
+    found = dataclasses.replace(found, choices=tuple(dataclasses.replace(each, chosen=its) for each, its in choices))
+    loaded = fp8x.load(mx, requantize=found)
+    fp8x.convert(mx, tmp_path / "out", recipe)
+    assert_same(loaded, fp8x.load(tmp_path / "out"))
+    scales = [np.asarray(layer.weight_scale[...]).ravel() for layer in named_layers(loaded).values()]
+    is_power = np.frexp(np.concatenate(scales))[0] == 0.5
+    assert 0 < is_power.sum() < is_power.size
+    exactness = inspect(tmp_path / "out", reference=mx).exactness
+    assert 0 < exactness.exact_blocks < exactness.blocks and exactness.snr < 40
 
 
 def test_mxfp8_becomes_what_hopper_runs_nearly_unchanged(mx):

@@ -1,5 +1,7 @@
 """Checkpoints onto a mesh: the bytes of one device, and no others read."""
 
+import dataclasses
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +15,9 @@ import fp8x
 from fp8x.checkpoint import Reader
 from fp8x.checkpoint.reader import Slices
 from fp8x.errors import CheckpointError, MeshError
+from fp8x.nn.walk import named_layers
+from fp8x.recipe import Recipe
+from fp8x.scheme import Scheme, per_row
 from fp8x.sharding import shard
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -67,6 +72,33 @@ def test_requantizing_on_a_mesh_equals_sharding(name, requantize, axes):
     mesh, path = mesh_of(**axes), GOLDENS / "fp8" / name
     model = fp8x.load(path, requantize=requantize)
     assert_same(fp8x.load(path, mesh=mesh, requantize=requantize), shard(model, mesh))
+
+
+@pytest.mark.sample
+@pytest.mark.parametrize("axes", [{"tensor": 2}, {"expert": 3, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("block", [(128, 128), (48, 48), (1, None), (None, None)], ids=str)
+def test_blocks_that_a_power_of_two_keeps_on_a_mesh(tmp_path, block, axes):
+    """Some are exact, and others are not for 32 small values, which lie on one device."""
+    path = shutil.copytree(GOLDENS / "fp8" / "mxfp8", tmp_path / "mx")
+    reader = Reader(path)
+    changed = tuple(f"{name}_proj.weight_scale_inv" for name in ("k", "up", "down"))
+    for name in (name for name in reader if name.endswith(changed)):
+        with (path / "model.safetensors").open("r+b") as file:
+            file.seek(reader.stored(name).start + reader.stored(name).nbytes - 1)
+            file.write(bytes([90]))
+    recipe = Recipe(Scheme("e4m3", block=block), per_row(), "dynamic")
+    found = fp8x.choose_recipes(path, recipe)
+    amax = [
+        next(each for each in (choice.chosen, *choice.others) if each.recipe.weight == recipe.weight)
+        for choice in found.choices
+    ]
+    choices = zip(found.choices, amax, strict=True)
+    found = dataclasses.replace(found, choices=tuple(dataclasses.replace(each, chosen=its) for each, its in choices))
+    mesh, model = mesh_of(**axes), fp8x.load(path, requantize=found)
+    scales = [np.asarray(layer.weight_scale[...]).ravel() for layer in named_layers(model).values()]
+    is_power = np.frexp(np.concatenate(scales))[0] == 0.5
+    assert 0 < is_power.sum() < is_power.size
+    assert_same(fp8x.load(path, mesh=mesh, requantize=found), shard(model, mesh))
 
 
 def test_a_process_reads_what_its_devices_hold(monkeypatch):
