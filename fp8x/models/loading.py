@@ -173,17 +173,16 @@ class Loader:
             elif isinstance(names, str):
                 get(self.model, path).kernel.set_value(self._matrix(names, self.stored[path], shape).T)
             else:
-                stored = self.stored[path]
-                read = lambda prefix, shape, stored=stored: self._matrix(prefix, stored, shape)  # noqa: E731
-                get(self.model, path).weight.set_value(self._stack(names, shape, read))
+                get(self.model, path).weight.set_value(self._matrices(names, self.stored[path], shape))
 
     def _quantized_layer(self, path: str, names: Names, recipe: Recipe, shape: tuple[int, ...]) -> QuantizedLayer:
-        scheme = weight_scheme(recipe, len(shape))
+        scheme, bias = weight_scheme(recipe, len(shape)), get(self.model, path).bias
+        bias = None if bias is None else bias[...]
         if len(scheme.block) > 2:
             # Scales across experts: the layer has to be whole before it is quantized.
-            stack = self._stack(names, self.stored[path], shape)
+            stack = self._matrices(names, self.stored[path], shape)
             weight = numerics.quantize_weight(stack, scheme, name=path, allow_nonfinite=True)
-            return GroupedLinear.from_arrays(weight, recipe)
+            return GroupedLinear.from_arrays(weight, recipe, bias=bias)
         data, scale = aligned(shape, scheme.dtype), aligned(scheme.scale_shape(shape), scheme.scale_dtype)
         input_scale = None
         stored = self.stored[path]
@@ -196,9 +195,8 @@ class Loader:
                 self._finish(*self._tensors(prefix, stored, shape[-2:]))
         weight = ScaledArray(jax.device_put(data), jax.device_put(scale), scheme)
         input_scale = None if input_scale is None else jnp.array(input_scale)
-        bias = get(self.model, path).bias
         kind = Linear if isinstance(names, str) else GroupedLinear
-        return kind.from_arrays(weight, recipe, bias=None if bias is None else bias[...], input_scale=input_scale)
+        return kind.from_arrays(weight, recipe, bias=bias, input_scale=input_scale)
 
     def _fill(
         self, prefix: str, stored: Recipe | None, recipe: Recipe, data: np.ndarray, scale: np.ndarray
@@ -238,8 +236,12 @@ class Loader:
             )
         return found
 
+    def _matrices(self, names: Names, stored: Recipe | None, shape: tuple[int, ...]) -> Array:
+        """The experts' matrices in one array."""
+        return self._stack(names, shape, lambda prefix, shape: self._matrix(prefix, stored, shape))
+
     def _stack(self, names: Names, shape: tuple[int, ...], read: Callable[[str, tuple[int, ...]], Array]) -> Array:
-        """The experts' matrices, or biases, in one array, from `read(name, shape)` of each."""
+        """What every expert has, in one array, from `read(name, shape)` of each."""
         stack = aligned(shape, self.dtype)
         for index, name in flat(names):
             stack[index] = read(name, shape[len(index) :])
