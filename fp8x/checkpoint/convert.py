@@ -17,14 +17,14 @@ import jax
 import numpy as np
 
 from fp8x.array import ScaledArray
-from fp8x.checkpoint import exact, rows
+from fp8x.checkpoint import rows
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_source
 from fp8x.checkpoint.experts import ExpertJob
-from fp8x.checkpoint.finite import is_finite, nonfinite_error
+from fp8x.checkpoint.finite import check_overflow, is_finite, nonfinite_error
 from fp8x.checkpoint.format import Layout
 from fp8x.checkpoint.header import UNQUANTIZED, nbytes
 from fp8x.checkpoint.packed import pack
-from fp8x.checkpoint.parts import StoredMatrix, not_e2m1, quantized_matrix, refuse_nonfinite
+from fp8x.checkpoint.parts import StoredMatrix, not_e2m1, quantized_matrix, refuse_nonfinite, warn_of_flushed
 from fp8x.checkpoint.plan import Plan, Spec, Target
 from fp8x.checkpoint.reader import CONFIG, DTYPE_NAMES, Reader
 from fp8x.checkpoint.resumable import ResumableWriter
@@ -261,12 +261,16 @@ class _Matrix:
             for name, array in self.layout.input_scale.write(self.prefix, self._input_scale(input_scale)).items():
                 work.writer.write(name, 0, array)
         if not self.target.is_kept:
-            self._warn_of_flushed(work, source)
+            warn_of_flushed(source, work)
         if scheme is None:
             for part, values in source.parts(work):
                 scratch = work.scratch(values.shape, f"uint{8 * self.plan.out_dtype.itemsize}")
                 self._check_codes(work, values)
-                self._write_result(work, part, rows.dequantized(values, scratch, dtype=self.plan.out_dtype))
+                found = rows.dequantized(values, scratch, dtype=self.plan.out_dtype)
+                if not self.plan.allow_nonfinite:
+                    file = self.reader.stored(self.name).file
+                    check_overflow(self.name, file, np.from_dlpack(found), DTYPE_NAMES[self.plan.out_dtype])
+                self._write_result(work, part, found)
         elif self.target.is_kept:
             self._write_scale(work, 0, source.scale)
             if self.plan.format.packs:
@@ -329,11 +333,6 @@ class _Matrix:
         tensor = self.reader.stored(self.name)
         count = sum(int(rows.count_nonfinite(values)) for _, values in source.parts(work))
         raise nonfinite_error(self.name, tensor.file, count, math.prod(tensor.shape))
-
-    def _warn_of_flushed(self, work: "_Work", source: StoredMatrix) -> None:
-        if source.scheme is not None and exact.may_flush(source.scale, source.scheme):
-            count = sum(exact.count_flushed(values) for _, values in source.parts(work))
-            exact.warn_of_flushed(self.name, count, math.prod(source.shape))
 
     def _check_codes(self, work: "_Work", values: ScaledArray) -> None:
         """Refuses NaN and Inf among codes from which no amax is computed, in which they would show."""

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fp8x.checkpoint import rows
-from fp8x.checkpoint.finite import is_finite
+from fp8x.checkpoint.finite import check_overflow, is_finite
 from fp8x.checkpoint.fusing import FusedExperts, biases
 from fp8x.checkpoint.header import nbytes
 from fp8x.checkpoint.packed import pack
-from fp8x.checkpoint.parts import StoredMatrix, not_e2m1, quantized_matrix, refuse_nonfinite
+from fp8x.checkpoint.parts import StoredMatrix, not_e2m1, quantized_matrix, refuse_nonfinite, warn_of_flushed
 from fp8x.checkpoint.plan import Plan, Spec
 from fp8x.checkpoint.reader import DTYPE_NAMES, Reader
 
@@ -114,12 +114,15 @@ class ExpertJob:
         bits = np.dtype(f"uint{8 * dtype.itemsize}")
         whole = work.buffer(math.prod((k, lines, dtype.itemsize)), "expert").view(bits).reshape(k, lines)
         for index, source in enumerate(sources):
+            warn_of_flushed(source, work)
             for part, values in source.parts(work):
                 if not self.plan.allow_nonfinite and not is_finite(values.data, DTYPE_NAMES[values.data.dtype]):
                     refuse_nonfinite(self.reader, source.name, work)
                 found = rows.dequantized(values, work.scratch(values.shape, bits.name), dtype=dtype)
                 stop = min(part.stop, source.shape[0])
                 array = np.from_dlpack(found)[: stop - part.start]
+                if not self.plan.allow_nonfinite:
+                    check_overflow(source.name, self.reader.stored(source.name).file, array, DTYPE_NAMES[dtype])
                 whole[:, index :: len(sources)][:, part.start : stop] = array.T
                 work.keep_scratch(found)
                 work.advance(len(array) * self.bytes // (len(sources) * source.shape[0]))

@@ -75,6 +75,15 @@ def count_nonfinite(data: np.ndarray, dtype: str) -> int:
     return int(((bits & (2 ** (8 * size - is_signed) - 1)) >= first).sum())
 
 
+def check_overflow(name: str, file: Path, data: np.ndarray, dtype: str) -> None:
+    """Raises for what has become Inf, or NaN, in a type: finite values beyond its largest number."""
+    if not is_finite(data, dtype):
+        raise CheckpointError(
+            f"{name} in {file}: {count_nonfinite(data, dtype)} values or more are beyond the largest number of "
+            f"{dtype}; leave it in 8 bits, or pass allow_nonfinite=True (--allow-nonfinite)"
+        )
+
+
 def nonfinite_error(name: str, file: Path, count: int, size: int) -> CheckpointError:
     return CheckpointError(
         f"{name} in {file}: holds {count} NaN or Inf of {size} values; "

@@ -171,6 +171,7 @@ def _merged(name: str, rows: list[TensorRow]) -> TensorRow:
         max((row.amax for row in rows if row.amax is not None), default=None),
         sum(row.nonfinite for row in rows),
         **{name: _sum(getattr(row, name) for row in rows) for name in numbers},
+        is_packed=all(row.is_packed for row in rows),
     )
 
 
@@ -221,8 +222,8 @@ def _quantized_row(
     prefix = name.removesuffix(".weight")
     matrix, _ = quantized_matrix(format, prefix, recipe, reader)
     tensors = format.names(prefix, recipe, matrix.shape, reader)
-    size = sum(reader.stored(tensor).nbytes for tensor in tensors)
-    row = TensorRow(name, recipe.weight, matrix.shape, size)
+    size = sum(reader.stored(tensor).nbytes_on_disk for tensor in tensors)
+    row = TensorRow(name, recipe.weight, matrix.shape, size, is_packed=reader.stored(name).is_packed)
     truth = None if original is None else original.matrix(name, matrix.shape)
     return measure.measured(row, matrix, truth, threads)
 

@@ -14,6 +14,7 @@ from fp8x.array import ScaledArray
 from fp8x.checkpoint import rows
 from fp8x.checkpoint.compare import Comparison
 from fp8x.checkpoint.finite import extent
+from fp8x.checkpoint.packed import MXFP4
 from fp8x.checkpoint.parts import StoredMatrix
 from fp8x.checkpoint.reader import DTYPE_NAMES, Reader
 from fp8x.checkpoint.threads import Threads
@@ -28,7 +29,7 @@ class TensorRow:
         name: in the checkpoint; experts together have `*` for their number.
         scheme: a `Scheme`, or the stored type ("bf16") of what is not quantized.
         shape: `[N, K]` for a matrix, `[E, N, K]` for several experts' matrices.
-        bytes: of the values and their scales.
+        bytes: of the values and their scales, on disk.
         amax: the largest finite magnitude, dequantized; None for what holds no floats.
         nonfinite: how many values are NaN or Inf.
         signal: sum of squares of the original; None without one.
@@ -38,6 +39,7 @@ class TensorRow:
             original.
         inexact_signal: the part of `signal` in the other blocks (all of it where there are no blocks, but a value
             differs); all of `noise` is theirs.
+        is_packed: whether it is MXFP4 on disk, which `scheme` has the values of.
     """
 
     name: str
@@ -52,10 +54,16 @@ class TensorRow:
     blocks: int | None = None
     exact_blocks: int | None = None
     inexact_signal: float | None = None
+    is_packed: bool = False
 
     @property
     def is_quantized(self) -> bool:
         return isinstance(self.scheme, Scheme)
+
+    @property
+    def stored_as(self) -> str:
+        """What tables call its scheme or type."""
+        return MXFP4 if self.is_packed else str(self.scheme)
 
     @property
     def size(self) -> int:

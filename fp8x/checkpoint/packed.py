@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 MXFP4 = "mxfp4"  # in tables
 BLOCK = 32
+PIECE = 1 << 16  # indices at a time, which numpy widens to 8 bytes each
 E8M0 = ("U8", "F8_E8M0")
 
 E4M3_OF_E2M1 = np.array([0x00, 0x30, 0x38, 0x3C, 0x40, 0x44, 0x48, 0x4C], np.uint8)
@@ -45,11 +46,13 @@ _QUADS = _PAIRS[np.arange(2**16) & 255].astype(np.uint32) | _PAIRS[np.arange(2**
 
 def unpack(packed: UInt8[np.ndarray, "n k/2"], out: UInt8[np.ndarray, "n k"]) -> None:
     """The bytes of e4m3 with the values of e2m1 codes, two a byte; `out` is contiguous."""
-    packed = np.ascontiguousarray(packed)
+    packed, out = np.ascontiguousarray(packed).reshape(-1), out.reshape(-1)
     if packed.size % 2:
-        np.take(_PAIRS, packed.reshape(-1), out=out.reshape(-1).view(np.uint16), mode="clip")
-    else:
-        np.take(_QUADS, packed.reshape(-1).view(np.uint16), out=out.reshape(-1).view(np.uint32), mode="clip")
+        np.take(_PAIRS, packed, out=out.view(np.uint16), mode="clip")
+        return
+    index, out = packed.view(np.uint16), out.view(np.uint32)
+    for part in (slice(start, start + PIECE) for start in range(0, index.size, PIECE)):
+        np.take(_QUADS, index[part], out=out[part], mode="clip")
 
 
 def _packing() -> UInt16[np.ndarray, " 65536"]:

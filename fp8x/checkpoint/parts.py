@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from fp8x.array import ScaledArray
-from fp8x.checkpoint import rows
+from fp8x.checkpoint import exact, rows
 from fp8x.checkpoint.finite import count_nonfinite, nonfinite_error
 from fp8x.checkpoint.fnuz import Translation
 from fp8x.checkpoint.format import Format
@@ -95,6 +95,13 @@ def refuse_nonfinite(reader: Reader, name: str, threads: Threads) -> None:
         reader.read_into(name, start, buffer)
         count += count_nonfinite(buffer, tensor.dtype)
     raise nonfinite_error(name, tensor.file, count, math.prod(tensor.shape))
+
+
+def warn_of_flushed(matrix: StoredMatrix, threads: Threads) -> None:
+    """Warns of values that become zero where a matrix in 8 bits is dequantized (`exact.py`)."""
+    if matrix.scheme is not None and exact.may_flush(matrix.scale, matrix.scheme):
+        count = sum(exact.count_flushed(values) for _, values in matrix.parts(threads))
+        exact.warn_of_flushed(matrix.name, count, math.prod(matrix.shape))
 
 
 def not_e2m1(matrix: StoredMatrix, count: int) -> CheckpointError:

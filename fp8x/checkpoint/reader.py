@@ -32,6 +32,7 @@ QUANTIZATION, OLDER = "quantization_config", "compression_config"  # in config.j
 DESCRIPTION = "fp8x.json"  # in the place of config.json, where the model is no Hugging Face one
 
 PIECE = 1 << 23  # bytes of one call to the system, between which Ctrl-C is heard
+BAND = 1 << 19  # bytes of rows that lie among others: they go through a buffer that stays in cache
 
 
 class Reader:
@@ -277,7 +278,7 @@ def _read_rows(file: _File, tensor: Stored, name: str, start: int, buffer: np.nd
     view, row = tensor.view, tensor.row_bytes
     rows = buffer.reshape(-1).view(np.uint8).reshape(-1, row)
     line = row // 2 if view.is_packed else row
-    at_once = max(PIECE // (line * view.step), 1)
+    at_once = max(BAND // max(line * view.step, 1), 1)
     band = np.empty((min(at_once, len(rows)) * view.step, line), np.uint8)
     for done in range(0, len(rows), at_once):
         part = rows[done : done + at_once]

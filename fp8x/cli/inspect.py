@@ -64,7 +64,7 @@ def inspect(
 def _as_dict(row: "TensorRow") -> dict[str, Any]:
     return {
         "name": row.name,
-        "scheme": str(row.scheme),
+        "scheme": row.stored_as,
         "quantized": row.is_quantized,
         "shape": row.shape,
         "bytes": row.bytes,
@@ -84,7 +84,7 @@ def _show(found: "Inspection", rows: "list[TensorRow]", checkpoint: Path, recipe
         name = row.name.removeprefix("model.").removesuffix(".weight")
         shape = "×".join(map(str, row.shape))
         amax = "–" if row.amax is None else f"{row.amax:.4g}"
-        table.add_row(name, str(row.scheme), shape, terminal.size(row.bytes), amax, terminal.decibels(row.snr))
+        table.add_row(name, row.stored_as, shape, terminal.size(row.bytes), amax, terminal.decibels(row.snr))
     table.add_section()
     values = sum(row.size for row in rows)
     per_value = f"{8 * found.bytes / values:.2f} bits a value"

@@ -14,7 +14,7 @@ from fp8x import numerics
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import Format, Reader
 from fp8x.checkpoint.exact import count_flushed, warn_of_flushed
-from fp8x.checkpoint.finite import count_nonfinite, is_finite, nonfinite_error
+from fp8x.checkpoint.finite import check_overflow, count_nonfinite, is_finite, nonfinite_error
 from fp8x.checkpoint.format import MatrixScales, stored_recipes, weight_spec
 from fp8x.checkpoint.header import DTYPE_NAMES, UNQUANTIZED
 from fp8x.checkpoint.kv_cache import QUERIES, read_kv_scales
@@ -105,7 +105,7 @@ class Loader:
             dtypes = UNQUANTIZED if recipe is None else weight_spec(recipe, shape).dtypes
             for _, prefix in flat(names):
                 self.reader.check(f"{prefix}.weight", shapes=[shape], dtypes=dtypes)
-        self._total_bytes = sum(self.reader.stored(name).nbytes for name in needed)
+        self._total_bytes = sum(self.reader.stored(name).nbytes_on_disk for name in needed)
         if left:
             warnings.warn(
                 f"{self.reader.path}: {len(left)} tensors of {self.model.config.skipped_layers} layers for multi-token "
@@ -173,17 +173,16 @@ class Loader:
             elif isinstance(names, str):
                 get(self.model, path).kernel.set_value(self._matrix(names, self.stored[path], shape).T)
             else:
-                stored = self.stored[path]
-                read = lambda prefix, shape, stored=stored: self._matrix(prefix, stored, shape)  # noqa: E731
-                get(self.model, path).weight.set_value(self._stack(names, shape, read))
+                get(self.model, path).weight.set_value(self._matrices(names, self.stored[path], shape))
 
     def _quantized_layer(self, path: str, names: Names, recipe: Recipe, shape: tuple[int, ...]) -> QuantizedLayer:
-        scheme = weight_scheme(recipe, len(shape))
+        scheme, bias = weight_scheme(recipe, len(shape)), get(self.model, path).bias
+        bias = None if bias is None else bias[...]
         if len(scheme.block) > 2:
             # Scales across experts: the layer has to be whole before it is quantized.
-            stack = self._stack(names, self.stored[path], shape)
+            stack = self._matrices(names, self.stored[path], shape)
             weight = numerics.quantize_weight(stack, scheme, name=path, allow_nonfinite=True)
-            return GroupedLinear.from_arrays(weight, recipe)
+            return GroupedLinear.from_arrays(weight, recipe, bias=bias)
         data, scale = aligned(shape, scheme.dtype), aligned(scheme.scale_shape(shape), scheme.scale_dtype)
         input_scale = None
         stored = self.stored[path]
@@ -196,9 +195,8 @@ class Loader:
                 self._finish(*self._tensors(prefix, stored, shape[-2:]))
         weight = ScaledArray(jax.device_put(data), jax.device_put(scale), scheme)
         input_scale = None if input_scale is None else jnp.array(input_scale)
-        bias = get(self.model, path).bias
         kind = Linear if isinstance(names, str) else GroupedLinear
-        return kind.from_arrays(weight, recipe, bias=None if bias is None else bias[...], input_scale=input_scale)
+        return kind.from_arrays(weight, recipe, bias=bias, input_scale=input_scale)
 
     def _fill(
         self, prefix: str, stored: Recipe | None, recipe: Recipe, data: np.ndarray, scale: np.ndarray
@@ -238,8 +236,12 @@ class Loader:
             )
         return found
 
+    def _matrices(self, names: Names, stored: Recipe | None, shape: tuple[int, ...]) -> Array:
+        """The experts' matrices in one array."""
+        return self._stack(names, shape, lambda prefix, shape: self._matrix(prefix, stored, shape))
+
     def _stack(self, names: Names, shape: tuple[int, ...], read: Callable[[str, tuple[int, ...]], Array]) -> Array:
-        """The experts' matrices, or biases, in one array, from `read(name, shape)` of each."""
+        """What every expert has, in one array, from `read(name, shape)` of each."""
         stack = aligned(shape, self.dtype)
         for index, name in flat(names):
             stack[index] = read(name, shape[len(index) :])
@@ -255,7 +257,9 @@ class Loader:
         self._finish(*self._tensors(prefix, stored, shape))
         source = ScaledArray(codes, found.scale, stored.weight)
         warn_of_flushed(f"{prefix}.weight", count_flushed(source), codes.size)
-        return dequantized(source).astype(self.dtype)
+        array = dequantized(source).astype(self.dtype)
+        self._check_overflow(f"{prefix}.weight", np.asarray(array))
+        return array
 
     def _array(self, name: str, shape: tuple[int, ...], dtype: np.dtype | None = None) -> Array:
         """An unquantized tensor, in the model's type unless another is given."""
@@ -272,9 +276,14 @@ class Loader:
     def _finish(self, *names: str) -> None:
         """Tensors are read."""
         for name in names:
-            self._read_bytes += self.reader.stored(name).nbytes
+            self._read_bytes += self.reader.stored(name).nbytes_on_disk
         if self._progress is not None:
             self._progress(self._read_bytes, self._total_bytes)
+
+    def _check_overflow(self, name: str, array: np.ndarray) -> None:
+        """`array` is a matrix, or a part of it, that was in 8 bits and finite there."""
+        if not self.allow_nonfinite:
+            check_overflow(name, self.reader.stored(name).file, array, DTYPE_NAMES[array.dtype])
 
     def _check_finite(self, name: str, array: np.ndarray) -> None:
         """`array` is the tensor as stored, translated, or a part of it."""

@@ -88,7 +88,7 @@ class MeshLoader(Loader):
         if stored is None:
             read = _stacked(names, lambda prefix: self._part_of(f"{prefix}.weight", shape[-2:]))
         else:
-            read = _cast(self._dequantized(names, stored, shape), self.dtype)
+            read = self._cast(path, self._dequantized(names, stored, shape))
         if recipe is not None:
             layer = _abstract(recipe, shape)
             layer.bias = nnx.data(module.bias)
@@ -149,6 +149,18 @@ class MeshLoader(Loader):
 
         return _stacked(names, lambda prefix: self._checked(f"{prefix}.weight", view(prefix)))
 
+    def _cast(self, path: str, read: Read) -> Read:
+        """Reads of a layer in the model's type."""
+        (_, first), *_ = flat(self.names[path])
+
+        def cast(index: tuple[slice, ...]) -> np.ndarray:
+            with np.errstate(over="ignore"):
+                part = read(index).astype(self.dtype)
+            self._check_overflow(f"{first}.weight", part)
+            return part
+
+        return cast
+
     def _view(self, prefix: str, stored: Recipe, found: MatrixScales, shape: tuple[int, ...]) -> Slices | np.ndarray:
         """The codes of one matrix in 8 bits, in the scheme's type; whole where they have to be translated."""
         if found.translation is not None:
@@ -191,10 +203,6 @@ class _Dequantized:
         whole = ScaledArray(self.codes[tuple(outer)], self.scale[tuple(of_scales)], self.scheme)
         warn_of_flushed(self.name, count_flushed(whole), math.prod(self.codes.shape))
         return np.asarray(dequantized(whole))[tuple(inner)]
-
-
-def _cast(read: Read, dtype: np.dtype) -> Read:
-    return lambda index: read(index).astype(dtype)
 
 
 def _input_scale(layer: QuantizedLayer, stored: Recipe, scales: Iterable[np.ndarray]) -> np.ndarray | None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import fp8x
 from fp8x.checkpoint import Reader, Writer
 from fp8x.checkpoint.header import DTYPES, read_header
+from fp8x.checkpoint.inspect import inspect, merge_experts
 from fp8x.checkpoint.packed import pack, unpack
 from fp8x.errors import CheckpointError
 
@@ -435,3 +436,29 @@ def test_experts_of_another_kind_in_one_tensor(tmp_path):
             assert found.tobytes() == values(packed[e, rows], scales[e, rows]).tobytes()
             assert read(reader, f"{BLOCK}.{e}.{part}.weight_scale_inv").tobytes() == scales[e, rows].tobytes()
     assert DTYPES["F8_E8M0"] == E8M0
+
+
+@pytest.mark.parametrize("dtype, first, last", [("f32", 2, 252), ("bf16", 2, 252), ("f16", 104, 140)])
+def test_what_16_and_32_bits_hold(tmp_path, dtype, first, last):
+    """Exact wherever a normal number holds the scale's smallest code, and its largest; beyond, an error or an Inf."""
+    rows = slice(first, last + 1)
+    quantization = {"quant_method": "mxfp4"}
+    arrays = {"a.weight": ALL_BYTES[rows].copy().view(np.int8), "a.scale": ALL_SCALES[rows].copy().view(E8M0)}
+    fp8x.convert(write(tmp_path / "in", arrays, quantization), tmp_path / "out", dtype)
+    found = read(Reader(tmp_path / "out"), "a.weight").astype(np.float64)
+    assert found.tobytes() == values(ALL_BYTES, ALL_SCALES)[rows].tobytes()
+    beyond = {"a.weight": ALL_BYTES[:8].view(np.int8), "a.scale": (ALL_SCALES[:8] + np.uint8(last + 1)).view(E8M0)}
+    beyond["a.scale"][1:] = beyond["a.scale"][0]
+    source = write(tmp_path / "beyond", beyond, quantization)
+    with pytest.raises(CheckpointError, match=r"a.weight in .*: \d+ values or more are beyond the largest number of"):
+        fp8x.convert(source, tmp_path / "no", dtype)
+    fp8x.convert(source, tmp_path / "inf", dtype, allow_nonfinite=True)
+    assert np.isinf(read(Reader(tmp_path / "inf"), "a.weight").astype(np.float64)).any()
+
+
+def test_what_inspect_says(tmp_path):
+    source = write(tmp_path / "in", gpt_oss(), GPT_OSS, model_type="gpt_oss")
+    rows = {row.name: row for row in merge_experts(inspect(source).rows)}
+    row = rows[f"{BLOCK}.*.up_proj.weight"]
+    assert (row.stored_as, row.shape, row.bytes) == ("mxfp4", (3, 96, 64), 3 * 96 * (32 + 2))
+    assert inspect(source).bytes == sum(array.nbytes for array in gpt_oss().values())

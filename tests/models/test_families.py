@@ -356,6 +356,19 @@ class TestGptOss:
         for name in ("saved", "converted"):
             assert_same(fp8x.load(tmp_path / name), model)
 
+    def test_experts_in_mxfp4_are_requantized(self, tmp_path):
+        golden = read_golden("gpt_oss_mxfp4")
+        model = fp8x.load(golden.path, requantize=BLOCKS)
+        fp8x.convert(golden.path, tmp_path / "converted", format="fp8", requantize=BLOCKS)
+        assert_same(fp8x.load(tmp_path / "converted"), model)
+        placed = fp8x.load(golden.path, mesh=mesh_of(tensor=2, expert=2), requantize=BLOCKS)
+        assert_same(placed, fp8x.sharding.shard(model, mesh_of(tensor=2, expert=2)))
+
+    def test_one_scale_across_experts_leaves_each_its_bias(self):
+        path, recipe = read_golden("gpt_oss_bf16").path, fp8x.Recipe(fp8x.Scheme("e4m3", block=(None, None, None)))
+        rules = {r"layers\.\d\.mlp\.w(13|2)": recipe}
+        assert_same(fp8x.load(path, rules=rules), fp8x.quantize_model(fp8x.load(path), None, rules))
+
     @pytest.mark.slow
     @pytest.mark.parametrize("axes", [{"tensor": 2}, {"expert": 2}, {"tensor": 2, "expert": 2}], ids=str)
     def test_experts_in_mxfp4_on_a_mesh(self, axes, run):
@@ -401,16 +414,17 @@ class TestGptOss:
             fp8x.save(model, tmp_path / "saved", "mxfp4")
         assert not (tmp_path / "saved").exists()
 
-    @pytest.mark.parametrize(("recipe", "heads"), [(None, 4), (BLOCKS, 16)])
-    def test_sinks_lie_where_their_heads_do(self, recipe, heads, run):
-        """Blocks of 128 rows hold the eight heads of the first device, of which there are four; it has all of them."""
-        golden, mesh = read_golden("gpt_oss_bf16"), mesh_of(tensor=2)
-        sinks = fp8x.load(golden.path, recipe, mesh).layers[0].self_attn.sinks
+    @pytest.mark.parametrize(("code", "heads"), [(None, 4), (BLOCKS, 64)])
+    def test_sinks_lie_where_their_heads_do(self, code, heads, run):
+        """Blocks of 128 rows hold 32 heads of 12 dims on the first device: of the four that there are it has all."""
+        golden, recipe = read_golden("gpt_oss"), code and dataclasses.replace(fp8x.recipe(code), out_dtype=jnp.float32)
+        placed, ids = fp8x.load(golden.path, recipe, mesh_of(tensor=2)), golden.tensors["ids"]
+        sinks = placed.layers[0].self_attn.sinks
         assert sinks.get_metadata("spec") == P("tensor") and sinks.shape == (heads,)
-        parts = [np.asarray(shard.data) for shard in sinks[...].addressable_shards]
-        expected = np.zeros(heads, parts[0].dtype)
+        expected = np.zeros(heads, np.float32)
         expected[:4] = golden.model.layers[0].self_attn.sinks[...]
-        np.testing.assert_array_equal(np.concatenate(parts[:2]), expected)
+        np.testing.assert_array_equal(np.asarray(sinks[...]), expected)
+        assert_tokens_agree(np.asarray(placed(ids)), np.asarray(run(fp8x.load(golden.path, recipe), ids)), code)
 
     def test_a_rule_for_sinks_is_refused(self):
         for take in (fp8x.load, fp8x.plan):

@@ -434,7 +434,7 @@ def test_experts_of_which_none_is_quantized_stay_as_they_lie(tmp_path):
 
 def test_experts_of_uncertain_layout_are_named(tmp_path):
     tensors = {f"{EXPERTS}.gate_up_proj": matrix(2, 48, 64), f"{EXPERTS}.gate_up_proj_bias": matrix(2, 64)}
-    source = directory(tmp_path / "a", tensors | {"up.weight": matrix(32, 32)}, model_type="gpt_oss")
+    source = directory(tmp_path / "a", tensors | {"up.weight": matrix(32, 32)})
     plan = fp8x.plan(source, CHANNEL)
     (row,) = [row for row in plan.rows if row.name == f"{EXPERTS}.gate_up_proj"]
     assert (row.after, row.reason) == (
