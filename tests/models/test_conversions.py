@@ -12,8 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import fp8x
-from fp8x import numerics
-from fp8x import RECIPES, Scheme
+from fp8x import RECIPES, Scheme, numerics
 from fp8x.calibrate import CalibrationReport, LayerStatistics, Sidecar
 from fp8x.calibrate.statistics import static_layers
 from fp8x.checkpoint import Reader, Writer, format_of, rows
