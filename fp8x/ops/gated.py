@@ -13,7 +13,7 @@ from fp8x import numerics
 from fp8x.array import ScaledArray
 from fp8x.errors import BackendError
 from fp8x.ops import mosaic
-from fp8x.ops.gate import KERNEL_ACTIVATIONS
+from fp8x.ops.gate import Gate, kernel_gate, not_in_kernels
 from fp8x.ops.groups import take_rows
 from fp8x.ops.mosaic_swapped import unsupported_few_rows
 from fp8x.ops.quantize import QuantizeCall
@@ -36,7 +36,7 @@ class GatedCall:
     w: Scheme
     bias: bool
     out_dtype: np.dtype
-    gate: str
+    gate: Gate
     out: Scheme
     has_scale: bool
     op: str = "gated_matmul"
@@ -105,8 +105,8 @@ def unsupported_by_blocks(call: GatedCall) -> str | None:
 
 
 def _unsupported(call: GatedCall) -> str | None:
-    if call.gate not in KERNEL_ACTIVATIONS:
-        return f"applies {' or '.join(KERNEL_ACTIVATIONS)}, not {call.gate}"
+    if reason := not_in_kernels(call.gate):
+        return reason
     rows, columns = (1, *call.out.block)[-2:]
     if call.out.is_mx:
         return f"quantizes with float32 scales; those of out_activation are e8m0 ({call.out})"
@@ -133,7 +133,7 @@ def _run(x, w, x_scale, w_scale, group_sizes, bias, out_dtype, gate, scheme, sca
     from fp8x.pallas.epilogue import Gated
     from fp8x.pallas.sm90_grouped_fp8 import gated_fp8
 
-    end = Gated(KERNEL_ACTIVATIONS[gate], out_dtype, scheme, scale is not None)
+    end = Gated(kernel_gate(gate), out_dtype, scheme, scale is not None)
     inverse = None
     if scale is not None:
         inverse = numerics.reciprocal(scale[0])
@@ -149,7 +149,7 @@ def in_two_steps(
     group_sizes: Int[Array, " e"],
     bias: Float[Array, "e 2 i"] | None,
     out_dtype,
-    gate: str,
+    gate: Gate,
     scheme: Scheme,
     scale: Float[Array, "..."] | None,
 ) -> ScaledArray:
