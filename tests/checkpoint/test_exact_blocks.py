@@ -1,5 +1,5 @@
-"""From e8m0 scales to float32 ones: blocks that a power of two keeps exactly, and what is said of them, by float64
-numpy and ml_dtypes alone."""
+"""From e8m0 scales to float32 ones: of two scales each block's better one, blocks that a power of two keeps exactly, and
+what is said of them, by float64 numpy and ml_dtypes alone."""
 
 import json
 import math
@@ -55,13 +55,17 @@ def by_hand(truth: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np.n
         at = (slice(i * n, (i + 1) * n), slice(j * k, (j + 1) * k))
         part, amax = truth[at], np.abs(truth[at]).max(initial=0)
         if amax:
-            power = next(2.0**e for e in range(-126, 128) if 448 * 2.0**e >= amax)
-            is_exact[i, j] = np.array_equal((part / power).astype(E4M3).astype(np.float64) * power, part)
-            scales[i, j] = power if is_exact[i, j] else np.float32(amax) * np.float32(1 / 448)
-        inverse = np.float32(1) / scales[i, j]
-        codes = np.clip(part.astype(np.float32) * inverse, -448, 448).astype(E4M3)
-        found[at] = codes.astype(np.float32) * scales[i, j]
+            power = np.float32(next(2.0**e for e in range(-126, 128) if 448 * 2.0**e >= amax))
+            own = np.float32(amax) * np.float32(1 / 448)
+            of_power, of_own = (np.abs(codes_of(part, scale) * float(scale) - part).max() for scale in (power, own))
+            is_exact[i, j] = of_power == 0
+            scales[i, j] = own if of_own < 0.71 * of_power else power
+        found[at] = codes_of(part, scales[i, j]).astype(np.float32) * scales[i, j]
     return scales, found, is_exact
+
+
+def codes_of(part: np.ndarray, scale: np.float32) -> np.ndarray:
+    return np.clip(part.astype(np.float32) * (np.float32(1) / scale), -448, 448).astype(E4M3).astype(np.float64)
 
 
 def random_mx(shape, values, binades: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
