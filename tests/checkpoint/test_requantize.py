@@ -351,9 +351,11 @@ size = len(choose_recipes(path, ("hopper", "e5m2_e5m2_bf16")).choices)
 
 
 @pytest.mark.slow
-def test_memory_is_that_of_some_rows(tmp_path, tiny_checkpoint):
+def test_memory_is_that_of_some_rows(tmp_path):
+    """Once done for a few matrices as wide, so that its programs are there: compiling them takes 50 to 90 MB more."""
     assert write_mixtral(tmp_path / "model", 1024, 2048) > 200 * 2**20
-    for name, path in {"big": tmp_path / "model", "small": tiny_checkpoint}.items():
+    write_mixtral(tmp_path / "few", 1024, 2048, layers=1, experts=2)
+    for name, path in {"big": tmp_path / "model", "small": tmp_path / "few"}.items():
         fp8x.convert(path, tmp_path / name, "mxfp8_bf16")
     count, growth = measure(CHOOSE, tmp_path / "big", tmp_path / "small")
-    assert count == 12 and growth < 96 * 2**20  # the source has 108 MB, in float32 432
+    assert count == 12 and growth < 96 * 2**20  # 26 to 61 MB were seen; the source has 108 MB, in float32 432
