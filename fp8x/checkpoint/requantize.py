@@ -5,10 +5,11 @@ channels with float32 scales. How much of the source survives depends on the rul
 
 - `"pow2"` shifts the exponents of codes and keeps their mantissas. What ends below 2^-6, the smallest normal e4m3, is
   rounded to a multiple of 2^-9; all else is exact.
-- `"amax"` (amax / 448) rounds every code anew, except where amax is 448 times a power of two and both rules agree, and
-  in blocks that a power of two keeps exactly, which get it by either rule (`fp8x.numerics.requantize`). But its scale
-  is down to half as large, and so are the steps below the smallest normal. It wins where that counts for more: in a
-  block with little but some large values and a floor of tiny ones.
+- `"amax"` takes, block by block, that power of two or amax / 448, whichever has the smaller largest error
+  (`fp8x.numerics.better_scale`). amax / 448 rounds every code anew, except where amax is 448 times a power of two and
+  both scales agree. But it is down to half as large, and so are the steps below the smallest normal. It wins where that
+  counts for more: in a block with little but some large values and a floor of tiny ones. Of many of these the largest
+  error may be less by it, and the sum of squares more.
 
 So both are tried, and measured. No other power of two needs to be. A larger one is never better, whatever the source:
 of the numbers that it can hold, those within the smaller one's reach are among the smaller one's. A smaller one clips.
