@@ -447,7 +447,7 @@ def test_exact_blocks(tiny_checkpoint, tmp_path):
     invoke("quantize", tiny_checkpoint, tmp_path / "mx", "-r", "mxfp8_mxfp8_bf16")
     found = read_json("quantize", tmp_path / "mx", tmp_path / "a", "-r", BLOCK)["exactness"]
     assert 0 < found["exact_blocks"] < found["blocks"] and 0 < found["differing"] < found["values"]
-    assert 25 < found["inexact_snr_db"] < 40
+    assert found["inexact_snr_db"] > 100
     out = invoke("quantize", tmp_path / "mx", tmp_path / "b", "-r", BLOCK).stdout
     line = f"{found['exact_blocks']:,} of {found['blocks']:,} blocks are exact; {found['differing']:,} of "
     assert line in out
@@ -471,7 +471,7 @@ def test_requantize(tiny_checkpoint, tmp_path):
     assert chosen["recipe"] in (f"{DYNAMIC}, pow2 weights", "fp8_e4m3fn_bf16_block_scale, pow2 weights")
     assert chosen["snr_db"] is None and len(chosen["others_snr_db"]) == 3  # exact
     lowest = [snr for each in found["requantized"].values() for snr in each["others_snr_db"].values() if snr]
-    assert lowest and 25 < min(lowest) < 40
+    assert lowest and min(lowest) > 100
     assert found["recipe"] is None and set(found["schemes"]) <= {"bf16", "e4m3 1×· f32 pow2", "e4m3 128×128 f32 pow2"}
     out = invoke("quantize", tmp_path / "mx", tmp_path / "b", "--requantize", DYNAMIC, "--format", "modelopt").stdout
     assert f"{DYNAMIC}, pow2 weights" in out and "next best" in out and "recipe chosen by module" in out
