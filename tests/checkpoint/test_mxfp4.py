@@ -266,6 +266,7 @@ def test_any_rows_and_columns(tmp_path_factory, data):
     part = ("gate_proj", "up_proj")[first]
     rows, columns = (slice(*sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n))))) for n in (96, 64))
     name = f"{OTHER}.{e}.{part}.weight"
+    assert reader.slices(name, shapes=[(96, 64)], dtypes=["F32"])[rows.start : rows.start, :].shape == (0, 64)
     found = reader.slices(name, shapes=[(96, 64)], dtypes=["F32"])[rows, columns]
     assert found.tobytes() == plain[e, :, first::2].T[rows, columns].tobytes()
     name = f"{BLOCK}.{e}.{part}.weight"
@@ -335,12 +336,138 @@ BARE = {"quant_method": "mxfp4"}
             BARE,
             r"a.scale in .*: is F8_E8M0 \[4, 2\], expected U8 or F8_E8M0 \[4, 1\] beside a.weight \[4, 16\]",
         ),
+        (
+            {"a.weight_packed": np.zeros((4, 16), np.uint8)},
+            COMPRESSED,
+            r"a.weight_packed in .*: its scales a.weight_scale are missing",
+        ),
+        (
+            {"a.weight_packed": np.zeros(16, np.uint8), "a.weight_scale": np.zeros(1, np.uint8)},
+            COMPRESSED,
+            r"a.weight_packed in .*: shape is \[16\], expected \[N, K/2\], two codes a byte",
+        ),
+        (
+            {f"{BLOCK}.down_proj_blocks": np.zeros((3, 64, 16), np.uint8)},
+            GPT_OSS,
+            r"down_proj_blocks in .*: shape is \[3, 64, 16\], expected \[E, N, K/32, 16\], two codes a byte",
+        ),
+        (
+            {
+                f"{BLOCK}.gate_up_proj_blocks": np.zeros((3, 1, 2, 16), np.uint8),
+                f"{BLOCK}.gate_up_proj_scales": np.zeros((3, 1, 2), np.uint8),
+            },
+            GPT_OSS,
+            "1 rows do not divide into gate and up$",
+        ),
+        (
+            {f"{BLOCK}.gate_up_proj_bias": np.zeros((3, 1), np.float32)},
+            GPT_OSS,
+            "gate_up_proj_bias in .*: 1 rows do not divide into gate and up$",
+        ),
+        (
+            {
+                f"{OTHER}.gate_up_proj": np.zeros((3, 64, 16), np.int8),
+                f"{OTHER}.gate_up_proj_scale_inv": np.zeros((3, 64, 1), np.uint8).view(E8M0),
+            },
+            GPT_OSS,
+            r"1.mlp.experts.gate_up_proj in .*: experts in 4 bits that lie as \[E, K, N\]",
+        ),
     ],
 )  # fmt: skip
 def test_what_does_not_fit(tmp_path, change, quantization, error):
     tensors = {name: array for name, array in (gpt_oss() | change).items() if array is not None}
     with pytest.raises(CheckpointError, match=error):
         Reader(write(tmp_path / "in", tensors, quantization, model_type="gpt_oss"))
+
+
+PACKED = {"weight": np.zeros((4, 16), np.int8), "scale": np.zeros((4, 1), np.uint8).view(E8M0)}
+
+
+@pytest.mark.filterwarnings("ignore:.*could not build this model:UserWarning")
+@pytest.mark.parametrize(
+    "tensors, quantization, error",
+    [
+        (gpt_oss(), None, r"gate_up_proj_blocks in .*: is in MXFP4, .*config.json has no quantization_config"),
+        ({f"a.{name}": x for name, x in PACKED.items()}, None, "a.weight in .*: is in MXFP4, .*no quantization_config"),
+        (
+            {f"embed_tokens.{name}": x for name, x in PACKED.items()},
+            GPT_OSS,
+            r"embed_tokens.weight in .*: is in MXFP4, .*its scales \(it is no matrix of a linear layer",
+        ),
+        (
+            {f"conv.{name}": x[:, None] for name, x in PACKED.items()},
+            GPT_OSS,
+            r"conv.weight in .*: is in MXFP4, .*its scales \(it is no matrix of a linear layer",
+        ),
+        (
+            {f"{BLOCK}.down_proj{name}": x[None] for name, x in zip(("", "_scale_inv"), PACKED.values())}
+            | {f"{BLOCK}.down_proj_bias": np.zeros((1, 4), np.float32)},
+            {"quant_method": "fp8", "activation_scheme": "dynamic"},
+            r"down_proj in .*: is in MXFP4, .*its scales \(experts in one tensor, with biases",
+        ),
+    ],
+)
+@pytest.mark.parametrize("recipe", [None, "bf16"])
+def test_what_no_config_describes_is_not_copied(tmp_path, tensors, quantization, error, recipe):
+    """It appears in 8 bits: as such it would be something else to others."""
+    source = write(tmp_path / "in", tensors, quantization, model_type="any")
+    with pytest.raises(CheckpointError, match=error):
+        fp8x.plan(source, recipe)
+    assert inspect(source).bytes == sum(array.nbytes for array in tensors.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*could not build this model:UserWarning")
+def test_others_by_such_names_are_copied(tmp_path):
+    tensors = {
+        "a.weight": np.ones((4, 32), np.float32),
+        "b_blocks": np.ones((2, 4, 2, 16), np.uint8),
+        f"{BLOCK}.down_proj": np.arange(6, dtype=np.float32).reshape(2, 3),
+        f"{OTHER}.down_proj": np.arange(2, dtype=np.float32),
+    }
+    fp8x.convert(write(tmp_path / "in", tensors, None, model_type="gpt_oss"), tmp_path / "out")
+    found = {name: content for name, (_, _, content) in contents(tmp_path / "out")["model.safetensors"].items()}
+    assert found == {name: array.tobytes() for name, array in tensors.items()}
+
+
+@pytest.mark.filterwarnings("ignore:.*could not build this model:UserWarning")
+@pytest.mark.parametrize(
+    "recipe, format", [(None, None), ("bf16", None), (None, "mxfp4"), (None, "mxfp4-pack-quantized")]
+)
+@pytest.mark.parametrize("shape", [(0, 4, 2), (2, 0, 2), (2, 4, 0)])
+def test_nothing_in_4_bits(tmp_path, shape, recipe, format):
+    tensors = gpt_oss() | {
+        f"{OTHER}.gate_up_proj_blocks": np.zeros((*shape, 16), np.uint8),
+        f"{OTHER}.gate_up_proj_scales": np.zeros(shape, np.uint8),
+    }
+    fp8x.convert(write(tmp_path / "in", tensors, GPT_OSS, model_type="gpt_oss"), tmp_path / "out", recipe, format)
+    reader, (_, n, k) = Reader(tmp_path / "out"), shape
+    for e in range(shape[0]):
+        for part in ("gate_proj", "up_proj"):
+            assert read(reader, f"{OTHER}.{e}.{part}.weight").shape == (n // 2, 32 * k)
+
+
+@pytest.mark.filterwarnings("ignore:.*could not build this model:UserWarning")
+def test_some_experts_in_16_bits(tmp_path):
+    """A tensor of all experts holds all, or none: what is left of them goes one by one."""
+    source = write(tmp_path / "in", gpt_oss(), GPT_OSS, model_type="gpt_oss")
+    rules = {r".*experts\.[01]\..*": None}
+    fp8x.convert(source, tmp_path / "out", "mxfp8_bf16", rules=rules)
+    experts = [name for name in contents(tmp_path / "out")["model.safetensors"] if ".experts." in name]
+    assert all(name.startswith(tuple(f"{BLOCK}.{e}." for e in range(3))) for name in experts)
+    assert len(experts) == 3 * 3 * 2 + 3
+    with pytest.raises(CheckpointError, match=r"'mxfp4' holds the experts of gpt-oss alone.*2.down_proj.*are not"):
+        fp8x.convert(source, tmp_path / "no", "mxfp8_bf16", "mxfp4", rules=rules)
+
+
+@pytest.mark.filterwarnings("ignore:.*could not build this model:UserWarning")
+@pytest.mark.parametrize("recipe, format", [("bf16", None), (None, "mxfp4")])
+def test_a_bias_that_is_missing(tmp_path, recipe, format):
+    fp8x.convert(write(tmp_path / "in", gpt_oss(), GPT_OSS, model_type="gpt_oss"), tmp_path / "mxfp8")
+    reader, lost = Reader(tmp_path / "mxfp8"), f"{BLOCK}.1.up_proj.bias"
+    rest = {name: read(reader, name) for name in reader if name != lost}
+    source = write(tmp_path / "lost", rest, dict(reader.config["quantization_config"]), model_type="gpt_oss")
+    with pytest.raises(CheckpointError, match=rf"{lost} is missing from .*lost, which has biases of other experts"):
+        fp8x.plan(source, recipe, format)
 
 
 @pytest.mark.filterwarnings("ignore:.*could not build this model:UserWarning")
@@ -408,6 +535,8 @@ def test_an_origin_that_says_something_else(tmp_path):
         ("{", "is not JSON"),
         ('{"quantization_config": 3}', "quantization_config is 3, expected an object"),
         ('{"quantization_config": {}, "index": {"weight_map": {"a": "../a"}}}', "has no weight_map"),
+        # Where it is, nobody looks for others.
+        ('{"quantization_config": {}, "index": {"weight_map": {"a": "model.safetensors"}}}', "has no weight_map"),
     ):
         file.write_text(content)
         with pytest.warns(UserWarning, match=f"{warning}.*; it is not used"):
