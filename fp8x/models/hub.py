@@ -22,8 +22,8 @@ from fp8x.errors import CheckpointError
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import flat, linear_names, param_names, rule_names, unquantized_names
-from fp8x.models.loading import Loader, check_counts, get
-from fp8x.models.matrices import with_dtype
+from fp8x.models.loading import Loader, get
+from fp8x.models.matrices import check_counts, with_dtype
 from fp8x.models.mesh_loading import MeshLoader
 from fp8x.models.modules import save_module
 from fp8x.models.saving import fused_names, parts_of, stored_bytes, tensors_of

@@ -292,21 +292,6 @@ class Loader:
             raise nonfinite_error(name, self.reader.stored(name).file, count_nonfinite(array, dtype), array.size)
 
 
-def check_counts(reader: Reader, config: DecoderConfig) -> None:
-    """Refuses more layers and experts than a checkpoint has tensors: to describe them would take forever.
-
-    Raises:
-        CheckpointError: with both counts.
-    """
-    count = sum(1 for _ in reader)
-    matrices = config.num_experts * (config.num_hidden_layers - len(config.dense_layers))
-    if config.num_hidden_layers + matrices > count:
-        raise CheckpointError(
-            f"{reader.path}: config.json has {config.num_hidden_layers} layers and {config.num_experts} experts, which "
-            f"{count} tensors can't be"
-        )
-
-
 # In float32: from there convert goes to other 8 bits, too.
 dequantized = jax.jit(numerics.dequantize)
 requantized = jax.jit(numerics.requantize, static_argnames="scheme")

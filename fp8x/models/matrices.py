@@ -31,7 +31,10 @@ def modules_of(reader: Reader) -> dict[str, list[str]]:
         return by_name
     try:
         config = DecoderConfig.from_hf(reader.config)
-    except ConfigError as error:
+        check_counts(reader, config)
+    except (CheckpointError, ConfigError) as error:
+        if isinstance(error, CheckpointError) and any(name.startswith("model.layers.") for name in reader):
+            raise
         warnings.warn(
             f"{reader.path}: fp8x.load could not build this model ({error}); its matrices go by their own names",
             stacklevel=4,
@@ -51,6 +54,21 @@ def modules_of(reader: Reader) -> dict[str, list[str]]:
     if missing:
         raise CheckpointError(f"{reader.path}: {some(missing)} missing, which config.json calls for")
     return modules | {prefix: names for prefix, names in by_name.items() if skipped(config, prefix)}
+
+
+def check_counts(reader: Reader, config: DecoderConfig) -> None:
+    """Refuses more layers and experts than a checkpoint has tensors: to describe them would take forever.
+
+    Raises:
+        CheckpointError: with both counts.
+    """
+    count = sum(1 for _ in reader)
+    matrices = config.num_experts * (config.num_hidden_layers - len(config.dense_layers))
+    if config.num_hidden_layers + matrices > count:
+        raise CheckpointError(
+            f"{reader.path}: config.json has {config.num_hidden_layers} layers and {config.num_experts} experts, which "
+            f"{count} tensors can't be"
+        )
 
 
 def _matrices(reader: Reader) -> list[str]:
