@@ -1,6 +1,8 @@
 """`Loader`: fills an abstract decoder from a checkpoint, matrix by matrix."""
 
+import functools
 import re
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 
@@ -20,6 +22,7 @@ from fp8x.checkpoint.header import DTYPE_NAMES, UNQUANTIZED
 from fp8x.checkpoint.kv_cache import QUERIES, read_kv_scales
 from fp8x.checkpoint.reader import aligned
 from fp8x.checkpoint.requantize import Requantize, choose
+from fp8x.checkpoint.threads import Threads
 from fp8x.errors import CheckpointError, ShapeError, some
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
@@ -53,6 +56,7 @@ class Loader:
         self.kv_scales = read_kv_scales(reader, format)
         self.stored = dict.fromkeys(self.names) if format is None else self._stored_recipes(format)
         self._progress, self._read_bytes, self._total_bytes = progress, 0, 0
+        self._lock = threading.Lock()
 
     def _stored_recipes(self, format: Format) -> dict[str, Recipe | None]:
         """The recipe of every module of a quantized checkpoint."""
@@ -184,15 +188,21 @@ class Loader:
             weight = numerics.quantize_weight(stack, scheme, name=path, allow_nonfinite=True)
             return GroupedLinear.from_arrays(weight, recipe, bias=bias)
         data, scale = aligned(shape, scheme.dtype), aligned(scheme.scale_shape(shape), scheme.scale_dtype)
-        input_scale = None
         stored = self.stored[path]
-        for index, prefix in flat(names):
+
+        def fill(index: tuple[int, ...], prefix: str) -> np.ndarray | None:
             given = self._fill(prefix, stored, recipe, data[index], scale[index])
-            if given is not None:
-                # One scale quantizes what all experts read. Where they differ the largest clips none, as in vLLM.
-                input_scale = np.array(given) if input_scale is None else np.maximum(input_scale, given)
             if stored is not None:
                 self._finish(*self._tensors(prefix, stored, shape[-2:]))
+            return given
+
+        jobs = [functools.partial(fill, *each) for each in flat(names)]
+        # What is quantized now is computed on all cores already; what is only read is not.
+        is_read = stored is not None and stored.weight == recipe.weight
+        given = Threads(None, 0, 0).run(jobs) if is_read and len(jobs) > 1 else [job() for job in jobs]
+        given = [each for each in given if each is not None]
+        # One scale quantizes what all experts read. Where they differ the largest clips none, as in vLLM.
+        input_scale = functools.reduce(np.maximum, given) if given else None
         weight = ScaledArray(jax.device_put(data), jax.device_put(scale), scheme)
         input_scale = None if input_scale is None else jnp.array(input_scale)
         kind = Linear if isinstance(names, str) else GroupedLinear
@@ -275,10 +285,11 @@ class Loader:
 
     def _finish(self, *names: str) -> None:
         """Tensors are read."""
-        for name in names:
-            self._read_bytes += self.reader.stored(name).nbytes_on_disk
-        if self._progress is not None:
-            self._progress(self._read_bytes, self._total_bytes)
+        with self._lock:
+            for name in names:
+                self._read_bytes += self.reader.stored(name).nbytes_on_disk
+            if self._progress is not None:
+                self._progress(self._read_bytes, self._total_bytes)
 
     def _check_overflow(self, name: str, array: np.ndarray) -> None:
         """`array` is a matrix, or a part of it, that was in 8 bits and finite there."""

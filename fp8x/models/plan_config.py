@@ -18,6 +18,7 @@ from fp8x.errors import Fp8xError
 from fp8x.models.matrices import dtype_of, with_dtype
 from fp8x.recipe import Recipe
 
+EXPERT_DTYPE = "expert_dtype"  # of DeepSeek-V4, beside the quantization_config or in it
 KV_FIELDS = ("kv_cache_scheme", "kv_cache_quant_algo")  # mean nothing where the scales do not come along
 
 
@@ -32,6 +33,9 @@ def config_of(
     """The destination's config.json, and the fields of the source's that it lacks, with the reason."""
     source = reader.config
     config = {key: value for key, value in source.items() if key != "quantization_config"}
+    is_in_4_bits = config.get(EXPERT_DTYPE) == "fp4" and any(reader.stored(name).is_packed for name in reader)
+    if is_in_4_bits:
+        del config[EXPERT_DTYPE]
     if dtype_of(config) != out_dtype:
         config = with_dtype(config, out_dtype)
     unread = {} if source_format is None else dict(source["quantization_config"].unread())
@@ -47,7 +51,8 @@ def config_of(
         config["quantization_config"] = written
     reason = "the result is not quantized" if format is None else f"fp8x does not know it, to write it as {format.name}"
     paths = [*(f"quantization_config.{path}" for path in unread), *_undescribed(reader)]
-    return config, dict.fromkeys(paths, reason) | {
+    left = {EXPERT_DTYPE: "experts are not in 4 bits any more, and vLLM would take them so"} if is_in_4_bits else {}
+    return config, left | dict.fromkeys(paths, reason) | {
         f"__metadata__.{key}": "files are headed anew" for key in reader.metadata
     }
 

@@ -180,6 +180,23 @@ def test_a_conversion_counts_exact_blocks(tmp_path, monkeypatch, format, recipe,
     assert f"{int(totals[3]):,} of {int(totals[2]):,} blocks are exact; {int(totals[1]):,} of " in str(exactness)
 
 
+def test_a_resumed_conversion_reports_the_same(tmp_path):
+    matrices = {name: random_mx((256, 2880), E2M1, 20, seed) for seed, name in enumerate("abcd")}
+    path = write_mx(tmp_path / "mx", **matrices)
+    fp8x.convert(path, tmp_path / "once", BLOCK)
+
+    def interrupt(done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fp8x.convert(path, tmp_path / "out", BLOCK, max_shard_bytes=800_000, progress=interrupt)
+    assert fp8x.convert(path, tmp_path / "out", BLOCK, max_shard_bytes=800_000).bytes_resumed > 0
+    once, resumed = (inspect(tmp_path / name, reference=path) for name in ("once", "out"))
+    assert once.rows == resumed.rows and once.exactness == resumed.exactness
+    assert 0 < once.exactness.exact_blocks < once.exactness.blocks
+
+
 def test_nothing_is_lost_between_dialects(tmp_path):
     matrix = random_mx((64, 320), E4M3_VALUES, 100)
     path = write_mx(tmp_path / "mx", a=matrix)

@@ -591,3 +591,31 @@ def test_what_inspect_says(tmp_path):
     row = rows[f"{BLOCK}.*.up_proj.weight"]
     assert (row.stored_as, row.shape, row.bytes) == ("mxfp4", (3, 96, 64), 3 * 96 * (32 + 2))
     assert inspect(source).bytes == sum(array.nbytes for array in gpt_oss().values())
+
+
+def test_deepseek_v4_says_no_more_that_experts_are_in_4_bits(tmp_path):
+    packed, scale = ALL_BYTES[:64].view(np.int8), ALL_SCALES[100:164].view(E8M0)
+    quantization = {
+        "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "scale_fmt": "ue8m0",
+    }  # fmt: skip
+    tensors = {
+        "layers.0.ffn.experts.0.w1.weight": packed,
+        "layers.0.ffn.experts.0.w1.scale": scale,
+        "layers.0.attn.wkv.weight": np.ones((128, 256), ml_dtypes.float8_e4m3fn),
+        "layers.0.attn.wkv.scale": np.full((1, 2), 120, np.uint8).view(E8M0),
+        "layers.0.attn.attn_sink": np.ones(4, np.float32),
+    }
+    source = write(tmp_path / "in", tensors, quantization, model_type="deepseek_v4", expert_dtype="fp4")
+    plan = fp8x.plan(source)
+    assert plan.left_fields == {"expert_dtype": "experts are not in 4 bits any more, and vLLM would take them so"}
+    fp8x.convert(plan, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "expert_dtype" not in config and config["quantization_config"]["format"] == "mixed-precision"
+    reader = Reader(tmp_path / "out")
+    found = of_reader(reader, "layers.0.ffn.experts.0.w1")
+    assert found.tobytes() == values(ALL_BYTES[:64], ALL_SCALES[100:164]).tobytes()
+    assert read(reader, "layers.0.attn.wkv.weight_scale").tolist() == [[2.0**-7, 2.0**-7]]
+    # And all of it in blocks, in DeepSeek's own format.
+    fp8x.convert(source, tmp_path / "blocks", "fp8_e4m3fn_bf16_block_scale", "fp8")
+    exactness = inspect(tmp_path / "blocks", reference=source).exactness
+    assert exactness.values == 64 * 512 + 128 * 256 and exactness.blocks == 4 + 2
