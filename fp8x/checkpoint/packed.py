@@ -69,9 +69,14 @@ _PACKING = _packing()
 
 def pack(codes: np.ndarray) -> tuple[UInt8[np.ndarray, "n k/2"], int]:
     """e4m3 `[N, K]` as e2m1, two codes a byte, and how many of the numbers e2m1 has not."""
-    found = np.take(_PACKING, np.ascontiguousarray(codes).view(np.uint16), mode="clip")
-    missing = int((found >> 8).sum()) if found.max(initial=0) > 255 else 0
-    return found.astype(np.uint8), missing
+    pairs = np.ascontiguousarray(codes).view(np.uint16)
+    out, index, missing = np.empty(pairs.shape, np.uint8), pairs.reshape(-1), 0
+    flat, found = out.reshape(-1), np.empty(min(PIECE, index.size), np.uint16)
+    for part in (slice(start, start + PIECE) for start in range(0, index.size, PIECE)):
+        piece = np.take(_PACKING, index[part], out=found[: index[part].size], mode="clip")
+        flat[part] = piece
+        missing += int((piece >> 8).sum()) if piece.max() > 255 else 0
+    return out, missing
 
 
 def packed(codes: np.ndarray, name: str) -> UInt8[np.ndarray, "n k/2"]:

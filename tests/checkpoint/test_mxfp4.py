@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import ml_dtypes
@@ -89,6 +90,16 @@ def test_packed_codes_are_those_that_were_unpacked():
     assert packed.tobytes() == ALL_BYTES.tobytes() and missing == 0
     _, missing = pack(np.arange(256, dtype=np.uint8)[None])
     assert missing == 240
+
+
+def test_packing_takes_little_memory():
+    """Of a layer of experts, which `fp8x.save` packs as one."""
+    codes = np.full((4096, 4096), 0x38, np.uint8)
+    tracemalloc.start()
+    packed, _ = pack(codes)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert packed.nbytes <= peak < packed.nbytes + 2**21 and (packed == 0x22).all()
 
 
 def gpt_oss(seed: int = 0, experts: int = 3, hidden: int = 64, width: int = 96) -> dict[str, np.ndarray]:
