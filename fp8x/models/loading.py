@@ -24,7 +24,6 @@ from fp8x.checkpoint.reader import aligned
 from fp8x.checkpoint.requantize import Requantize, choose
 from fp8x.checkpoint.threads import Threads
 from fp8x.errors import CheckpointError, ShapeError, some
-from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import Names, flat, linear_names, param_names, skipped
 from fp8x.nn.grouped import GroupedLinear, weight_scheme
