@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from fp8x.array import ScaledArray
 from fp8x.checkpoint import rows
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_source
 from fp8x.checkpoint.experts import ExpertJob
@@ -24,7 +23,14 @@ from fp8x.checkpoint.finite import check_overflow, is_finite, nonfinite_error
 from fp8x.checkpoint.format import Layout
 from fp8x.checkpoint.header import UNQUANTIZED, nbytes
 from fp8x.checkpoint.packed import pack
-from fp8x.checkpoint.parts import StoredMatrix, not_e2m1, quantized_matrix, refuse_nonfinite, warn_of_flushed
+from fp8x.checkpoint.parts import (
+    StoredMatrix,
+    check_codes,
+    not_e2m1,
+    quantized_matrix,
+    refuse_nonfinite,
+    warn_of_flushed,
+)
 from fp8x.checkpoint.plan import Plan, Spec, Target
 from fp8x.checkpoint.reader import CONFIG, DTYPE_NAMES, Reader
 from fp8x.checkpoint.resumable import ResumableWriter
@@ -265,7 +271,8 @@ class _Matrix:
         if scheme is None:
             for part, values in source.parts(work):
                 scratch = work.scratch(values.shape, f"uint{8 * self.plan.out_dtype.itemsize}")
-                self._check_codes(work, values)
+                if not self.plan.allow_nonfinite:
+                    check_codes(source, values, work)
                 found = rows.dequantized(values, scratch, dtype=self.plan.out_dtype)
                 if not self.plan.allow_nonfinite:
                     file = self.reader.stored(self.name).file
@@ -276,7 +283,8 @@ class _Matrix:
             if self.plan.format.packs:
                 return self._pack(work, source)
             for part, values in source.parts(work):
-                self._check_codes(work, values)
+                if not self.plan.allow_nonfinite:
+                    check_codes(source, values, work)
                 self._write(work, part, values.data)
         elif scheme.block[0] is None:
             self._convert_whole(work, source, scheme)
@@ -333,11 +341,6 @@ class _Matrix:
         tensor = self.reader.stored(self.name)
         count = sum(int(rows.count_nonfinite(values)) for _, values in source.parts(work))
         raise nonfinite_error(self.name, tensor.file, count, math.prod(tensor.shape))
-
-    def _check_codes(self, work: "_Work", values: ScaledArray) -> None:
-        """Refuses NaN and Inf among codes from which no amax is computed, in which they would show."""
-        if not self.plan.allow_nonfinite and not is_finite(values.data, DTYPE_NAMES[values.data.dtype]):
-            refuse_nonfinite(self.reader, self.name, work)
 
     def _input_scale(self, stored: np.ndarray | None) -> np.ndarray:
         activation = self.target.recipe.activation
