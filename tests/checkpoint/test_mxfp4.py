@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import fp8x
 from fp8x.checkpoint import Reader, Writer
+from fp8x.checkpoint import reader as reader_module
 from fp8x.checkpoint.header import DTYPES, read_header
 from fp8x.checkpoint.inspect import inspect, merge_experts
 from fp8x.checkpoint.packed import pack, unpack
@@ -285,6 +286,44 @@ def test_any_rows_and_columns(tmp_path_factory, data):
     packed = tensors[f"{BLOCK}.gate_up_proj_blocks"][e, first::2].reshape(96, 32)
     whole = values(packed, np.full((96, 2), 127)).astype(np.float32)
     assert found.astype(np.float32).tobytes() == whole[rows, columns].tobytes()
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_rows_of_any_shape(tmp_path_factory, data):
+    """However few bytes are read at once, of every form that is in 4 bits, and of bytes that others lie between."""
+    path, integers = tmp_path_factory.mktemp("any"), lambda first, last: data.draw(st.integers(first, last))
+    experts, n, k, rng = integers(1, 3), 2 * integers(1, 9), integers(1, 3), np.random.default_rng(integers(0, 99))
+    codes, plain = rng.integers(0, 256, (experts, n, 16 * k), np.uint8), rng.standard_normal((experts, 32 * k, n))
+    scales = rng.integers(100, 140, (experts, n, k), np.uint8)
+    tensors = {f"{BLOCK}.gate_up_proj_blocks": codes.reshape(experts, n, k, 16), f"{BLOCK}.gate_up_proj_scales": scales}
+    tensors |= {f"{OTHER}.gate_up_proj": plain, f"{OTHER}.gate_up_proj_bias": plain[:, 0]}
+    tensors |= {"a.weight_packed": codes[0], "a.weight_scale": scales[0]}
+    tensors |= {"b.weight": codes[0].view(np.int8), "b.scale": scales[0].view(E8M0)}
+    expected = {"a.weight": values(codes[0], np.full((n, k), 127)), "b.weight": values(codes[0], np.full((n, k), 127))}
+    for e in range(experts):
+        for first, part in enumerate(("gate_proj", "up_proj")):
+            expected[f"{BLOCK}.{e}.{part}.weight"] = values(codes[e, first::2], np.full((n // 2, k), 127))
+            expected[f"{BLOCK}.{e}.{part}.weight_scale"] = scales[e, first::2]
+            expected[f"{OTHER}.{e}.{part}.weight"] = plain[e, :, first::2].T
+            expected[f"{OTHER}.{e}.{part}.bias"] = plain[e, 0, first::2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader_module, "BAND", integers(1, 300))
+        patch.setattr(reader_module, "PIECE", integers(1, 300))
+        reader = Reader(write(path / "in", tensors, None, model_type="gpt_oss"))
+        assert set(expected) <= set(reader)
+        for name, array in expected.items():
+            stored = reader.stored(name)
+            slices = reader.slices(name, shapes=[array.shape], dtypes=[stored.dtype])
+            index = tuple(slice(*sorted((integers(0, n), integers(0, n)))) for n in array.shape)
+            assert np.array_equal(slices[index].astype(np.float64), array[index].astype(np.float64))
+            # As a conversion reads it: some rows at a time, into a buffer.
+            step, content = stored.step(integers(1, 200)), []
+            for start in range(0, stored.nbytes, step):
+                content.append(np.empty(min(step, stored.nbytes - start), np.uint8))
+                reader.read_into(name, start, content[-1])
+            whole = np.concatenate(content).view(DTYPES[stored.dtype]).reshape(stored.shape)
+            assert np.array_equal(whole.astype(np.float64), array.astype(np.float64))
 
 
 GPT_OSS = {"quant_method": "mxfp4"}
