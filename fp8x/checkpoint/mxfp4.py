@@ -2,6 +2,7 @@
 
     field                  means
     modules_to_not_convert names that stay in 16 bits, or null
+    dequantize             whether transformers does so while loading; what is stored is the same
 
 Activations are in 16 bits. Tensors hold all experts of a layer, gate and up alternating (`fused.py`): read as MXFP8,
 and written back where every code is one of e2m1's (`fusing.py`).
@@ -50,7 +51,7 @@ class Mxfp4(Format):
 
     def from_config(self, config: Mapping[str, Any], prefixes: Iterable[str], out_dtype: np.dtype) -> Recipes:
         fields = Fields(config, "quantization_config")
-        fields.one_of("dequantize", False, None, default=None)
+        fields.one_of("dequantize", True, False, None, default=None)
         is_kept, recipe = listed(kept_modules(fields)), _recipe(fields, out_dtype)
         return {prefix: None if is_kept(prefix) else recipe for prefix in prefixes}
 

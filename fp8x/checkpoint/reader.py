@@ -205,7 +205,7 @@ class _File:
     def __init__(self, path: Path):
         self.descriptor = os.open(path, os.O_RDONLY)
 
-    def __del__(self, close=os.close):  # which is gone where the interpreter ends
+    def __del__(self, close=os.close):  # bound here: at the interpreter's end modules are emptied first
         close(self.descriptor)
 
 

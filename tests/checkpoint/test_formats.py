@@ -59,6 +59,15 @@ HOLDS = {  # OUT: any output type
 }
 
 
+@pytest.mark.parametrize("activation", [GROUP, per_row(), mx()], ids=str)
+@pytest.mark.parametrize("format", ["compressed-tensors", "mxfp4-pack-quantized"])
+def test_mx_weights_have_activations_of_any_kind(format, activation):
+    """The library's preset MXFP4XFP8 has a float32 scale for 128 of them."""
+    recipes = {"a": Recipe(mx(), activation, "dynamic")}
+    config = json.loads(json.dumps(choose_format(recipes.values(), format).to_config(recipes, BFLOAT16)))
+    assert COMPRESSED.from_config(config, recipes, BFLOAT16) == recipes and "fp8x" not in config
+
+
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 def test_every_recipe_survives_in_the_formats_that_hold_it(format, name):
@@ -228,6 +237,8 @@ def test_configs_as_others_write_them():
     }
     for preset, code in presets.items():
         assert read(compressed(config_groups={preset: ["Linear"]})) == fp8x.RECIPES[code]
+    packed = compressed(config_groups={"MXFP4XFP8": ["Linear"]}, format="mxfp4-pack-quantized")
+    assert read(packed) == Recipe(mx(), GROUP, "dynamic")
     assert read(compressed(inputs=TOKEN, kv_cache_scheme=TOKEN, ignore=["lm_head"])).activation == per_row()
     assert read(compressed(ignore=["re:.*q_proj"])) is None and read(compressed(ignore=None)) is not None
     fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}

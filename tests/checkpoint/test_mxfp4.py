@@ -166,7 +166,12 @@ def contents(path: Path) -> dict[str, object]:
 
 
 CONFIG = {"model_type": "gpt_oss", "hidden_size": 64, "vocab_size": 32, "dtype": "bfloat16"}
-WORDS = {"plain": {"modules_to_not_convert": KEPT}, "null": {"modules_to_not_convert": None}, "none": {}}
+WORDS = {
+    "plain": {"modules_to_not_convert": KEPT},
+    "null": {"modules_to_not_convert": None},
+    "none": {},
+    "dequantize": {"modules_to_not_convert": KEPT, "dequantize": True},
+}
 
 
 @pytest.mark.filterwarnings("ignore:.*could not build this model:UserWarning")
