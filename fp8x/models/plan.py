@@ -85,7 +85,7 @@ def plan(
     dropped |= unread_parts_of(reader, source_format, targets)
     config, left_fields = config_of(reader, source_format, chosen, recipes, out_dtype, kept_kv)
     beside = {} if chosen is None else chosen.beside(config["quantization_config"])
-    origin = origin_for(reader, chosen, targets)
+    origin = origin_for(reader, chosen, targets, kept_kv)
     if origin is not None and chosen.packs:
         config["quantization_config"] = dict(origin.quantization_config)
     elif origin is not None:

@@ -57,28 +57,46 @@ def config_of(
     }
 
 
-def origin_for(reader: Reader, format: Format | None, targets: Mapping[str, Target]) -> Origin | None:
-    """What a source in 4 bits was like, where the destination has the same values.
+def origin_for(
+    reader: Reader, format: Format | None, targets: Mapping[str, Target], kv_cache: KVScales | None
+) -> Origin | None:
+    """What a source in 4 bits was like, where the destination has the same values, in MX blocks.
 
-    For a destination in 4 bits only where it is in the words of that format, and says the same of every matrix.
+    For a destination in 4 bits only where it is in the words of that format, and says the same of every matrix and of
+    the KV cache.
     """
     in_8_bits = [target for target in targets.values() if target.stored is not None]
     if format is None or not in_8_bits or not all(target.is_kept for target in targets.values()):
         return None
+    if not all(target.recipe.weight.is_mx for target in in_8_bits):
+        return None
     origin = origin_of(reader)
     if origin is None or not format.packs:
         return origin
+    return origin if _says_the_same(origin, reader, format, targets, kv_cache) else None
+
+
+def _says_the_same(
+    origin: Origin, reader: Reader, format: Format, targets: Mapping[str, Target], kv_cache: KVScales | None
+) -> bool:
+    """Whether an origin's words are of a format in 4 bits, and describe what is to be written."""
+    stated = origin.quantization_config
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they have been given, of the source
         try:
-            if format_of({"quantization_config": origin.quantization_config}).quant_method != format.quant_method:
-                return None
-            said = format.from_config(origin.quantization_config, targets, dtype_of(reader.config))
+            if format_of({"quantization_config": stated}).quant_method != format.quant_method:
+                return False
+            # compressed-tensors names the way of packing, or "mixed-precision".
+            if stated.get("format", format.name) != format.name:
+                return False
+            said = format.from_config(stated, targets, dtype_of(reader.config))
+            if format.kv_scheme(stated) != (kv_cache and kv_cache.scheme):
+                return False
         except Fp8xError:
-            return None
+            return False
     # gpt-oss's config need not name what is in 16 bits.
     asked = {p: t.recipe for p, t in targets.items() if t.recipe is not None or format.name != "mxfp4"}
-    return origin if all(said[prefix] == recipe for prefix, recipe in asked.items()) else None
+    return all(said[prefix] == recipe for prefix, recipe in asked.items())
 
 
 def _undescribed(reader: Reader) -> list[str]:

@@ -606,6 +606,47 @@ def test_an_origin_that_says_something_else(tmp_path):
     assert "fp8x_origin.json" in fp8x.plan(tmp_path / "mxfp8", "bf16").companions.left
 
 
+KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "mxfp8-quantized"},
+        {"format": "mixed-precision"},
+        {"ignore": ["lm_head", "model.layers.0.up_proj"]},
+        {"kv_cache_scheme": None},
+        {"quant_method": "mxfp4"},
+    ],
+)
+def test_an_origin_whose_words_are_true_no_more(tmp_path, change):
+    """Then the destination is described anew."""
+    rng = np.random.default_rng(1)
+    tensors: dict[str, np.ndarray] = {f"model.layers.0.self_attn.{x}_scale": np.ones(1, np.float32) for x in "kv"}
+    tensors["model.layers.0.up_proj.weight_packed"] = rng.integers(0, 256, (96, 32), np.uint8)
+    tensors["model.layers.0.up_proj.weight_scale"] = rng.integers(0, 255, (96, 2), np.uint8)
+    stated = COMPRESSED | {"kv_cache_scheme": KV_CACHE}
+    source = directory(tmp_path / "in", tensors, {"model_type": "any", "quantization_config": stated})
+    fp8x.convert(source, tmp_path / "mxfp8")
+    file = tmp_path / "mxfp8" / "fp8x_origin.json"
+    said = json.loads(file.read_text())
+    assert fp8x.plan(tmp_path / "mxfp8", format="mxfp4-pack-quantized").config["quantization_config"] == stated
+    file.write_text(json.dumps(said | {"quantization_config": stated | change}))
+    fp8x.convert(tmp_path / "mxfp8", tmp_path / "back", format="mxfp4-pack-quantized")
+    written = json.loads((tmp_path / "back" / "config.json").read_text())["quantization_config"]
+    assert written["format"] == "mxfp4-pack-quantized" and "experts" not in written["config_groups"]
+    assert written["kv_cache_scheme"]["num_bits"] == 8 and "model.layers.0.up_proj" not in written["ignore"]
+    assert contents(tmp_path / "back")["model.safetensors"] == contents(source)["model.safetensors"]
+
+
+def test_an_origin_beside_other_blocks_stays_behind(tmp_path):
+    source = write(tmp_path / "in", {"a.up_proj.weight": np.ones((128, 128), np.float32)}, None)
+    fp8x.convert(source, tmp_path / "fp8", "fp8_e4m3fn_bf16_block_scale")
+    (tmp_path / "fp8" / "fp8x_origin.json").write_text(json.dumps({"quantization_config": COMPRESSED, "index": None}))
+    plan = fp8x.plan(tmp_path / "fp8", format="fp8")
+    assert "fp8x_origin.json" in plan.companions.left and "fp8x_origin.json" not in plan.beside
+
+
 def test_experts_of_another_kind_in_one_tensor(tmp_path):
     """DeepSeek-V4's, as transformers saves them: gate's rows come first."""
     rng = np.random.default_rng(3)
