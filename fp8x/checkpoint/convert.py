@@ -1,4 +1,5 @@
-"""Checkpoint to checkpoint: no model is built, and memory holds some rows of a few matrices, whatever their size.
+"""Checkpoint to checkpoint: no model is built, and memory holds some rows of a few matrices, whatever their size; a
+whole expert a thread where experts become one tensor in 16 bits, in which they lie transposed (`experts.py`).
 
 Each matrix is read into a buffer, quantized there some rows at a time, in a core's cache, and written to its place at
 once, by one thread a core: nobody waits for a reader or a writer.

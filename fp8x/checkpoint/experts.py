@@ -116,7 +116,8 @@ class ExpertJob:
                 raise not_e2m1(source, count)
 
     def _write_values(self, work: "_Work", sources: list[StoredMatrix]) -> None:
-        """In 16 or 32 bits: transposed, a column for each row."""
+        """In 16 or 32 bits: transposed, a column for each row. So rows end up all over the expert, which is written
+        when it is whole."""
         dtype, (_, k, lines) = self.plan.out_dtype, self.specs[self.fused.name][1]
         bits = np.dtype(f"uint{8 * dtype.itemsize}")
         whole = work.buffer(math.prod((k, lines, dtype.itemsize)), "expert").view(bits).reshape(k, lines)

@@ -162,7 +162,8 @@ def save(
         format: of a `Decoder`: "compressed-tensors", "fp8" or "modelopt"; by default the first that can hold the model.
             "mxfp4" (the experts of gpt-oss) and "mxfp4-pack-quantized" where all codes of MX blocks are e2m1's. None
             for a model that is not quantized.
-        max_shard_bytes: several files with an index, where one would be larger.
+        max_shard_bytes: several files with an index, where one would be larger. What is packed or transposed for a
+            file (gpt-oss's experts in 4 or 16 bits) is in memory until that is written.
         beside: further JSON files, by name: they come with the weights or not at all.
         progress: called after every tensor with the bytes written and the bytes in all.
 
