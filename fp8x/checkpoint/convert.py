@@ -138,19 +138,23 @@ def run(
 
 
 def _jobs(plan: Plan) -> Iterator["_Copy | _Matrix | ExpertJob"]:
-    """In the order in which the source's bytes lie."""
+    """In the order in which the source's bytes lie; experts that go into one tensor in its order, so that few of its
+    blocks are begun at a time (the source may have the tenth before the second).
+    """
     reader = plan.reader
     matrices = {f"{prefix}.weight": prefix for prefix, target in plan.targets.items() if not target.is_copied}
     copied = {f"{prefix}.weight" for prefix, target in plan.targets.items() if target.is_copied} - plan.parts_of_whole
     names = [*matrices, *copied, *plan.copied]
-    fused = {f"{expert[0]}.weight": (each, index) for each in plan.fused for index, expert in enumerate(each.experts)}
-    parts = {f"{prefix}.weight" for prefix in plan.fused_parts} - fused.keys()
+    parts = {f"{prefix}.weight": each for each in plan.fused for prefix in each.prefixes}
+    begun: set[str] = set()
     for name in sorted(names, key=lambda name: (str(reader.stored(name).file), reader.stored(name).start)):
-        if name in fused:
-            yield ExpertJob(plan, *fused[name])
-        elif name in matrices and name not in parts:
+        if name in parts:
+            fused = parts[name]
+            yield from (ExpertJob(plan, fused, i) for i in range(len(fused.experts)) if fused.name not in begun)
+            begun.add(fused.name)
+        elif name in matrices:
             yield _Matrix(plan, matrices[name])
-        elif name not in matrices:
+        else:
             yield _Copy(plan, name)
 
 

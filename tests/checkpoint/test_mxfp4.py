@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 import fp8x
 from fp8x.checkpoint import Reader, Writer
 from fp8x.checkpoint import reader as reader_module
+from fp8x.checkpoint.convert import _jobs
+from fp8x.checkpoint.experts import ExpertJob
 from fp8x.checkpoint.header import DTYPES, read_header
 from fp8x.checkpoint.inspect import inspect, merge_experts
 from fp8x.checkpoint.packed import pack, unpack
@@ -235,6 +237,23 @@ def test_gpt_oss_in_16_bits(tmp_path):
     found = of_reader(Reader(tmp_path / "again"), f"{BLOCK}.1.up_proj")
     blocks, scales = tensors[f"{BLOCK}.gate_up_proj_blocks"][1, 1::2], tensors[f"{BLOCK}.gate_up_proj_scales"][1, 1::2]
     assert found.tobytes() == values(blocks.reshape(96, 32), scales).tobytes()
+
+
+@pytest.mark.filterwarnings("ignore:.*could not build this model:UserWarning")
+def test_experts_are_written_in_the_order_of_their_tensor(tmp_path):
+    """Others sort names: the tenth expert comes before the second. Blocks that wait for an expert take memory."""
+    tensors = gpt_oss(experts=12, hidden=32, width=32)
+    fp8x.convert(write(tmp_path / "in", tensors, GPT_OSS, model_type="gpt_oss"), tmp_path / "mxfp8")
+    reader = Reader(tmp_path / "mxfp8")
+    arrays = {name: read(reader, name) for name in sorted(reader)}
+    source = write(tmp_path / "sorted", arrays, dict(reader.config["quantization_config"]), model_type="gpt_oss")
+    plan = fp8x.plan(source, format="mxfp4")
+    jobs = [(job.fused.name, job.index) for job in _jobs(plan) if isinstance(job, ExpertJob)]
+    assert jobs == [(f"{BLOCK}.{name}", e) for name in ("down_proj", "gate_up_proj") for e in range(12)]
+    fp8x.convert(plan, tmp_path / "back")
+    assert {name: array.tobytes() for name, array in tensors.items()} == {
+        name: content for name, (_, _, content) in contents(tmp_path / "back")["model.safetensors"].items()
+    }
 
 
 COMPRESSED = {
