@@ -49,17 +49,17 @@ def fused_experts(
     Raises:
         CheckpointError: matrices in 4 bits that are none of gpt-oss's experts.
     """
+    found = _complete(reader, dequantized) if model_type(reader.config) == "gpt_oss" else []
     if format is not None and format.name == "mxfp4":
         prefixes = list(quantized)
-        found = _complete(reader, prefixes)
+        found += _complete(reader, prefixes)
         others = set(prefixes) - {prefix for fused in found for prefix in fused.prefixes}
         if others:
             raise CheckpointError(
                 f"format: {format.name!r} holds the experts of gpt-oss alone, gate, up and down of all in a layer; "
                 f"{some(sorted(others))} not; use 'mxfp4-pack-quantized'"
             )
-        return found
-    return _complete(reader, dequantized) if model_type(reader.config) == "gpt_oss" else []
+    return found
 
 
 def _complete(reader: Reader, prefixes: Iterable[str]) -> list[FusedExperts]:

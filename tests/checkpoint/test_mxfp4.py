@@ -529,8 +529,28 @@ def test_some_experts_in_16_bits(tmp_path):
     experts = [name for name in contents(tmp_path / "out")["model.safetensors"] if ".experts." in name]
     assert all(name.startswith(tuple(f"{BLOCK}.{e}." for e in range(3))) for name in experts)
     assert len(experts) == 3 * 3 * 2 + 3
-    with pytest.raises(CheckpointError, match=r"'mxfp4' holds the experts of gpt-oss alone.*2.down_proj.*are not"):
-        fp8x.convert(source, tmp_path / "no", "mxfp8_bf16", "mxfp4", rules=rules)
+    for each in (rules, {r".*down_proj": None}):
+        with pytest.raises(CheckpointError, match=r"'mxfp4' holds gate, up and down of all .*0\.\w+_proj.* in 16"):
+            fp8x.convert(source, tmp_path / "no", "mxfp8_bf16", "mxfp4", rules=each)
+
+
+@pytest.mark.filterwarnings("ignore:.*could not build this model:UserWarning")
+def test_a_layer_s_experts_in_16_bits(tmp_path):
+    """They are one tensor beside those in 4 bits, and config.json names them."""
+    tensors = gpt_oss()
+    experts = [name for name in tensors if name.startswith(BLOCK)]
+    tensors |= {name.replace(BLOCK, OTHER): tensors[name] for name in experts}
+    source = write(tmp_path / "in", tensors, GPT_OSS, model_type="gpt_oss")
+    fp8x.convert(source, tmp_path / "out", "mxfp8_bf16", "mxfp4", rules={r"model\.layers\.1\.mlp\.experts\..*": None})
+    found = contents(tmp_path / "out")
+    assert found["config.json"]["quantization_config"]["modules_to_not_convert"] == [*KEPT, OTHER]
+    kinds = {name: kind for name, (kind, _, _) in found["model.safetensors"].items() if name.startswith(OTHER)}
+    assert kinds == {
+        f"{OTHER}.{name}{part}": "BF16" for name in ("gate_up_proj", "down_proj") for part in ("", "_bias")
+    }
+    assert all(found["model.safetensors"][name][2] == tensors[name].tobytes() for name in experts)
+    fp8x.convert(tmp_path / "out", tmp_path / "back")
+    assert contents(tmp_path / "back")["model.safetensors"][f"{OTHER}.gate_up_proj"][0] == "BF16"
 
 
 @pytest.mark.filterwarnings("ignore:.*could not build this model:UserWarning")
