@@ -69,12 +69,13 @@ class StoredMatrix:
 
     def scale_of_amax(self, threads: Threads, amax: np.ndarray, scheme: Scheme) -> jax.Array:
         """The scales of its values in a scheme whose blocks hold every row, from the `amax` of these."""
-        if self.scheme is None or not scheme.keeps_exact_blocks(self.scheme):
+        if self.scheme is None or not scheme.chooses_scales(self.scheme):
             return rows.compute_scale(amax, scheme)
-        loses = np.zeros_like(amax)
+        scales = rows.candidate_scales(amax, scheme)
+        errors = [np.zeros_like(amax) for _ in scales]
         for _, values in self.parts(threads, scheme):
-            loses = np.maximum(loses, rows.pow2_loses(values, amax, scheme))
-        return rows.exact_scale(amax, loses, scheme)
+            errors = list(map(np.maximum, errors, rows.largest_errors(values, scales, scheme)))
+        return rows.better_scale(scales, errors)
 
 
 def quantized_matrix(
