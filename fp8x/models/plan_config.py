@@ -20,6 +20,9 @@ from fp8x.recipe import Recipe
 
 KV_FIELDS = ("kv_cache_scheme", "kv_cache_quant_algo")  # mean nothing where the scales do not come along
 
+# DeepSeek-V4's, beside quantization_config; transformers takes it for a field of that.
+EXPERTS_IN_4_BITS = "expert_dtype"
+
 
 def config_of(
     reader: Reader,
@@ -32,6 +35,10 @@ def config_of(
     """The destination's config.json, and the fields of the source's that it lacks, with the reason."""
     source = reader.config
     config = {key: value for key, value in source.items() if key != "quantization_config"}
+    left = {}
+    if config.get(EXPERTS_IN_4_BITS) == "fp4" and not (format is not None and format.packs):
+        del config[EXPERTS_IN_4_BITS]
+        left[EXPERTS_IN_4_BITS] = "experts are in 4 bits no more"
     if dtype_of(config) != out_dtype:
         config = with_dtype(config, out_dtype)
     unread = {} if source_format is None else dict(source["quantization_config"].unread())
@@ -47,7 +54,7 @@ def config_of(
         config["quantization_config"] = written
     reason = "the result is not quantized" if format is None else f"fp8x does not know it, to write it as {format.name}"
     paths = [*(f"quantization_config.{path}" for path in unread), *_undescribed(reader)]
-    return config, dict.fromkeys(paths, reason) | {
+    return config, left | dict.fromkeys(paths, reason) | {
         f"__metadata__.{key}": "files are headed anew" for key in reader.metadata
     }
 

@@ -443,6 +443,20 @@ def test_experts_of_another_kind_in_one_tensor(tmp_path):
     assert DTYPES["F8_E8M0"] == E8M0
 
 
+@pytest.mark.filterwarnings("ignore:.*could not build this model:UserWarning")
+def test_what_says_that_experts_are_in_4_bits_goes_with_them(tmp_path):
+    """DeepSeek-V4's `expert_dtype`, by which transformers makes room for packed experts."""
+    expert = {"layers.0.ffn.experts.0.w1.weight": ALL_BYTES.view(np.int8)}
+    expert |= {"layers.0.ffn.experts.0.w1.scale": ALL_SCALES.clip(2, 252).view(E8M0)}
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    source = write(tmp_path / "in", expert, quantization, expert_dtype="fp4", swiglu_limit=10.0)
+    for recipe, format in ((None, None), ("bf16", None), ("fp8_e4m3fn_bf16_block_scale", "fp8")):
+        plan = fp8x.plan(source, recipe, format)
+        assert "expert_dtype" not in plan.config and plan.config["swiglu_limit"] == 10.0
+        assert plan.left_fields["expert_dtype"] == "experts are in 4 bits no more"
+    assert fp8x.plan(source, format="mxfp4-pack-quantized").config["expert_dtype"] == "fp4"
+
+
 @pytest.mark.parametrize("dtype, first, last", [("f32", 2, 252), ("bf16", 2, 252), ("f16", 104, 140)])
 def test_what_16_and_32_bits_hold(tmp_path, dtype, first, last):
     """Exact wherever a normal number holds the scale's smallest code, and its largest; beyond, an error or an Inf."""
