@@ -1,5 +1,6 @@
 """`Loader`: fills an abstract decoder from a checkpoint, matrix by matrix."""
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from fp8x.errors import CheckpointError, ShapeError, some
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import Names, flat, linear_names, param_names, skipped
+from fp8x.models.matrices import names_dtype, parameter_types, with_dtype
 from fp8x.nn.grouped import GroupedLinear, weight_scheme
 from fp8x.nn.linear import Linear
 from fp8x.nn.quantized import QuantizedLayer
@@ -305,6 +307,15 @@ def check_counts(reader: Reader, config: DecoderConfig) -> None:
             f"{reader.path}: config.json has {config.num_hidden_layers} layers and {config.num_experts} experts, which "
             f"{count} tensors can't be"
         )
+
+
+def wide_enough(reader: Reader, config: DecoderConfig) -> DecoderConfig:
+    """The config in a type that holds every parameter as stored, where config.json names none."""
+    found = set() if names_dtype(config.hf) else parameter_types(reader)
+    if config.dtype == "float32" or found <= {np.dtype(config.dtype)}:
+        return config
+    dtype = found.pop() if len(found) == 1 else np.dtype(np.float32)
+    return dataclasses.replace(config, dtype=str(dtype), hf=with_dtype(config.hf, dtype))
 
 
 # In float32: from there convert goes to other 8 bits, too.

@@ -10,7 +10,7 @@ import numpy as np
 
 from fp8x.checkpoint import Format, Reader
 from fp8x.checkpoint.format import stored_recipes
-from fp8x.checkpoint.header import FLOAT8, UNQUANTIZED
+from fp8x.checkpoint.header import DTYPES, FLOAT8, UNQUANTIZED
 from fp8x.checkpoint.kept import LOOKUPS
 from fp8x.checkpoint.unread import INPUT_SCALES, WEIGHT_SCALES
 from fp8x.errors import CheckpointError, ConfigError, some
@@ -85,6 +85,17 @@ def stored_by_prefix(
     if source_format is None:
         return dict.fromkeys(prefixes)
     return stored_recipes(source_format, reader, prefixes, dtype_of(reader.config))
+
+
+def names_dtype(config: Mapping[str, Any]) -> bool:
+    """Whether a config says in which type the model computes."""
+    return bool(config.get("dtype") or config.get("torch_dtype"))
+
+
+def parameter_types(reader: Reader) -> set[np.dtype]:
+    """The types in 16 and 32 bits of all tensors but scales."""
+    dtypes = {reader.stored(name).dtype for name in reader if "scale" not in name.rpartition(".")[2]}
+    return {DTYPES[dtype] for dtype in dtypes.intersection(UNQUANTIZED)}
 
 
 def with_dtype(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from fp8x.checkpoint.origin import ORIGIN, Origin, origin_of
 from fp8x.checkpoint.plan import Target, matrix_shape
 from fp8x.checkpoint.reader import INDEX, LEGACY
 from fp8x.errors import Fp8xError
-from fp8x.models.matrices import dtype_of, with_dtype
+from fp8x.models.matrices import dtype_of, names_dtype, parameter_types, with_dtype
 from fp8x.recipe import Recipe
 
 KV_FIELDS = ("kv_cache_scheme", "kv_cache_quant_algo")  # mean nothing where the scales do not come along
@@ -39,7 +39,9 @@ def config_of(
     if config.get(EXPERTS_IN_4_BITS) == "fp4" and not (format is not None and format.packs):
         del config[EXPERTS_IN_4_BITS]
         left[EXPERTS_IN_4_BITS] = "experts are in 4 bits no more"
-    if dtype_of(config) != out_dtype:
+    # Without a word a reader takes the type of what lies there.
+    is_mixed = format is None and not names_dtype(config) and bool(parameter_types(reader) - {out_dtype})
+    if dtype_of(config) != out_dtype or (is_mixed and source_format is not None):
         config = with_dtype(config, out_dtype)
     unread = {} if source_format is None else dict(source["quantization_config"].unread())
     if format is not None:
