@@ -115,8 +115,9 @@ _BARE = re.compile(r"(.*\.)(weight|gate_up_proj|down_proj)")
 
 def _scale_of(name: str, tensor: "Stored", tensors: Mapping[str, "Stored"]) -> str | None:
     """The scales of a tensor in MXFP4; None for any other tensor."""
-    if name.endswith("_blocks") and tensor.dtype == "U8" and len(tensor.shape) == 4:
-        return f"{name.removesuffix('_blocks')}_scales"
+    if name.endswith("_blocks") and tensor.dtype in ("U8", "I8"):
+        scale = f"{name.removesuffix('_blocks')}_scales"
+        return scale if len(tensor.shape) == 4 or scale in tensors else None
     if name.endswith(".weight_packed"):
         scale = f"{name.removesuffix('_packed')}_scale"
         is_mx = tensor.dtype == "U8" and scale in tensors and tensors[scale].dtype in E8M0
@@ -140,7 +141,7 @@ def _width(tensor: "Stored") -> int:
 def _as_e4m3(name: str, tensor: "Stored", scale: str, tensors: Mapping[str, "Stored"]) -> "Stored":
     where, shape = f"{name} in {tensor.file}", (*tensor.shape[:-1], _width(tensor))
     if name.endswith("_blocks"):
-        if shape[-1] != BLOCK:
+        if shape[-1] != BLOCK or len(shape) != 4:
             raise CheckpointError(
                 f"{where}: shape is {list(tensor.shape)}, expected [E, N, K/32, 16], two codes a byte"
             )

@@ -266,7 +266,7 @@ def _check(found: Plan, recipe: Recipe | str | None, is_changed: bool) -> None:
     """Warns of a recipe that quantizes nothing.
 
     Raises:
-        CheckpointError: something in 8 bits would be copied into a checkpoint that says nothing of it.
+        CheckpointError: something in 8 bits would be copied into a checkpoint that says nothing of it, or in 4 at all.
         ShapeError: a matrix that its recipe does not fit.
     """
     found.check_shapes()
@@ -274,11 +274,11 @@ def _check(found: Plan, recipe: Recipe | str | None, is_changed: bool) -> None:
     if found.format is None and isinstance(recipe, Recipe | str) and recipe not in OUT_DTYPES:
         why = "; ".join(dict.fromkeys(row.reason for row in found.groups if row.reason)) or "it holds no matrix"
         warnings.warn(f"{found.path}: nothing in it becomes 8 bits ({why}); rules override defaults", stacklevel=3)
-    if found.source_format is found.format and not is_changed:
-        return
+    is_copied = found.source_format is found.format and not is_changed
     for name in (f"{prefix}.weight" for prefix in found.targets) if found.source_format is None else ():
         tensor = found.reader.stored(name)
-        if tensor.dtype in FLOAT8:
+        # In 4 bits it appears as what it is not: no copy has its bytes.
+        if tensor.is_packed or (tensor.dtype in FLOAT8 and not is_copied):
             raise CheckpointError(
                 f"{name} in {tensor.file}: is {tensor.dtype}, but config.json has no quantization_config, which says "
                 "how it is scaled; is it lost?"
@@ -286,12 +286,12 @@ def _check(found: Plan, recipe: Recipe | str | None, is_changed: bool) -> None:
     matrices = [f"{prefix}.weight" for prefix, target in found.targets.items() if target.is_copied]
     for name in (*found.copied, *matrices):
         tensor = found.reader.stored(name)
-        if tensor.dtype in FLOAT8 and len(tensor.shape) > 1:
+        if tensor.dtype in FLOAT8 and len(tensor.shape) > 1 and (tensor.is_packed or not is_copied):
             why = found.reader.whole.get(name, "it is no matrix of a linear layer that config.json calls quantized")
             alike = "without a recipe" + (f" and as {found.source_format.name!r}" if found.source_format else "")
             raise CheckpointError(
-                f"{name} in {tensor.file}: is in 8 bits, and fp8x does not know its scales ({why}); {alike} it is "
-                "copied as it is"
+                f"{name} in {tensor.file}: is in {4 if tensor.is_packed else 8} bits, and fp8x does not know its "
+                f"scales ({why})" + ("" if tensor.is_packed else f"; {alike} it is copied as it is")
             )
 
 

@@ -304,6 +304,11 @@ BARE = {"quant_method": "mxfp4"}
             r"down_proj_blocks in .*: shape is \[3, 64, 3, 8\], expected \[E, N, K/32, 16\], two codes a byte",
         ),
         (
+            {f"{BLOCK}.down_proj_blocks": np.zeros((3, 64, 48), np.uint8)},
+            GPT_OSS,
+            r"down_proj_blocks in .*: shape is \[3, 64, 48\], expected \[E, N, K/32, 16\], two codes a byte",
+        ),
+        (
             {
                 f"{BLOCK}.gate_up_proj_blocks": np.zeros((3, 5, 2, 16), np.uint8),
                 f"{BLOCK}.gate_up_proj_scales": np.zeros((3, 5, 2), np.uint8),
@@ -441,6 +446,26 @@ def test_experts_of_another_kind_in_one_tensor(tmp_path):
             assert found.tobytes() == values(packed[e, rows], scales[e, rows]).tobytes()
             assert read(reader, f"{BLOCK}.{e}.{part}.weight_scale_inv").tobytes() == scales[e, rows].tobytes()
     assert DTYPES["F8_E8M0"] == E8M0
+
+
+@pytest.mark.filterwarnings("ignore:.*could not build this model:UserWarning")
+@pytest.mark.parametrize("recipe", [None, "bf16"])
+def test_4_bits_that_config_does_not_speak_of(tmp_path, recipe):
+    """Not even copied: they would lie there as what they are not."""
+    for path, tensors in (
+        ("gpt_oss", gpt_oss()),
+        ("bare", {"a.up_proj.weight": ALL_BYTES.view(np.int8), "a.up_proj.scale": ALL_SCALES.view(E8M0)}),
+    ):
+        source = write(tmp_path / path, tensors, None, model_type="gpt_oss")
+        with pytest.raises(CheckpointError, match=r"proj.weight in .*: .*no quantization_config, .*; is it lost\?"):
+            fp8x.convert(source, tmp_path / "out", recipe)
+    ignored = COMPRESSED | {"ignore": ["a.up_proj"]}
+    tensors = {f"{name}_proj.weight_packed": ALL_BYTES for name in ("a.up", "a.down")}
+    tensors |= {f"{name}_proj.weight_scale": ALL_SCALES for name in ("a.up", "a.down")}
+    source = write(tmp_path / "ignored", tensors, ignored)
+    with pytest.raises(CheckpointError, match=r"a.up_proj.weight in .*: is in 4 bits, .* \(it is no matrix .*\)$"):
+        fp8x.convert(source, tmp_path / "out", recipe)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*could not build this model:UserWarning")
