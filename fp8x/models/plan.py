@@ -16,6 +16,7 @@ from fp8x.checkpoint.header import FLOAT8
 from fp8x.checkpoint.kept import why_kept
 from fp8x.checkpoint.kv_cache import QUERIES, KVScales, kv_tensors, read_kv_scales
 from fp8x.checkpoint.origin import ORIGIN
+from fp8x.checkpoint.packed import MXFP4
 from fp8x.checkpoint.plan import Plan, Target, why_no_matrix
 from fp8x.errors import CheckpointError, RuleError, some
 from fp8x.models.config import DecoderConfig
@@ -279,8 +280,9 @@ def _check(found: Plan, recipe: Recipe | str | None, is_changed: bool) -> None:
         tensor = found.reader.stored(name)
         # In 4 bits it appears as what it is not: no copy has its bytes.
         if tensor.is_packed or (tensor.dtype in FLOAT8 and not is_copied):
+            dtype = MXFP4 if tensor.is_packed else tensor.dtype
             raise CheckpointError(
-                f"{name} in {tensor.file}: is {tensor.dtype}, but config.json has no quantization_config, which says "
+                f"{name} in {tensor.file}: is {dtype}, but config.json has no quantization_config, which says "
                 "how it is scaled; is it lost?"
             )
     matrices = [f"{prefix}.weight" for prefix, target in found.targets.items() if target.is_copied]
