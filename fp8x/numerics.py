@@ -23,6 +23,13 @@ from fp8x.scheme import ELEMENTS, MIN_SCALE, Scheme
 _SIGN, _EXPONENT, _MANTISSA = np.int32(-(2**31)), np.int32(0x7F800000), np.int32(0x007FFFFF)
 _LANES = 64
 
+# What `better_scale` asks of amax / max. The ratio is none of small integers: both scales often hold the same number
+# nearest to a value, or numbers in such a ratio from it, and of equals which one is taken is no matter of a last bit.
+CLEARLY_LESS = np.float32(0.71)
+# From here on no product of a code with a part of the scale's bits (2^-16 * 2^-23 of it, e5m2) is subnormal. XLA on CPU
+# takes a subnormal product for zero, but not the one within a multiply-add.
+MIN_CHOSEN_SCALE = np.float32(2.0**-87)
+
 
 def quantize(x: Float[Array, "..."], scheme: Scheme, *, name: str = "x") -> ScaledArray:
     """Quantizes `x` by the amax of its own blocks.
@@ -38,20 +45,20 @@ def quantize(x: Float[Array, "..."], scheme: Scheme, *, name: str = "x") -> Scal
 
 def requantize(q: ScaledArray, scheme: Scheme, *, name: str = "q") -> ScaledArray:
     """`quantize` of what `q` stands for; but from scales that are powers of two (e8m0, `"pow2"`, `"unit"`) to `"amax"`
-    ones, a block whose values are all exact by the smallest power of two that clips none has that for its scale
-    (`pow2_loses`, `exact_scale`). The result is an ordinary array of the scheme: scales are data.
+    ones, each block has for its scale the smallest power of two that clips none of its values, unless amax / max is
+    clearly better (`better_scale`). The result is an ordinary array of the scheme: scales are data.
 
     Raises:
         ShapeError: as `quantize`.
     """
 
-    def exact(x):
-        amax = block_amax(x, scheme)
-        return exact_scale(amax, pow2_loses(x, amax, scheme), scheme)
+    def scale_of(x):
+        scales = candidate_scales(block_amax(x, scheme), scheme)
+        return better_scale(scales, [largest_error(x, scale, scheme) for scale in scales])
 
-    if not scheme.keeps_exact_blocks(q.scheme):
+    if not scheme.chooses_scales(q.scheme):
         return quantize(dequantize(q), scheme, name=name)
-    return _quantize(dequantize(q), scheme, name, exact)
+    return _quantize(dequantize(q), scheme, name, scale_of)
 
 
 def _quantize(x: Float[Array, "..."], scheme: Scheme, name: str, scale_of: Callable[[Array], Array]) -> ScaledArray:
@@ -235,32 +242,36 @@ def compute_scale(amax: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..
     return jnp.where(jax.lax.bitcast_convert_type(amax, jnp.int32) == 0, np.float32(1.0), scale)
 
 
-def pow2_loses(x: Float[Array, "..."], amax: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
-    """Of every block: 1 where some finite value is not exact by the scale that `"pow2"` gives `amax`, else 0; float32,
-    in the shape of the scales.
+def candidate_scales(amax: Float[Array, "..."], scheme: Scheme) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """The two float32 scales of which `better_scale` takes one: that of `"pow2"`, and that of the scheme's own rule."""
+    return compute_scale(amax, dataclasses.replace(scheme, scale_rule="pow2")), compute_scale(amax, scheme)
 
-    Exact means: quantized and dequantized it has the same bits, those of -0 among them. Like an amax, a block's is the
-    largest of its parts', if all of these are given the whole block's `amax`.
+
+def largest_error(x: Float[Array, "..."], scale: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
+    """Of every block: the largest `|code * scale - x|` over its finite values, quantized by these float32 scales;
+    float32, in the shape of the scales.
+
+    Like an amax, a block's is the largest of its parts', if all of these are given the whole block's scale. What a
+    compiler does about fusing has no part in it, for scales from `MIN_CHOSEN_SCALE` on.
     """
-    pow2 = _pow2(scheme)
 
-    def loses(x, amax):
-        x, scale = _float32(x), compute_scale(amax, pow2)
-        back = _codes(x, scale, pow2).astype(jnp.float32) * _expand(scale, x.shape, pow2)
-        # Bits, since XLA takes subnormal numbers for zeros on CPU.
-        differs = jax.lax.bitcast_convert_type(back, jnp.int32) != jax.lax.bitcast_convert_type(x, jnp.int32)
-        return _block_max((differs & jnp.isfinite(x)).astype(jnp.float32), pow2, finite=False)
+    def errors(x, scale):
+        x, codes = _float32(x), _codes(x, scale, scheme).astype(jnp.float32)
+        # A product with half of a scale's 24 bits is exact. So a multiply-add of it, which XLA makes in one context and
+        # not in another, rounds where the multiplication and the addition do.
+        upper = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(scale, jnp.int32) & -(2**12), jnp.float32)
+        upper, lower = (_expand(part, x.shape, scheme) for part in (upper, scale - upper))
+        error = jnp.where(jnp.isfinite(x), (codes * upper - x) + codes * lower, 0)
+        return _block_max(error, scheme, finite=False)
 
-    return meshes.by_xla(loses, lambda: _dims(x, scheme)[1], x, amax)
-
-
-def exact_scale(amax: Float[Array, "..."], loses: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:
-    """A power of two for blocks of which `pow2_loses` says 0, and for the others what the scheme's own rule gives."""
-    return jnp.where(loses == 0, compute_scale(amax, _pow2(scheme)), compute_scale(amax, scheme))
+    return meshes.by_xla(errors, lambda: _dims(x, scheme)[1], x, scale)
 
 
-def _pow2(scheme: Scheme) -> Scheme:
-    return dataclasses.replace(scheme, scale_rule="pow2")
+def better_scale(scales: Sequence[Float[Array, "..."]], errors: Sequence[Float[Array, "..."]]) -> Float[Array, "..."]:
+    """Of every block the first of its `candidate_scales`, a power of two, unless the `largest_error` by the other is
+    less by 3 dB: of equals the one by which most values are exact."""
+    (pow2, own), (of_pow2, of_own) = scales, errors
+    return jnp.where((of_own < CLEARLY_LESS * of_pow2) & (own >= MIN_CHOSEN_SCALE), own, pow2)
 
 
 def _e8m0_scale(amax: Float[Array, "..."], scheme: Scheme) -> Float[Array, "..."]:

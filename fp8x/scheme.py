@@ -113,10 +113,10 @@ class Scheme:
         """Whether arrays in the other scheme are of the same types and blocks: the rules of their scales may differ."""
         return (self.element, self.block, self.scale_dtype) == (other.element, other.block, other.scale_dtype)
 
-    def keeps_exact_blocks(self, source: "Scheme") -> bool:
-        """Whether an array that comes from `source` to this scheme gets a power of two for the scale of a block where
-        that keeps every value: where this scheme's scales are amax / max, and the source's powers of two, as all other
-        rules make them."""
+    def chooses_scales(self, source: "Scheme") -> bool:
+        """Whether an array that comes from `source` to this scheme gets, block by block, the better of two scales (a
+        power of two, or amax / max; `fp8x.numerics.better_scale`): where this scheme's scales are amax / max, and the
+        source's powers of two, as all other rules make them."""
         return source.scale_rule != "amax" and self.scale_rule == "amax"
 
     def block_of(self, shape: Sequence[int], name: str = "array") -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -66,8 +66,9 @@ def quantized(
     """
     values = _values(x)
     top = numerics.block_max(values, scheme)
-    if keeps_exact_blocks(x, scheme):
-        scale = numerics.exact_scale(top, numerics.pow2_loses(values, top, scheme), scheme)
+    if isinstance(x, ScaledArray) and scheme.chooses_scales(x.scheme):
+        scales = numerics.candidate_scales(top, scheme)
+        scale = numerics.better_scale(scales, [numerics.largest_error(values, scale, scheme) for scale in scales])
     else:
         scale = numerics.compute_scale(top, scheme)
     q = numerics.quantize_with_scale(values, scale, scheme)
@@ -110,14 +111,18 @@ def block_amax(x: Array | ScaledArray, scheme: Scheme) -> Float[Array, "1 c"]:
 
 
 @functools.partial(jax.jit, static_argnames="scheme")
-def pow2_loses(x: ScaledArray, amax: Float[Array, "1 c"], scheme: Scheme) -> Float[Array, "1 c"]:
-    """Of blocks that go on in other rows, with an `amax` of all of them."""
-    return numerics.pow2_loses(_values(x), amax, scheme)
+def candidate_scales(amax: Float[Array, "1 c"], scheme: Scheme) -> tuple[Float[Array, "1 c"], Float[Array, "1 c"]]:
+    return numerics.candidate_scales(amax, scheme)
 
 
 @functools.partial(jax.jit, static_argnames="scheme")
-def exact_scale(amax: Float[Array, "1 c"], loses: Float[Array, "1 c"], scheme: Scheme) -> Float[Array, "1 c"]:
-    return numerics.exact_scale(amax, loses, scheme)
+def largest_errors(x: ScaledArray, scales: Sequence[Float[Array, "1 c"]], scheme: Scheme) -> list[Float[Array, "1 c"]]:
+    """Of blocks that go on in other rows, by each of these scales."""
+    values = _values(x)
+    return [numerics.largest_error(values, scale, scheme) for scale in scales]
+
+
+better_scale = jax.jit(numerics.better_scale)
 
 
 @functools.partial(jax.jit, static_argnames="scheme")
@@ -154,11 +159,6 @@ def finite_amax(x: Array | ScaledArray) -> Float[Array, ""]:
 @jax.jit
 def count_nonfinite(x: Array | ScaledArray) -> Array:
     return jnp.sum(~jnp.isfinite(_values(x)))
-
-
-def keeps_exact_blocks(x: Array | ScaledArray, scheme: Scheme) -> bool:
-    """`Scheme.keeps_exact_blocks` of an array that may be in 16 or 32 bits."""
-    return isinstance(x, ScaledArray) and scheme.keeps_exact_blocks(x.scheme)
 
 
 def _values(x: Array | ScaledArray) -> Float[Array, "n k"]:

@@ -1,7 +1,8 @@
 """`Loader`: fills an abstract decoder from a checkpoint, matrix by matrix."""
 
-import dataclasses
+import functools
 import re
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 
@@ -21,11 +22,10 @@ from fp8x.checkpoint.header import DTYPE_NAMES, UNQUANTIZED
 from fp8x.checkpoint.kv_cache import QUERIES, read_kv_scales
 from fp8x.checkpoint.reader import aligned
 from fp8x.checkpoint.requantize import Requantize, choose
+from fp8x.checkpoint.threads import Threads
 from fp8x.errors import CheckpointError, ShapeError, some
-from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import Names, flat, linear_names, param_names, skipped
-from fp8x.models.matrices import names_dtype, parameter_types, with_dtype
 from fp8x.nn.grouped import GroupedLinear, weight_scheme
 from fp8x.nn.linear import Linear
 from fp8x.nn.quantized import QuantizedLayer
@@ -55,6 +55,7 @@ class Loader:
         self.kv_scales = read_kv_scales(reader, format)
         self.stored = dict.fromkeys(self.names) if format is None else self._stored_recipes(format)
         self._progress, self._read_bytes, self._total_bytes = progress, 0, 0
+        self._lock = threading.Lock()
 
     def _stored_recipes(self, format: Format) -> dict[str, Recipe | None]:
         """The recipe of every module of a quantized checkpoint."""
@@ -186,15 +187,21 @@ class Loader:
             weight = numerics.quantize_weight(stack, scheme, name=path, allow_nonfinite=True)
             return GroupedLinear.from_arrays(weight, recipe, bias=bias)
         data, scale = aligned(shape, scheme.dtype), aligned(scheme.scale_shape(shape), scheme.scale_dtype)
-        input_scale = None
         stored = self.stored[path]
-        for index, prefix in flat(names):
+
+        def fill(index: tuple[int, ...], prefix: str) -> np.ndarray | None:
             given = self._fill(prefix, stored, recipe, data[index], scale[index])
-            if given is not None:
-                # One scale quantizes what all experts read. Where they differ the largest clips none, as in vLLM.
-                input_scale = np.array(given) if input_scale is None else np.maximum(input_scale, given)
             if stored is not None:
                 self._finish(*self._tensors(prefix, stored, shape[-2:]))
+            return given
+
+        jobs = [functools.partial(fill, *each) for each in flat(names)]
+        # What is quantized now is computed on all cores already; what is only read is not.
+        is_read = stored is not None and stored.weight == recipe.weight
+        given = Threads(None, 0, 0).run(jobs) if is_read and len(jobs) > 1 else [job() for job in jobs]
+        given = [each for each in given if each is not None]
+        # One scale quantizes what all experts read. Where they differ the largest clips none, as in vLLM.
+        input_scale = functools.reduce(np.maximum, given) if given else None
         weight = ScaledArray(jax.device_put(data), jax.device_put(scale), scheme)
         input_scale = None if input_scale is None else jnp.array(input_scale)
         kind = Linear if isinstance(names, str) else GroupedLinear
@@ -277,10 +284,11 @@ class Loader:
 
     def _finish(self, *names: str) -> None:
         """Tensors are read."""
-        for name in names:
-            self._read_bytes += self.reader.stored(name).nbytes_on_disk
-        if self._progress is not None:
-            self._progress(self._read_bytes, self._total_bytes)
+        with self._lock:
+            for name in names:
+                self._read_bytes += self.reader.stored(name).nbytes_on_disk
+            if self._progress is not None:
+                self._progress(self._read_bytes, self._total_bytes)
 
     def _check_overflow(self, name: str, array: np.ndarray) -> None:
         """`array` is a matrix, or a part of it, that was in 8 bits and finite there."""
@@ -292,30 +300,6 @@ class Loader:
         dtype = DTYPE_NAMES[array.dtype]
         if not self.allow_nonfinite and not is_finite(array, dtype):
             raise nonfinite_error(name, self.reader.stored(name).file, count_nonfinite(array, dtype), array.size)
-
-
-def check_counts(reader: Reader, config: DecoderConfig) -> None:
-    """Refuses more layers and experts than a checkpoint has tensors: to describe them would take forever.
-
-    Raises:
-        CheckpointError: with both counts.
-    """
-    count = sum(1 for _ in reader)
-    matrices = config.num_experts * (config.num_hidden_layers - len(config.dense_layers))
-    if config.num_hidden_layers + matrices > count:
-        raise CheckpointError(
-            f"{reader.path}: config.json has {config.num_hidden_layers} layers and {config.num_experts} experts, which "
-            f"{count} tensors can't be"
-        )
-
-
-def wide_enough(reader: Reader, config: DecoderConfig) -> DecoderConfig:
-    """The config in a type that holds every parameter as stored, where config.json names none."""
-    found = set() if names_dtype(config.hf) else parameter_types(reader)
-    if config.dtype == "float32" or found <= {np.dtype(config.dtype)}:
-        return config
-    dtype = found.pop() if len(found) == 1 else np.dtype(np.float32)
-    return dataclasses.replace(config, dtype=str(dtype), hf=with_dtype(config.hf, dtype))
 
 
 # In float32: from there convert goes to other 8 bits, too.

@@ -39,7 +39,7 @@ class Mixture:
         num_experts, top_k: how many there are, and how many a token visits.
         intermediate: width of one expert.
         scores, normalize, scale, use_correction_bias, use_bias, router_bias: as `fp8x.nn.MoE` takes them.
-        clamped_swiglu: alpha and limit of the experts' gate, a `fp8x.ops.gate.ClampedSwiGLU`; None for the decoder's
+        clamped_swiglu: alpha and limit of the experts' gate, a `fp8x.ops.ClampedSwiGLU`; None for the decoder's
             `hidden_act`.
         groups, top_groups, group_best: a token's experts are of so many groups of them, as `fp8x.nn.MoE` takes them.
         shared_intermediate: width of the expert that every token visits; None without one.

@@ -14,7 +14,7 @@ from fp8x.errors import CalibrationError, ShapeError
 from fp8x.nn.quantized import QuantizedLayer, initial_weight, names_layer, weight_scheme
 from fp8x.nn.unquantized import UnquantizedGroupedLinear, features, once
 from fp8x.ops.experts import Factor, gated_experts
-from fp8x.ops.gate import gated
+from fp8x.ops.gate import Gate, gated
 from fp8x.ops.gated import multiply_parts
 from fp8x.ops.groups import check_group_sizes
 from fp8x.recipe import Recipe, as_recipe
@@ -106,13 +106,13 @@ class GroupedLinear(QuantizedLayer):
         x: Float[Array, "t k"] | Float[Array, "t 2 k"],
         group_sizes: Int[Array, " e"],
         rows: Int[Array, " m"] | None = None,
-        gate: str | None = None,
+        gate: Gate | None = None,
     ) -> Float[Array, "m ..."]:
         """One product, of the recipe's output type; rows sorted by expert, rows past `sum(group_sizes)` come out zero.
 
-        `rows` are the rows of `x` in that order; None where `x` is in it. `gate` names the activation that makes
-        `[T, 2, K]` what is multiplied (`fp8x.ops.grouped_matmul`). Where K is split over `k_axes`, float32 of
-        which the sum over these axes is the product: `MoE` weighs and adds up its experts' rows before it sums.
+        `rows` are the rows of `x` in that order; None where `x` is in it. `gate` makes `[T, 2, K]` what is multiplied:
+        an activation's name or a `ClampedSwiGLU` (`fp8x.ops.grouped_matmul`). Where K is split over `k_axes`, float32
+        of which the sum over these axes is the product: `MoE` weighs and adds up its experts' rows before it sums.
 
         Raises:
             ShapeError: `x` is not `[T, K]`, or group sizes that do not fit.
@@ -132,7 +132,7 @@ class GroupedLinear(QuantizedLayer):
         x: Float[Array, "r k"] | Float[Array, "r 2 k"],
         experts: Int[Array, " r"],
         rows: Int[Array, " r"] | None = None,
-        gate: str | None = None,
+        gate: Gate | None = None,
     ) -> Float[Array, "r ..."]:
         """`__call__` of a few rows in any order, each by the matrix of its expert; zero where that is not here.
 
@@ -157,7 +157,7 @@ class GroupedLinear(QuantizedLayer):
         x: Float[Array, "t k"],
         group_sizes: Int[Array, " e"],
         rows: Int[Array, " m"] | None,
-        gate: str,
+        gate: Gate,
     ) -> Float[Array, "m n"]:
         """`w2(self(x, group_sizes, rows), group_sizes, gate=gate)`, with w2's input in 8 bits as it leaves this layer,
         unless w2 has to see it before."""
@@ -184,7 +184,7 @@ class GroupedLinear(QuantizedLayer):
             return False
         return self.recipe.activation is None or self.recipe.is_static or self.recipe.activation.block[0] == 1
 
-    def _check_input(self, x: Float[Array, "m ..."], gate: str | None) -> tuple[Float[Array, "m ..."], str | None]:
+    def _check_input(self, x: Float[Array, "m ..."], gate: Gate | None) -> tuple[Float[Array, "m ..."], Gate | None]:
         """`x` and the gate that is still to be applied: none where magnitudes behind it are looked at before."""
         x = self.begin_call(x)
         k = self.weight.shape[-1]

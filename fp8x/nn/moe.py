@@ -33,7 +33,7 @@ class MoE(nnx.Module):
         num_experts, top_k: how many experts there are, and how many a token visits.
         recipe: a `Recipe` or its code quantizes the experts, the shared one too; None leaves them in `param_dtype`.
             The router never is.
-        activation: of the gate, by its Hugging Face name; or a `fp8x.ops.gate.ClampedSwiGLU`.
+        activation: of the gate, by its Hugging Face name; or a `fp8x.ops.ClampedSwiGLU` (gpt-oss).
         scores: of the experts, from the router's logits: "softmax", or a "sigmoid" each.
         normalize_top_k: whether the chosen experts' scores are scaled to sum to one.
         routed_scale: a factor on their weights after that.

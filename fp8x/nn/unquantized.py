@@ -64,11 +64,11 @@ class UnquantizedGroupedLinear(nnx.Module):
         x: Float[Array, "t k"] | Float[Array, "t 2 k"],
         group_sizes: Int[Array, " e"],
         rows: Int[Array, " m"] | None = None,
-        gate: str | None = None,
+        gate: Gate | None = None,
     ) -> Float[Array, "m ..."]:
         """Rows sorted by expert, or `rows` of `x` in that order; rows past `sum(group_sizes)` come out zero.
 
-        `gate` names the activation that makes `[T, 2, K]` what is multiplied.
+        `gate` makes `[T, 2, K]` what is multiplied: an activation's name or a `fp8x.ops.ClampedSwiGLU`.
         """
         weight = self.weight[...]
         dtype = self.dtype or weight.dtype

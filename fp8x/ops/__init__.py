@@ -26,7 +26,7 @@ from fp8x import meshes
 from fp8x.array import ScaledArray, as_input
 from fp8x.errors import ShapeError
 from fp8x.ops.dispatch import Call, Choice, backend, choose, explain
-from fp8x.ops.gate import check_gate
+from fp8x.ops.gate import ClampedSwiGLU, Gate, check_gate
 from fp8x.ops.gated import GatedCall, gated_product
 from fp8x.ops.groups import check_experts, check_group_sizes, group_sizes_from_indptr
 from fp8x.ops.product import product
@@ -37,6 +37,7 @@ from fp8x.scheme import Scheme, as_dtype
 
 __all__ = [
     "Choice",
+    "ClampedSwiGLU",
     "backend",
     "expert_matmul",
     "explain",
@@ -90,7 +91,7 @@ def grouped_matmul(
     group_sizes: Int[Array, " e"],
     *,
     rows: Int[Array, " m"] | None = None,
-    gate: str | None = None,
+    gate: Gate | None = None,
     activation: Scheme | None = None,
     activation_scale: Float[Array, "..."] | None = None,
     bias: Float[Array, "e n"] | None = None,
@@ -102,8 +103,8 @@ def grouped_matmul(
         x: `[M, K]`, rows sorted by expert; an Array or a ScaledArray.
         rows: int32 `[M]`, the row of `x` that each row of the product is made of, where `x` is `[T, K]` in another
             order. A row that several experts visit is quantized once, so blocks of `activation` have one row, or all.
-        gate: the name of an activation, which makes an Array `x` of `[M, 2, K]` what is multiplied:
-            `activation(x[:, 0]) * x[:, 1]`, in float32 and rounded once to x's type.
+        gate: makes an Array `x` of `[M, 2, K]` what is multiplied, in float32 and rounded once to x's type: the name of
+            an activation, `activation(x[:, 0]) * x[:, 1]`, or a `ClampedSwiGLU`, which is called with both.
         w: `[E, N, K]`.
         group_sizes: int32 `[E]`, rows of each expert, as `jax.lax.ragged_dot` has it. Empty experts, one hot expert and
             M = 0 are ordinary. Rows past the sum come out zero, and enter no activation scale. Outside of jit they
@@ -135,7 +136,7 @@ def expert_matmul(
     experts: Int[Array, " r"],
     *,
     rows: Int[Array, " r"] | None = None,
-    gate: str | None = None,
+    gate: Gate | None = None,
     activation: Scheme | None = None,
     activation_scale: Float[Array, "..."] | None = None,
     bias: Float[Array, "e n"] | None = None,
@@ -175,7 +176,7 @@ def gated_matmul(
     w: ScaledArray,
     group_sizes: Int[Array, " e"],
     *,
-    gate: str,
+    gate: Gate,
     out_activation: Scheme,
     out_activation_scale: Float[Array, "..."] | None = None,
     rows: Int[Array, " m"] | None = None,
@@ -187,16 +188,16 @@ def gated_matmul(
     """The first half of gated experts, quantized for the second: `[M, I]`, which `grouped_matmul` takes with w2.
 
     `grouped_matmul` by gate and up, each rounded to `out_dtype`; `activation(gate) * up` in float32, rounded once to
-    that type; then `quantize`. One kernel may do it all. No gradient.
+    that type (or what a `ClampedSwiGLU` makes of both); then `quantize`. One kernel may do it all. No gradient.
 
     Backends differ by what their sums make of a rounding, to h's next 16-bit number, and so of some codes and scales.
     Between a kernel, whose 8-bit sums are short, and XLA fewer than 4 in 100 codes differ (in emulation 0.3 to 2.7),
     and what they dequantize to by a relative Frobenius error of less than 2e-2 (in emulation 9e-3 at most in e4m3,
-    1.3e-2 in e5m2). With equal sums, the kernel's 2^-20 in the activation moves fewer than 1 in 1000.
+    1.3e-2 in e5m2). With equal sums, the kernel's 2^-20 in the gate moves fewer than 1 in 1000.
 
     Arguments:
         w: `[E, 2, I, K]`: gate, then up.
-        gate: the activation's name.
+        gate: the activation's name, or a `ClampedSwiGLU`.
         out_activation: the scheme in which the result is quantized, over `[M, I]`.
         out_activation_scale: its scale; None finds it in the result.
         bias: `[E, 2, I]`.
@@ -280,7 +281,7 @@ def _call(op: str, x, w: ScaledArray, activation: Scheme | None, bias, out_dtype
     return Call(op, m, w.shape[-2], w.shape[-1], groups, kind, w.scheme, bias is not None, out_dtype)
 
 
-def _quantization(x, activation: Scheme | None, scale, gate: str | None = None) -> QuantizeCall | None:
+def _quantization(x, activation: Scheme | None, scale, gate: Gate | None = None) -> QuantizeCall | None:
     if activation is None:
         return None
     return QuantizeCall(x.shape[0], x.shape[-1], x.dtype, activation, scale is not None, gate)
@@ -294,7 +295,7 @@ def _check_weight(w, ndim: int) -> None:
         raise ShapeError(f"w: shape is {w.shape}; use {layout}, K-major")
 
 
-def _check_input(x, w: ScaledArray, activation: Scheme | None, activation_scale, gate: str | None = None) -> None:
+def _check_input(x, w: ScaledArray, activation: Scheme | None, activation_scale, gate: Gate | None = None) -> None:
     k = w.shape[-1]
     if gate is not None:
         check_gate(gate)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from fp8x import ops
 from fp8x.array import ScaledArray
+from fp8x.ops.gate import Gate
 from fp8x.ops.gated import multiply_parts
 from fp8x.scheme import Scheme
 
@@ -34,7 +35,7 @@ def gated_experts(
     w2: Factor,
     group_sizes: Int[Array, " e"],
     *,
-    gate: str,
+    gate: Gate,
     rows: Int[Array, " m"] | None = None,
     biases: tuple[Float[Array, "e 2 i"] | None, Float[Array, "e n"] | None] = (None, None),
 ) -> Float[Array, "m n"]:

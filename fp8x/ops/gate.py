@@ -1,7 +1,9 @@
 """The gate of an MLP: `activation(gate) * up`, in one rounding."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +39,11 @@ class ClampedSwiGLU:
             if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ShapeError(f"{name}: {value!r} does not fit; use a positive number")
 
-    def __call__(self, gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(
+        self, gate: Float[Array, "..."], up: Float[Array, "..."], *, sigmoid: Callable = jax.nn.sigmoid
+    ) -> Float[Array, "..."]:
         gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
-        return gate * jax.nn.sigmoid(gate * self.alpha) * (up + 1)
+        return gate * sigmoid(gate * self.alpha) * (up + 1)
 
 
 Gate = str | ClampedSwiGLU
@@ -52,7 +56,8 @@ def gate_activation(name: str):
         ShapeError: an unknown name.
     """
     if name not in ACTIVATIONS:
-        raise ShapeError(f"activation: {name!r} is unknown; use one of {', '.join(map(repr, ACTIVATIONS))}")
+        known = ", ".join(map(repr, ACTIVATIONS))
+        raise ShapeError(f"activation: {name!r} is unknown; use one of {known}, or a fp8x.ops.ClampedSwiGLU")
     return ACTIVATIONS[name]
 
 
@@ -94,3 +99,23 @@ KERNEL_ACTIVATIONS = {
     "silu": lambda x: x * _sigmoid(x),
     "gelu_pytorch_tanh": lambda x: x * _sigmoid(x * (1.5957691216 + 0.0713548163 * (x * x))),
 }
+
+
+def not_in_kernels(gate: Gate) -> str | None:
+    """Why kernels do not apply a gate; None if they do."""
+    if isinstance(gate, ClampedSwiGLU) or gate in KERNEL_ACTIVATIONS:
+        return None
+    return f"applies {', '.join(KERNEL_ACTIVATIONS)} or a ClampedSwiGLU, not {gate}"
+
+
+@functools.cache  # equal gates are one function, by which compiled kernels are found again
+def kernel_gate(gate: Gate) -> Callable[[Float[Array, "..."], Float[Array, "..."]], Float[Array, "..."]]:
+    """The gate for kernels, a function of gate and up in float32: within 2^-20 of `apply_gate`, relatively.
+
+    NaN stays NaN, also where a `ClampedSwiGLU` clamps: PTX's `min` and `max` would return the limit, but Mosaic lowers
+    jnp's to `min.NaN` and `max.NaN`.
+    """
+    if isinstance(gate, ClampedSwiGLU):
+        return functools.partial(gate, sigmoid=_sigmoid)
+    activation = KERNEL_ACTIVATIONS[gate]
+    return lambda gate, up: activation(gate) * up

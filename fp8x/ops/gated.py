@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -13,7 +14,7 @@ from fp8x import numerics
 from fp8x.array import ScaledArray
 from fp8x.errors import BackendError
 from fp8x.ops import mosaic
-from fp8x.ops.gate import KERNEL_ACTIVATIONS
+from fp8x.ops.gate import Gate, kernel_gate, not_in_kernels
 from fp8x.ops.groups import take_rows
 from fp8x.ops.mosaic_swapped import unsupported_few_rows
 from fp8x.ops.quantize import QuantizeCall
@@ -36,7 +37,7 @@ class GatedCall:
     w: Scheme
     bias: bool
     out_dtype: np.dtype
-    gate: str
+    gate: Gate
     out: Scheme
     has_scale: bool
     op: str = "gated_matmul"
@@ -105,8 +106,8 @@ def unsupported_by_blocks(call: GatedCall) -> str | None:
 
 
 def _unsupported(call: GatedCall) -> str | None:
-    if call.gate not in KERNEL_ACTIVATIONS:
-        return f"applies {' or '.join(KERNEL_ACTIVATIONS)}, not {call.gate}"
+    if reason := not_in_kernels(call.gate):
+        return reason
     rows, columns = (1, *call.out.block)[-2:]
     if call.out.is_mx:
         return f"quantizes with float32 scales; those of out_activation are e8m0 ({call.out})"
@@ -133,7 +134,7 @@ def _run(x, w, x_scale, w_scale, group_sizes, bias, out_dtype, gate, scheme, sca
     from fp8x.pallas.epilogue import Gated
     from fp8x.pallas.sm90_grouped_fp8 import gated_fp8
 
-    end = Gated(KERNEL_ACTIVATIONS[gate], out_dtype, scheme, scale is not None)
+    end = Gated(kernel_gate(gate), out_dtype, scheme, scale is not None)
     inverse = None
     if scale is not None:
         inverse = numerics.reciprocal(scale[0])
@@ -149,7 +150,7 @@ def in_two_steps(
     group_sizes: Int[Array, " e"],
     bias: Float[Array, "e 2 i"] | None,
     out_dtype,
-    gate: str,
+    gate: Gate,
     scheme: Scheme,
     scale: Float[Array, "..."] | None,
 ) -> ScaledArray:
@@ -172,7 +173,7 @@ def in_two_steps(
 def multiply_parts(
     multiply: Callable, x: Float[Array, "m k"] | ScaledArray, w: ScaledArray, bias: Float[Array, "e p n"] | None
 ) -> Float[Array, "m p n"]:
-    """`multiply(x, w, bias)` by each of the P matrices of `w [E, P, N, K]`: by all at once if their scales admit it."""
+    """`multiply(x, w, bias)` by each of the P matrices of `w [E, P, N, K]`: by all at once if that is possible."""
     if (merged := merge_rows(w)) is not None:
         flat_bias = None if bias is None else bias.reshape(bias.shape[0], -1)
         return multiply(x, merged, flat_bias).reshape(-1, *w.shape[1:-1])
@@ -181,15 +182,23 @@ def multiply_parts(
 
 
 def merge_rows(w: ScaledArray) -> ScaledArray | None:
-    """`[E, P, N, K]` as `[E, P * N, K]`, or None where a block would reach from one matrix into the next, or where rows
-    of each lie on several devices."""
+    """`[E, P, N, K]` as `[E, P * N, K]`, or None where a scale holds for several matrices, or where rows of each lie on
+    several devices.
+
+    Blocks that do not divide N, and so would reach from one matrix into the next, are cut into ones that do: 128×128 of
+    N 2880 (gpt-oss) into 64×128. One matrix after the other would have XLA copy all weights for every call, since a
+    kernel takes whole arrays; finer scales are a few hundredths of their bytes.
+    """
     e, p, n, k = w.shape
     block = (1,) * (4 - len(w.scheme.block)) + w.scheme.block
-    rows = block[2] or n
-    if block[1] != 1 or rows == 0 or n % rows or is_split(w.data, 2):
+    rows = min(block[2] or n, n)
+    if block[1] != 1 or rows == 0 or is_split(w.data, 2):
         return None
-    scheme = dataclasses.replace(w.scheme, block=(block[0], rows, block[3]))
-    return ScaledArray(w.data.reshape(e, p * n, k), w.scale.reshape(w.scale.shape[0], -1, w.scale.shape[-1]), scheme)
+    scale, finer = w.scale, math.gcd(rows, n)
+    if finer < rows:
+        scale = jnp.repeat(scale, rows // finer, axis=2)[:, :, : n // finer]
+    scheme = dataclasses.replace(w.scheme, block=(block[0], finer, block[3]))
+    return ScaledArray(w.data.reshape(e, p * n, k), scale.reshape(scale.shape[0], -1, scale.shape[-1]), scheme)
 
 
 def _part(w: ScaledArray, p: int) -> ScaledArray:

@@ -10,7 +10,7 @@ from fp8x import meshes, numerics
 from fp8x.array import ScaledArray
 from fp8x.ops import xla
 from fp8x.ops.dispatch import Call, Kernel, logger, on_one_device
-from fp8x.ops.gate import gated
+from fp8x.ops.gate import Gate, gated
 from fp8x.ops.groups import row_groups, take_rows
 from fp8x.ops.partition import is_left_to_xla, partitioned, rule_of
 from fp8x.ops.quantize import QuantizeCall
@@ -25,7 +25,7 @@ def _product(
     quantizer: Kernel | None,
     split: Split | None,
     activation: Scheme | None,
-    gate: str | None,
+    gate: Gate | None,
     out_dtype,
     x: Float[Array, "t k"] | Float[Array, "t 2 k"] | ScaledArray,
     rows: Int[Array, " m"] | None,
@@ -61,7 +61,7 @@ def _product(
     return multiply(kernel, split, x, w, groups, bias, out_dtype)
 
 
-def quantize_input(quantizer: Kernel, x, activation: Scheme, scale, used, gate: str | None) -> ScaledArray:
+def quantize_input(quantizer: Kernel, x, activation: Scheme, scale, used, gate: Gate | None) -> ScaledArray:
     """What `quantizer` makes of `x`, or of what its gate makes of it, on every device's own part."""
     if quantizer.backend != "mosaic_gpu":
         return quantizer.run(x, activation, scale, used, gate)

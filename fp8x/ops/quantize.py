@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from fp8x import numerics
 from fp8x.array import ScaledArray
-from fp8x.ops.gate import KERNEL_ACTIVATIONS, gated
+from fp8x.ops.gate import Gate, gated, kernel_gate, not_in_kernels
 from fp8x.ops.mosaic import no_hopper
 from fp8x.pallas.quantize_tiles import Tile, choose_tile
 from fp8x.scheme import E8M0, FLOAT32, Scheme
@@ -24,7 +24,7 @@ class QuantizeCall:
     x: np.dtype
     scheme: Scheme
     has_scale: bool
-    gate: str | None = None
+    gate: Gate | None = None
     op: str = "quantize"
 
     def __str__(self) -> str:
@@ -37,7 +37,7 @@ def by_xla(
     scheme: Scheme,
     scale: Float[Array, "..."] | None,
     used: Int[Array, ""] | None,
-    gate: str | None = None,
+    gate: Gate | None = None,
 ) -> ScaledArray:
     """`numerics.quantize` of `x`, or of what its gate makes of it.
 
@@ -45,7 +45,7 @@ def by_xla(
         scheme: over `[m, k]`.
         scale: the scale to quantize with; None finds it in `x`.
         used: how many rows count; those after are zeros. None counts all.
-        gate: the name of the gate's activation, where `x` is `[m, 2, k]`.
+        gate: where `x` is `[m, 2, k]`, what makes `[m, k]` of it.
     """
     x = x if gate is None else gated(x, gate)
     if used is not None:
@@ -58,8 +58,8 @@ def unsupported(call: QuantizeCall) -> str | None:
     """Why `by_kernel` can't run a call; None if it can."""
     if reason := no_hopper():
         return reason
-    if call.gate not in (None, *KERNEL_ACTIVATIONS):
-        return f"applies {' or '.join(KERNEL_ACTIVATIONS)}, not {call.gate}"
+    if call.gate is not None and (reason := not_in_kernels(call.gate)):
+        return reason
     rows, _ = _block(call.scheme)
     if call.has_scale and (rows is not None or call.scheme.is_mx):
         return f"takes float32 scales that hold for all rows; those of {call.scheme} don't"
@@ -82,9 +82,9 @@ def by_kernel(
     scheme: Scheme,
     scale: Float[Array, "..."] | None,
     used: Int[Array, ""] | None,
-    gate: str | None = None,
+    gate: Gate | None = None,
 ) -> ScaledArray:
-    """`by_xla` in one pass, bit for bit but where a gate in `KERNEL_ACTIVATIONS` rounds to another 16-bit number."""
+    """`by_xla` in one pass, bit for bit but where a gate (`kernel_gate`) rounds to another 16-bit number."""
     # Late: Mosaic's import takes a second and 35 MB, which whoever has no Hopper need not pay.
     from fp8x.pallas.sm90_quantize import quantize_blocks
 
@@ -98,7 +98,7 @@ def by_kernel(
         scheme,
         None if scale is None else scale[0],
         None if used is None else used * (rows // m),
-        None if gate is None else KERNEL_ACTIVATIONS[gate],
+        None if gate is None else kernel_gate(gate),
     )
     if scale is None:
         found = found if scheme.scale_dtype == FLOAT32 else jax.lax.bitcast_convert_type(found, E8M0)

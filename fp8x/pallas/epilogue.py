@@ -80,18 +80,18 @@ class Plain:
 
 @dataclasses.dataclass(frozen=True)
 class Gated:
-    """`activation(gate) * up` in 8 bits: what the product with w2 reads. The halves of a tile are gate's and up's.
+    """`gate(y[:, 0], y[:, 1])` in 8 bits: what the product with w2 reads. The halves of a tile are gate's and up's.
 
     As in two steps (`fp8x.ops.gate`, `fp8x.numerics`): gate and up are rounded to `dtype`, and h, which is quantized by
     float32 scales.
 
     Attributes:
-        activation: of float32 registers.
+        gate: of gate and up in float32 registers (`fp8x.ops.gate.kernel_gate`); of two zeros it makes zero.
         scheme: of h. Where no scales are given, blocks of (1, 128): a row of a tile.
         is_static: whether reciprocals of scales are given.
     """
 
-    activation: Callable[[Array], Array]
+    gate: Callable[[Array, Array], Array]
     dtype: np.dtype
     scheme: Scheme
     is_static: bool
@@ -109,7 +109,7 @@ class Gated:
     def store(self, rows: Rows, totals, columns, scaled, outs, buffer, out_inverse) -> None:
         data, *scales = outs
         gate, up = (_rounded(scaled(total, half, 0), self.dtype) for half, total in enumerate(totals))
-        h = _rounded(self.activation(gate) * up, self.dtype)
+        h = _rounded(self.gate(gate, up), self.dtype)
         block = lax.div(columns[0], PANEL_BYTES)
         if self.is_static:
             blocks = out_inverse.shape[0]

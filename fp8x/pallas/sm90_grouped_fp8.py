@@ -127,7 +127,7 @@ def gated_fp8(
     tiling: Tiling | None = None,
     programs: int = SMS,
 ) -> tuple[Float[Array, "m i"], Float[Array, "m i/128"] | None]:
-    """`activation(y[:, 0]) * y[:, 1]` of the products `y` with gate and up, quantized: data, and scales if computed.
+    """`end.gate(y[:, 0], y[:, 1])` of the products `y` with gate and up, quantized: data, and scales if computed.
 
     Arguments:
         out_inverse: 1 / scale to quantize with, for all columns or for each 128; None finds a scale for each row and

@@ -52,8 +52,8 @@ def quantize_blocks(
         scheme: its element and scale rule count, its block does not.
         scale: float32; for blocks `[:, b]`. None finds a scale for each, of `scheme`'s type.
         used: int32, how many rows count. Those after become zero, whatever they hold; tiles of them are not read.
-        gate: the activation of a gate, `Array -> Array` in float32: `gate(x[:, 0]) * x[:, 1]`, rounded to x's type, is
-            quantized.
+        gate: a function of two arrays in float32 (`fp8x.ops.gate.kernel_gate`): `gate(x[:, 0], x[:, 1])`, rounded to
+            x's type, is quantized.
         tile: None chooses one.
 
     Returns:
@@ -85,7 +85,7 @@ def quantize_blocks(
                 at = [(pl.ds(row, tile.rows), part, at_block, pl.ds(start, size)) for part in range(parts)]
                 piece, *up = [plgpu.load(x.at[i], layout=layout, optimized=False) for i in at]
                 if gate is not None:
-                    gated = gate(piece.astype(jnp.float32)) * up[0].astype(jnp.float32)
+                    gated = gate(piece.astype(jnp.float32), up[0].astype(jnp.float32))
                     piece = pack(gated, x.dtype, (tile.thread_rows, tile.thread_blocks, tile.chunk))
                 pieces.append(piece)
             return pieces

@@ -119,19 +119,19 @@ def quantize_placed(
     Arguments:
         weight: in 16 or 32 bits, padded.
         shape: of the whole weight.
-        source: of a weight that comes from 8 bits, of which blocks may be kept exactly (`numerics.requantize`).
+        source: of a weight that comes from 8 bits, whose blocks may choose their scales (`numerics.requantize`).
     """
     finer, of_scales = scale_dims(scheme, shape, dims)
     # jit may write an equal spec in another way; it is a part of what later steps compile for.
     shardings = [NamedSharding(mesh, spec_of(lie)) for lie in (dims, of_scales)]
-    keeps_exact = source is not None and scheme.keeps_exact_blocks(source)
-    data, scale = jax.device_put(_quantize(weight, scheme, shape, dims, mesh, keeps_exact), tuple(shardings))
+    chooses_scales = source is not None and scheme.chooses_scales(source)
+    data, scale = jax.device_put(_quantize(weight, scheme, shape, dims, mesh, chooses_scales), tuple(shardings))
     return ScaledArray(data, scale, finer)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _quantize(
-    weight: Array, scheme: Scheme, shape: tuple[int, ...], dims: Dims, mesh: Mesh, keeps_exact: bool
+    weight: Array, scheme: Scheme, shape: tuple[int, ...], dims: Dims, mesh: Mesh, chooses_scales: bool
 ) -> tuple[Array, Array]:
     (finer, of_scales), spec = scale_dims(scheme, shape, dims), spec_of(dims)
 
@@ -147,9 +147,10 @@ def _quantize(
 
     def on_device(part: Array) -> tuple[Array, Array]:
         amax = of_whole_blocks(numerics.block_amax(part, finer))
-        if keeps_exact:
-            loses = of_whole_blocks(numerics.pow2_loses(part, amax, finer))
-            scale = numerics.exact_scale(amax, loses, finer)
+        if chooses_scales:
+            scales = numerics.candidate_scales(amax, finer)
+            errors = [of_whole_blocks(numerics.largest_error(part, scale, finer)) for scale in scales]
+            scale = numerics.better_scale(scales, errors)
         else:
             scale = numerics.compute_scale(amax, finer)
         quantized = numerics.quantize_with_scale(part, scale, finer)

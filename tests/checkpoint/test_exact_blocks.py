@@ -1,6 +1,7 @@
-"""From e8m0 scales to float32 ones: blocks that a power of two keeps exactly, and what is said of them, by float64
-numpy and ml_dtypes alone."""
+"""From e8m0 scales to float32 ones: of two scales each block's better one, blocks that a power of two keeps exactly,
+and what is said of them, by float64 numpy and ml_dtypes alone."""
 
+import dataclasses
 import json
 import math
 import warnings
@@ -55,13 +56,17 @@ def by_hand(truth: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np.n
         at = (slice(i * n, (i + 1) * n), slice(j * k, (j + 1) * k))
         part, amax = truth[at], np.abs(truth[at]).max(initial=0)
         if amax:
-            power = next(2.0**e for e in range(-126, 128) if 448 * 2.0**e >= amax)
-            is_exact[i, j] = np.array_equal((part / power).astype(E4M3).astype(np.float64) * power, part)
-            scales[i, j] = power if is_exact[i, j] else np.float32(amax) * np.float32(1 / 448)
-        inverse = np.float32(1) / scales[i, j]
-        codes = np.clip(part.astype(np.float32) * inverse, -448, 448).astype(E4M3)
-        found[at] = codes.astype(np.float32) * scales[i, j]
+            power = np.float32(next(2.0**e for e in range(-126, 128) if 448 * 2.0**e >= amax))
+            own = np.float32(amax) * np.float32(1 / 448)
+            of_power, of_own = (np.abs(codes_of(part, scale) * float(scale) - part).max() for scale in (power, own))
+            is_exact[i, j] = of_power == 0
+            scales[i, j] = own if of_own < 0.71 * of_power else power
+        found[at] = codes_of(part, scales[i, j]).astype(np.float32) * scales[i, j]
     return scales, found, is_exact
+
+
+def codes_of(part: np.ndarray, scale: np.float32) -> np.ndarray:
+    return np.clip(part.astype(np.float32) * (np.float32(1) / scale), -448, 448).astype(E4M3).astype(np.float64)
 
 
 def random_mx(shape, values, binades: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +86,7 @@ KINDS = {"e2m1": E2M1, "e4m3": E4M3_VALUES, "no subnormals": E4M3_VALUES[np.abs(
 
 @pytest.mark.parametrize("block", [(128, 128), (1, 128), (1, None), (None, None), (None, 32), (48, 40)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_block_that_a_power_of_two_keeps_is_exact(kind, block):
+def test_each_block_has_the_better_scale(kind, block):
     codes, bytes_ = random_mx((300, 352), KINDS[kind], 20)
     truth = truth_of(codes, bytes_)
     scheme = Scheme("e4m3", block=block)
@@ -109,6 +114,75 @@ def test_how_far_apart_bytes_may_be(values, reach):
         found = numerics.requantize(ScaledArray(jnp.asarray(row.astype(E4M3)), scale, mx()), per_row())
         is_exact = np.array_equal(np.asarray(found.dequantize(), np.float64), truth_of(row, [[100 + binades, 100]]))
         assert is_exact == expected, binades
+
+
+def snr(found: np.ndarray, truth: np.ndarray) -> float:
+    return 10 * math.log10(np.square(truth).sum() / np.square(found - truth).sum())
+
+
+@pytest.mark.parametrize("block", [(128, 128), (1, None), (None, None)], ids=str)
+def test_one_small_code_costs_its_block_nothing_else(block):
+    """Of 16,384 codes one is odd and subnormal, and its byte 4 below the others'. All but it stay what they were."""
+    codes = np.random.default_rng(0).choice(E4M3_VALUES[np.abs(E4M3_VALUES) >= 1], (128, 128))
+    bytes_ = np.full((128, 4), 127)
+    codes[5, 32:64], bytes_[5, 1], codes[:, 127] = 0, 123, 448
+    codes[5, 40] = 3 * 2.0**-9
+    truth = truth_of(codes, bytes_)
+    source = ScaledArray(jnp.asarray(codes.astype(E4M3)), jnp.asarray(bytes_, jnp.uint8).view(E8M0), mx())
+    scheme = Scheme("e4m3", block=block)
+    found = np.asarray(numerics.requantize(source, scheme).dequantize(), np.float64)
+    assert [tuple(at) for at in np.argwhere(found != truth)] == [(5, 40)] and snr(found, truth) > 100
+    codes[:, 127] = 416  # amax / 448 is no power of two here, and rounds all codes that are not 416 times one
+    truth = truth_of(codes.clip(-416, 416), bytes_)
+    source = dataclasses.replace(source, data=jnp.asarray(codes.clip(-416, 416).astype(E4M3)))
+    found = np.asarray(numerics.requantize(source, scheme).dequantize(), np.float64)
+    assert np.count_nonzero(found != truth) == 1 and snr(found, truth) > 100
+    assert snr(np.asarray(numerics.quantize(source.dequantize(), scheme).dequantize(), np.float64), truth) < 40
+
+
+@pytest.mark.parametrize(("small", "is_better"), [(20.0, True), (24.0, False), (1.125, False)])
+def test_amax_where_it_is_clearly_better(small, is_better):
+    """256 · 2^12 and powers of two below are exact by 2^20 / 448 = 2340.6, too, whose smallest step is 4.571. That of
+    4096 is 8: of 20 it leaves 16, and 4.571 · 4 = 18.286. 24 is three of these, and 1.125 is lost by either: of equals
+    the power of two."""
+    row = np.zeros((1, 64))
+    row[0, :4], row[0, 32:34] = [256, 128, -64, 1], [small, -small]
+    bytes_ = [[139, 127]]
+    source = ScaledArray(jnp.asarray(row.astype(E4M3)), jnp.asarray(bytes_, jnp.uint8).view(E8M0), mx())
+    found = numerics.requantize(source, per_row())
+    own = np.float32(2**20) * np.float32(1 / 448)
+    assert np.asarray(found.scale).tolist() == [[own if is_better else 4096.0]]
+    expected = {20.0: 128 / 7, 24.0: 24.0, 1.125: 0.0}[small]
+    values = np.asarray(found.dequantize())[0]
+    assert values[[0, 1, 2, 3, 32, 33]] == pytest.approx([2**20, 2**19, -(2**18), 2**12, expected, -expected], rel=1e-6)
+    # Where products with a scale may be subnormal, it is not chosen.
+    for down, chosen in ((98, is_better), (99, False)):
+        source = dataclasses.replace(source, scale=(jnp.asarray(bytes_, jnp.uint8) - down).view(E8M0))
+        scale = np.asarray(numerics.requantize(source, per_row()).scale)
+        assert scale.tolist() == [[np.ldexp(own if chosen else np.float32(4096.0), -down)]]
+
+
+@pytest.mark.parametrize("element", ["e4m3", "e5m2"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_errors_are_those_of_float64_however_they_are_computed(element, axis):
+    """Eager and compiled, of whole blocks and of their parts: two of float32's bits are all that may be missing."""
+    scheme = Scheme(element, block=(None, None))
+    codes, bytes_ = random_mx((512, 256), E4M3_VALUES, 12)
+    x = jnp.asarray(truth_of(codes, bytes_), jnp.float32).reshape(64, 8, 256)
+    amax = numerics.block_amax(x, scheme)
+
+    def of_both(x):
+        return [numerics.largest_error(x, scale, scheme) for scale in numerics.candidate_scales(amax, scheme)]
+
+    eager = np.stack(of_both(x))
+    halves = [np.stack(jax.jit(of_both)(part)) for part in jnp.split(x, 2, axis + 1)]
+    assert np.array_equal(eager, np.maximum(*halves)) and np.array_equal(eager, np.stack(jax.jit(of_both)(x)))
+    for error, scale in zip(eager, numerics.candidate_scales(amax, scheme)):
+        scale, truth = np.asarray(scale), np.asarray(x)
+        limit, dtype = scheme.max, scheme.dtype
+        codes = np.clip(truth * (np.float32(1) / scale), -limit, limit).astype(dtype).astype(np.float64)
+        expected = np.abs(codes * scale - truth.astype(np.float64)).max((1, 2))
+        assert np.asarray(error).ravel() == pytest.approx(expected, rel=2.0**-22)
 
 
 @pytest.mark.parametrize("rule", ["pow2", "unit"])
@@ -178,6 +252,23 @@ def test_a_conversion_counts_exact_blocks(tmp_path, monkeypatch, format, recipe,
     assert [exactness.values, exactness.differing, exactness.blocks, exactness.exact_blocks] == totals[:4].tolist()
     assert exactness.snr == pytest.approx(10 * math.log10(totals[4] / totals[5]), abs=1e-4)
     assert f"{int(totals[3]):,} of {int(totals[2]):,} blocks are exact; {int(totals[1]):,} of " in str(exactness)
+
+
+def test_a_resumed_conversion_reports_the_same(tmp_path):
+    matrices = {name: random_mx((256, 2880), E2M1, 20, seed) for seed, name in enumerate("abcd")}
+    path = write_mx(tmp_path / "mx", **matrices)
+    fp8x.convert(path, tmp_path / "once", BLOCK)
+
+    def interrupt(done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fp8x.convert(path, tmp_path / "out", BLOCK, max_shard_bytes=800_000, progress=interrupt)
+    assert fp8x.convert(path, tmp_path / "out", BLOCK, max_shard_bytes=800_000).bytes_resumed > 0
+    once, resumed = (inspect(tmp_path / name, reference=path) for name in ("once", "out"))
+    assert once.rows == resumed.rows and once.exactness == resumed.exactness
+    assert 0 < once.exactness.exact_blocks < once.exactness.blocks
 
 
 def test_nothing_is_lost_between_dialects(tmp_path):

@@ -15,7 +15,8 @@ channel alone, so experts in blocks and MXFP8 are compared by matrix, as compres
 (where transformers 5.23 reads no `weight_scale`) and `modelopt` (which it does not know) no library reads on a CPU:
 torch code that follows vLLM's rule (`quantization/fp8.py`, `quantization/modelopt.py`) dequantizes them here.
 `seeing` is no model of any library: compressed-tensors decompresses its matrices, experts out of transposed tensors
-among them, and its tower has to be as it was. `experts-requantized` mixes channels and blocks.
+among them, and its tower has to be as it was. `experts-requantized` mixes channels and blocks. `packed` is in MXFP4,
+in fp8x's own words: the library's golden as MXFP8, and back without what it was like.
 """
 
 import dataclasses
@@ -126,7 +127,13 @@ def _write_conversions(folder: Path) -> None:
     mixed = folder / "experts-requantized"
     fp8x.convert(folder / "experts-mxfp8_mxfp8_bf16", mixed, requantize="hopper")
     np.save(mixed / "logits.npy", fp8x.load(mixed)(IDS))
-    for path in (mixed, *folder.glob("seeing-compressed-tensors-*")):
+    golden = Path(__file__).parent / "fp8" / "compressed_tensors_mxfp4_w4a4"
+    fp8x.convert(golden, folder / "packed-mxfp8")
+    (folder / "packed-mxfp8" / "fp8x_origin.json").unlink()
+    packed = folder / "packed-mxfp4"
+    fp8x.convert(folder / "packed-mxfp8", packed, format="mxfp4-pack-quantized")
+    fp8x.convert(golden, folder / "packed-unquantized", "f32")
+    for path in (mixed, packed, folder / "packed-mxfp8", *folder.glob("seeing-compressed-tensors-*")):
         np.savez(path / "weights.npz", **_dequantized(path))
 
 
@@ -259,7 +266,8 @@ def _count_equal(path: Path) -> str:
         # As it applies a config to a model: names, patterns and classes in this order, the first that matches.
         scheme = schemes[match_targets(prefix, linear, schemes)[0]]
         compressor = BaseCompressor.get_value_from_registry(scheme.format or config.format)
-        state = {"weight": tensors[name], "weight_scale": tensors[f"{name}_scale"]}
+        stored = "weight_packed" if f"{name}_packed" in tensors else "weight"
+        state = {stored: tensors[f"{prefix}.{stored}"], "weight_scale": tensors[f"{name}_scale"]}
         equal += np.array_equal(compressor.decompress(state, scheme)["weight"].float().numpy(), ours[name])
     return f"{equal} of {len(ours.files)}"
 

@@ -137,13 +137,15 @@ def test_the_same_bits_every_time(pair):
         np.testing.assert_array_equal(first, np.asarray(product(given, activation)))
 
 
+@pytest.mark.parametrize("gate", ["silu", ops.ClampedSwiGLU(limit=1.5)], ids=str)
 @pytest.mark.parametrize("code", ["fp8_e4m3fn_bf16_block_scale", "e4m3_e4m3_bf16"])
-def test_gated(code):
+def test_gated(code, gate):
     """w13, its gate and the quantization behind it, beside XLA's, whose sums are longer."""
     recipe = fp8x.recipe(code)
     given = operands(Shape((700, 0, 1291), 192, 160, spare=7), recipe.weight)
     w = jnp.asarray(np.random.default_rng(1).normal(size=(3, 2, 192, 160)) * 160**-0.5, jnp.float32)
-    options = dict(gate="silu", activation=recipe.activation, out_activation=recipe.activation)
+    bias = jnp.asarray(np.random.default_rng(2).normal(size=(3, 2, 192)), jnp.bfloat16)
+    options = dict(gate=gate, activation=recipe.activation, out_activation=recipe.activation, bias=bias)
     if recipe.is_static:
         options |= dict(activation_scale=jnp.full((1, 1), 0.05), out_activation_scale=jnp.full((1, 1), 0.02))
     arguments = given.x, quantize(w, recipe.weight), given.group_sizes

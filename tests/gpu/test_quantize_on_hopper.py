@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from metric import as_bits
 
+from fp8x.ops.gate import ClampedSwiGLU
 from fp8x.ops.quantize import by_kernel, by_xla
 from fp8x.scheme import Scheme, mx, per_row, per_tensor
 
@@ -60,7 +61,7 @@ def test_ragged_rows_of_which_some_count(m, k):
         assert_same(kernel(x, scheme, scale, used), on_cpu(x, scheme, scale, used))
 
 
-@pytest.mark.parametrize("gate", ["silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("gate", ["silu", "gelu_pytorch_tanh", ClampedSwiGLU(limit=1.5)], ids=str)
 @pytest.mark.parametrize("scheme", [GROUP, per_row(), mx()], ids=str)
 @pytest.mark.parametrize("shape", [(500, 2, 768), (16, 2, 14336)], ids=str)
 def test_gate(shape, scheme, gate):

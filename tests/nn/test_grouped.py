@@ -86,10 +86,12 @@ def test_every_recipe_in_jit(index, code):
 @pytest.mark.sample
 @pytest.mark.parametrize("n", [96, 128, 192, 256])
 def test_gate_and_up_have_scales_of_their_own(n):
-    """128-blocks: rows of 96 and 192 do not merge with those of the next matrix, 128 and 256 do."""
+    """Blocks of 128 rows end where a matrix does: 192 have those of 64 when gate and up are merged."""
     shape = Shape((2, 0, 5), n, 160)
     layer = layer_of(shape, "fp8_e4m3fn_bf16_block_scale", parts=2)
-    assert (merge_rows(layer.quantized_weight) is None) == (n % 128 != 0)
+    merged = merge_rows(layer.quantized_weight)
+    assert merged.scheme.block == (1, {96: 96, 128: 128, 192: 64, 256: 128}[n], 128)
+    np.testing.assert_array_equal(float64(merged).reshape(3, 2, n, 160), float64(layer.quantized_weight))
     x, sizes = inputs(shape)
     y = layer(x, sizes)
     truth = expected(layer, x, sizes)

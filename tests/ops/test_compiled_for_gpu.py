@@ -16,6 +16,7 @@ import fp8x
 from fp8x import ops
 from fp8x.array import ScaledArray
 from fp8x.benchmark.program import optimized
+from fp8x.ops.gated import multiply_parts
 from fp8x.pallas import aot
 from fp8x.recipe import RECIPES
 from fp8x.scheme import Scheme, mx, per_row, per_tensor
@@ -148,6 +149,24 @@ def test_what_xla_quantizes_for_a_kernel():
     program.add(run, 1, "plain", arguments_of)
     with fp8x.backend("mosaic_gpu"):
         assert program.lost(F8["e4m3"]) == []
+
+
+def test_kernels_read_gate_and_up_where_they_lie():
+    """Also where blocks of 128 do not divide their rows: a slice would copy half of the weights at every call."""
+    recipe, e, i, k = fp8x.recipe("fp8_e4m3fn_bf16_block_scale"), 4, 160, 384
+
+    def run(x, w, bias, sizes, experts):
+        def multiply(op, x, of_rows):
+            return multiply_parts(
+                lambda x, w, bias: op(x, w, of_rows, activation=recipe.activation, bias=bias), x, w, bias
+            )
+
+        return multiply(ops.grouped_matmul, x, sizes), multiply(ops.expert_matmul, x[:2], experts)
+
+    x, w, bias = array((8, k), jnp.bfloat16), stored(recipe.weight, e, 2, i, k), array((e, 2, i), jnp.bfloat16)
+    with fp8x.backend("mosaic_gpu"):
+        found = elements(optimized(run, x, w, bias, array((e,), jnp.int32), array((2,), jnp.int32)), F8["e4m3"])
+    assert e * 2 * i * k in found and e * i * k not in found
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_choice_of_kernel(options, kernel):
     ("options", "reason"),
     [
         (dict(weight=GROUP), "has no registers for scales of single columns; w is e4m3 1×128 f32"),
-        (dict(gate="gelu"), "applies silu or gelu_pytorch_tanh, not gelu"),
+        (dict(gate="gelu"), "applies silu, gelu_pytorch_tanh or a ClampedSwiGLU, not gelu"),
         (dict(out=per_row()), "finds the amax of a row's 128 columns, a tile's; out_activation is e4m3 1×· f32"),
         (dict(out=mx()), "quantizes with float32 scales; those of out_activation are e8m0"),
         (

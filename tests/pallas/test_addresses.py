@@ -14,7 +14,7 @@ import pytest
 from ptx.launch import launches_sm90
 from ptx.program import Address, Instruction, Program, parse
 
-from fp8x.ops.gate import KERNEL_ACTIVATIONS
+from fp8x.ops.gate import kernel_gate
 from fp8x.pallas import aot
 from fp8x.pallas.epilogue import Gated
 from fp8x.pallas.sm90_grouped_fp8 import gated_fp8, grouped_fp8
@@ -51,13 +51,13 @@ def product(run, m, n, k, e, x_scale, w_scale, *, x=E4M3, w_scale_dtype=F32, row
     return lambda *operands: run(*operands, *([None] if end else []), **options), *operands
 
 
-GATED = Gated(KERNEL_ACTIVATIONS["silu"], jnp.dtype(BF16), GROUP, False)
+GATED = Gated(kernel_gate("silu"), jnp.dtype(BF16), GROUP, False)
 LARGE = dict(m=2**20, n=2**14, k=2**14, e=16)
 DEEP, WIDE, M, N = 2**14 // 128, 2**14 // 128, 2**20, 2**14
 MX_LARGE = dict(m=64, n=2**15, k=2**14, e=256)
 CASES = {
     "quantizer, 1×128": slow(quantizer((2**24 + 3, 1, 1, 128), GROUP)),
-    "quantizer, MX, gate, used": quantizer((2**20 + 3, 2, 96, 32), mx(), gate=KERNEL_ACTIVATIONS["silu"], used=True),
+    "quantizer, MX, gate, used": quantizer((2**20 + 3, 2, 96, 32), mx(), gate=kernel_gate("silu"), used=True),
     "quantizer, rows": slow(quantizer((2**19 + 3, 1, 1, 7168), per_row(), used=True)),
     "quantizer, given": slow(quantizer((2**19 + 3, 1, 64, 128), Scheme("e4m3", block=(None, 128)), given=True)),
     "quantizer, float32": slow(quantizer((2**19 + 3, 1, 1, 7168), per_tensor(), dtype=F32, given=True)),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from test_aot_swapped import compile_swapped
 
-from fp8x.ops.gate import KERNEL_ACTIVATIONS
+from fp8x.ops.gate import ClampedSwiGLU, kernel_gate
 from fp8x.pallas import aot
 from fp8x.pallas.epilogue import Gated
 from fp8x.pallas.sm90_grouped_fp8 import Tiling, estimates, gated_fp8, grouped_fp8
@@ -111,7 +111,9 @@ def test_weights_of_ragged_k(k, is_copied):
     [
         dict(scales="blocks"),
         dict(scales="factors", is_static=True, bias=True, out=F16),
-        pytest.param(dict(scales="blocks", activation="gelu_pytorch_tanh", bias=True), marks=pytest.mark.slow),
+        dict(scales="blocks", gate=ClampedSwiGLU(), bias=True),
+        pytest.param(dict(scales="factors", gate=ClampedSwiGLU(), bias=True, is_static=True), marks=pytest.mark.slow),
+        pytest.param(dict(scales="blocks", gate="gelu_pytorch_tanh", bias=True), marks=pytest.mark.slow),
         pytest.param(dict(scales="factors", bias=True, cluster=1, element="e5m2", out=F32), marks=pytest.mark.slow),
         pytest.param(dict(scales="blocks", is_static=True, groups=1), marks=pytest.mark.slow),
     ],
@@ -122,15 +124,16 @@ def test_gated(options):
     assert report.faults == []
     assert report.instructions["QGMMA"] == 8
     assert re.search(r"F2FP\.SATFINITE\.E[45]M[23]", report.sass), "quantized in registers"
+    assert report.sass.count("FMNMX") == report.sass.count("FMNMX.NAN"), "NaN stays"
     assert report.instructions["MUFU"] >= 128  # 2^x and 1/√x of each element of h: 64 × 128 on 128 threads
 
 
 def compile_gated(
-    *, scales, activation="silu", is_static=False, bias=False, groups=8, cluster=2, element="e4m3", out=BF16
+    *, scales, gate="silu", is_static=False, bias=False, groups=8, cluster=2, element="e4m3", out=BF16
 ) -> aot.Report:
     m, i, k, of = 4096, 2048, 7168, jax.ShapeDtypeStruct
     scheme = per_tensor(element) if is_static else Scheme(element, block=(1, 128))
-    end = Gated(KERNEL_ACTIVATIONS[activation], jnp.dtype(out), scheme, is_static)
+    end = Gated(kernel_gate(gate), jnp.dtype(out), scheme, is_static)
     (report,) = aot.compile_sm90(
         functools.partial(gated_fp8, end=end, tiling=Tiling(128, 256, cluster=cluster)),
         of((m, k), E4M3),

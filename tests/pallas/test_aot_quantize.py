@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fp8x.ops.gate import ClampedSwiGLU
 from fp8x.ops.quantize import QuantizeCall, by_kernel, unsupported, view
 from fp8x.pallas import aot
 from fp8x.pallas.quantize_tiles import THREADS, choose_tile
@@ -25,7 +26,8 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
         # The last column: instructions an element, on all paths together, of which `used` has two.
         (GROUP, 7168, BF16, False, None, 9.0),
         (TOKEN, 7168, BF16, False, None, 8.3),
-        (mx(), 2048, BF16, False, "silu", 20.5),
+        (mx(), 2048, BF16, False, "silu", 20.6),
+        (mx(), 2048, BF16, False, ClampedSwiGLU(), 25.5),
         slow(mx("e5m2"), 7168, BF16, False, None, 9.3),
         slow(GROUP, 7168, BF16, True, None, 11.7),
         slow(GROUP, 7168, F16, False, None, 8.5),
@@ -38,6 +40,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
         slow(STATIC_GROUP, 7168, BF16, False, None, 8.5),
         slow(GROUP, 2048, BF16, True, "silu", 24.0),
         slow(TOKEN, 16384, BF16, False, "silu", 19.5),
+        slow(GROUP, 2048, BF16, True, ClampedSwiGLU(), 28.7),
         slow(TOKEN, 768, F16, False, "gelu_pytorch_tanh", 25.0),
         slow(STATIC_GROUP, 2048, BF16, False, "silu", 20.0),
     ],
@@ -66,6 +69,7 @@ def test_code(scheme, k, dtype, used, gate, limit):
     assert report.sass.count(f"ST.E{'.64' if call.x.itemsize == 2 else ''} ") >= elements * call.x.itemsize // 16
     assert f"F2FP.SATFINITE.{scheme.element.upper()}.F32.PACK_AB" in report.sass
     assert "FMUL.FTZ" not in report.sass, "subnormals count"
+    assert report.sass.count("FMNMX") == report.sass.count("FMNMX.NAN"), "NaN stays"
     if gate is not None:
         assert f"F2FP.{'BF16' if dtype == BF16 else 'F16'}.F32.PACK_AB" in report.sass
     assert (report.instructions.total() - report.instructions["NOP"]) / elements <= limit

@@ -5,6 +5,7 @@ import contextlib
 
 import pytest
 import test_gated_fp8 as gated
+import test_ragged_experts as ragged
 import test_sm90_grouped_fp8 as fp8
 import test_sm90_grouped_swapped as swapped
 import test_sm90_quantize as quantize
@@ -21,6 +22,8 @@ test_fp8 = fp8.test_grouped
 test_fp8_tilings = fp8.test_tilings
 test_gated_bits_with_an_exact_activation = gated.test_bits_with_an_exact_activation
 test_gated_activations = gated.test_activations_are_within_a_code
+test_gated_nan = gated.test_nan_of_a_product_stays
+test_ragged_experts = ragged.test_is_what_xla_makes
 test_swapped = swapped.test_grouped
 test_swapped_tilings = swapped.test_tilings
 test_swapped_rows_that_name_their_expert = swapped.test_rows_that_name_their_expert

@@ -1,5 +1,6 @@
 """Quantizing by the kernel, in the CPU interpreter with race detection, bit for bit as `fp8x.numerics`."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -12,7 +13,7 @@ from metric import as_bits
 
 import fp8x
 from fp8x import numerics, ops
-from fp8x.ops.gate import KERNEL_ACTIVATIONS, gated
+from fp8x.ops.gate import KERNEL_ACTIVATIONS, ClampedSwiGLU, gated, kernel_gate
 from fp8x.ops.quantize import QuantizeCall, by_kernel, by_xla, unsupported
 from fp8x.pallas.quantize_tiles import THREADS, Tile, choose_tile
 from fp8x.pallas.reciprocal import corrected as corrected_in_registers
@@ -209,12 +210,35 @@ class TestGate:
         actual = jax.jit(KERNEL_ACTIVATIONS[gate])(jnp.asarray(x, F32))
         np.testing.assert_allclose(actual, expected, rtol=2.0**-18, atol=1e-9)
 
+    @pytest.mark.parametrize("clamped", [ClampedSwiGLU(), ClampedSwiGLU(alpha=3, limit=0.5)], ids=str)
+    def test_formula_of_clamped_swiglu(self, clamped):
+        """Within 2^-20 of XLA's, and that within 2^-18 of transformers' formula in float64; NaN of either stays."""
+        rng = np.random.default_rng(5)
+        gate, up = (np.float32(rng.normal(size=4096) * np.exp(2 * rng.normal(size=4096))) for _ in range(2))
+        g, u = np.minimum(gate.astype(np.float64), clamped.limit), np.clip(up, -clamped.limit, clamped.limit)
+        with np.errstate(over="ignore"):
+            expected = (u.astype(np.float64) + 1) * (g / (1 + np.exp(-clamped.alpha * g)))
+        by_xla, by_kernel = (
+            np.asarray(jax.jit(f)(gate, up)) for f in (clamped, kernel_gate(dataclasses.replace(clamped)))
+        )
+        assert np.mean(gate > clamped.limit) > 0.05 and np.mean(np.abs(up) > clamped.limit) > 0.1
+        np.testing.assert_allclose(by_kernel, by_xla, rtol=2.0**-20, atol=1e-30)
+        np.testing.assert_allclose(by_xla, expected, rtol=2.0**-18, atol=1e-30)
+        for gate, up in ((np.nan, 9.0), (9.0, np.nan), (-np.inf, 1.0), (np.inf, np.inf), (np.inf, -np.inf)):
+            values = [jax.jit(f)(np.float32(gate), np.float32(up)) for f in (clamped, kernel_gate(clamped))]
+            np.testing.assert_allclose(*values, rtol=2.0**-20)
+            assert np.isnan(values[0]) == (gate == -np.inf or np.isnan(gate) or np.isnan(up))
+
     @pytest.mark.sample
     @pytest.mark.parametrize(
         ("scheme", "gate", "shape", "dtype"),
         [
             (GROUP, "silu", (33, 384), BF16),
             (MX[0], "silu", (8, 256), BF16),
+            (MX[0], ClampedSwiGLU(limit=1.5), (33, 320), BF16),
+            slow(TOKEN, ClampedSwiGLU(limit=1.5), (33, 256), F16),
+            slow(GROUP, ClampedSwiGLU(limit=1.5), (4, 768), F32),
+            slow(STATIC_GROUP, ClampedSwiGLU(), (16, 256), BF16),
             slow(TOKEN, "gelu_pytorch_tanh", (33, 256), F16),
             slow(TOKEN, "silu", (3, 14336), BF16),
             slow(GROUP, "silu", (4, 768), F32),
@@ -226,15 +250,14 @@ class TestGate:
     def test_bits(self, interpreted, scheme, gate, shape, dtype):
         """Bit for bit what numerics makes of the formula, and that is what `by_xla` quantizes but for a rounding."""
         m, k = shape
-        gate_up = normal((m, 2, k), dtype)
+        gate_up = normal((m, 2, k), dtype).at[0, 0, 3].set(np.nan).at[1, 1, 40].set(np.nan)
         scale = None
         if scheme.block[0] is None:
             scale = jnp.full(scheme.scale_shape(shape), 0.05, F32)
 
         @jax.jit
         def by_formula(gate_up):
-            gate_value, up = gate_up[:, 0].astype(F32), gate_up[:, 1].astype(F32)
-            return (KERNEL_ACTIVATIONS[gate](gate_value) * up).astype(dtype)
+            return kernel_gate(gate)(gate_up[:, 0].astype(F32), gate_up[:, 1].astype(F32)).astype(dtype)
 
         h = by_formula(gate_up)
         for used in (None, jnp.int32(m - 2)):
@@ -268,7 +291,10 @@ class TestGate:
             QuantizeCall(2**26, 1024, BF16, mx(), False),
             "counts rows, or blocks where each has its own scale, in 32 bits",
         ),
-        (QuantizeCall(8, 256, BF16, TOKEN, False, "gelu"), "applies silu or gelu_pytorch_tanh, not gelu"),
+        (
+            QuantizeCall(8, 256, BF16, TOKEN, False, "gelu"),
+            "applies silu, gelu_pytorch_tanh or a ClampedSwiGLU, not gelu",
+        ),
     ],
     ids=str,
 )

@@ -10,7 +10,7 @@ from shapes import Shape, operands, quantize
 
 from fp8x.array import ScaledArray
 from fp8x.numerics import quantize_with_scale
-from fp8x.ops.gate import KERNEL_ACTIVATIONS, gated
+from fp8x.ops.gate import gated, kernel_gate
 from fp8x.ops.quantize import by_xla
 from fp8x.pallas.epilogue import Gated
 from fp8x.pallas.sm90_grouped_fp8 import Tiling, gated_fp8, grouped_fp8
@@ -19,7 +19,7 @@ from fp8x.pallas.sm90_quantize import quantize_blocks
 from fp8x.pallas.swapped_tiling import Tiling as Swapped
 from fp8x.scheme import E8M0, SCALE_RULES, Scheme
 from ptx.emulated import emulated
-from ptx.forms import Form, ProductForm, QuantizeForm, form_of_quantizer, quantizer_shapes
+from ptx.forms import GATES, Form, ProductForm, QuantizeForm, form_of_quantizer, quantizer_shapes
 
 BLOCKS = {"one": (None, None), "rows": (1, None), "1×128": (1, 128), "128×128": (128, 128)}
 EXPERTS = (3, 0, 4, -1, 2, 0, 1)
@@ -50,18 +50,19 @@ def check_quantized(form: QuantizeForm) -> None:
     if form.scale == "given":
         given = np.linspace(0.5, 2, b, dtype=np.float32)[None] / scheme.max
     used = np.int32(m - 3) if form.used else None
-    gate = KERNEL_ACTIVATIONS.get(form.gate)
+    gate = GATES.get(form.gate)
+    function = None if gate is None else kernel_gate(gate)
     blocks = x.reshape(m, parts, b, width)
 
     def kernel(x, scale, used):
-        return quantize_blocks(x, scheme, scale, used, gate)
+        return quantize_blocks(x, scheme, scale, used, function)
 
     arguments = blocks, None if given is None else given[0], used
-    assert form_of_quantizer(blocks, scheme, *arguments[1:], gate) == form
+    assert form_of_quantizer(blocks, scheme, *arguments[1:], function) == form
     with emulated():
         data, scale = jax.jit(kernel)(*arguments)
     expected = jax.jit(by_xla, static_argnames=("scheme", "gate"))(
-        x if form.gate else x[:, 0], scheme, given, used, form.gate or None
+        x if form.gate else x[:, 0], scheme, given, used, gate
     )
     scale = expected.scale if scale is None else np.asarray(scale).view(expected.scale.dtype)
     actual = ScaledArray(data.reshape(expected.shape), scale, scheme)
@@ -113,7 +114,7 @@ def check_gated(form: ProductForm) -> None:
         scale = np.linspace(4, 6, scheme.scale_shape((1, i))[1], dtype=np.float32)[None] / scheme.max
         inverse = 1 / scale[0]
     w_scale = w.scale if "×" in form.w_scale else w.scale[..., 0]
-    end = Gated(KERNEL_ACTIVATIONS[form.gate], out, scheme, is_static)
+    end = Gated(kernel_gate(GATES[form.gate]), out, scheme, is_static)
 
     def kernel(*arguments):
         return gated_fp8(*arguments, end=end, tiling=tiling_of(form), programs=2)
@@ -124,7 +125,7 @@ def check_gated(form: ProductForm) -> None:
 
     @jax.jit
     def finish(y):
-        h = gated(y, form.gate)
+        h = gated(y, GATES[form.gate])
         return quantize_with_scale(h, scale, scheme) if is_static else quantize(h, scheme)
 
     expected = finish(y)

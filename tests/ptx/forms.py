@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fp8x.ops.gate import KERNEL_ACTIVATIONS
+from fp8x.ops.gate import KERNEL_ACTIVATIONS, ClampedSwiGLU, Gate, kernel_gate
 from fp8x.pallas import sm90_grouped_fp8, sm90_grouped_swapped, sm90_quantize, tuning
 from fp8x.pallas.quantize_tiles import choose_tile
 from fp8x.pallas.sm90_grouped_fp8 import Tiling
@@ -26,6 +26,8 @@ from fp8x.pallas.swapped_tiling import Tiling as Swapped
 
 F8, F16 = ("float8_e4m3fn", "float8_e5m2"), ("bfloat16", "float16")
 OUT = (*F16, "float32")
+# By the name that a form has; the limit is one that normal numbers pass.
+GATES: dict[str, Gate] = {name: name for name in KERNEL_ACTIVATIONS} | {"ClampedSwiGLU": ClampedSwiGLU(limit=1.5)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ class QuantizeForm(Form):
         x: the input's type.
         element: the output's.
         scale: the rule by which scales are found, or "given".
-        gate: the activation's name, or None.
+        gate: its name in `GATES`, or "".
         used: whether the number of rows that count is an argument.
         threads: "few" of a warp share a block, or "all" of the block of the grid.
         tile: whether a thread has "one" vector, or "several", the last of which may be "overlapping" the one before;
@@ -65,7 +67,7 @@ class QuantizeForm(Form):
     x: str
     element: str
     scale: str
-    gate: str | None
+    gate: str
     used: bool
     threads: str
     tile: str
@@ -86,8 +88,8 @@ class ProductForm(Form):
         tokens: of a tile of the swapped kernel.
         splits: whether it cuts K.
         swizzle: bytes of K, as its remainder leaves them.
-        gate, h, h_scale: of a gated product, the activation, h's type, and the rule by which h's scales are found, or
-            "given" or "given blocks".
+        gate, h, h_scale: of a gated product, the gate's name in `GATES`, h's type, and the rule by which h's scales are
+            found, or "given" or "given blocks".
     """
 
     kernel: str
@@ -151,7 +153,7 @@ def covering(kind: type[Form], options: list[Option]) -> list[Form]:
 
 def _quantize_options() -> Iterator[Option]:
     mx, float32 = ("rceil", "floor", "ceil", "even"), ("amax", "pow2", "unit", "given")
-    for x, scale, gate in itertools.product(OUT, mx + float32, ("", *KERNEL_ACTIVATIONS)):
+    for x, scale, gate in itertools.product(OUT, mx + float32, ("", *GATES)):
         tiles = quantizer_shapes(x, is_mx=scale in mx, has_gate=gate != "")
         for threads in sorted({threads for threads, _ in tiles}):
             free = dict(element=F8, used=(False, True), tile=tuple(tile for of, tile in tiles if of == threads))
@@ -191,7 +193,7 @@ _GATED = [
     for h_scale in ("amax", "pow2", "unit", "given", "given blocks")
     for option in _product_options(
         "gated", F8, [*_FACTORS, ("1×128", "128×128")], ("grouped",), _TILINGS[-2:],
-        gate=tuple(KERNEL_ACTIVATIONS), h=F8, h_scale=(h_scale,),
+        gate=tuple(GATES), h=F8, h_scale=(h_scale,),
     )
 ]  # fmt: skip
 
@@ -316,10 +318,14 @@ def form_of_quantizer(x, scheme, scale, used, gate) -> QuantizeForm:
         x.dtype.name,
         scheme.dtype.name,
         "given" if scale is not None else scheme.scale_rule,
-        next((name for name, function in KERNEL_ACTIVATIONS.items() if function is gate), ""),
+        "" if gate is None else _name_of(gate),
         used is not None,
         *_of_tile(tile, m, width),
     )
+
+
+def _name_of(function) -> str:
+    return next(name for name, gate in GATES.items() if kernel_gate(gate) is function)
 
 
 def _of_x_scale(scale: jax.Array | None) -> str:
@@ -338,6 +344,5 @@ def _of_w_scale(scale: jax.Array, n: int, k: int, *, parts: bool) -> str:
 
 
 def _of_end(end, inverse) -> dict[str, Any]:
-    gate = next(name for name, function in KERNEL_ACTIVATIONS.items() if function is end.activation)
     given = "" if inverse is None else "given" if inverse.shape == (1,) else "given blocks"
-    return {"gate": gate, "h": end.scheme.dtype.name, "h_scale": given or end.scheme.scale_rule}
+    return {"gate": _name_of(end.gate), "h": end.scheme.dtype.name, "h_scale": given or end.scheme.scale_rule}

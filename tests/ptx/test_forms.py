@@ -41,7 +41,6 @@ DYNAMIC += [dataclasses.replace(mx(element), scale_rule=rule) for element in ("e
             ("rceil", "floor", "ceil", "even")]  # fmt: skip
 ACTIVATIONS = [(None, False), *((scheme, False) for scheme in DYNAMIC), *((scheme, True) for scheme in STATIC)]
 QUICK = 0.06  # of the calls, for every run
-GATES = (None, "silu", "gelu_pytorch_tanh")
 of = jax.ShapeDtypeStruct
 
 
@@ -50,7 +49,7 @@ def dispatch(op: str, weight: Scheme, activation: Scheme | None, is_static: bool
     m = rng.choice((48, 300, 8193)) if op != "expert_matmul" else 6
     k, n, e = rng.choice((160, 192, 256, 2048)), rng.choice((160, 256)), 4
     dtype, out = (rng.choice((jnp.bfloat16, jnp.float16, jnp.float32)) for _ in range(2))
-    gate = rng.choice(GATES) if op in ("grouped_matmul", "expert_matmul") else None
+    gate = rng.choice((None, *forms.GATES.values())) if op in ("grouped_matmul", "expert_matmul") else None
     w_shape = {"matmul": (n, k), "gated_matmul": (e, 2, n, k)}.get(op, (e, n, k))
     w = jax.eval_shape(functools.partial(fp8x.quantize, scheme=weight), of(w_shape, jnp.float32))
     x = of((m, k) if gate is None else (m, 2, k), dtype)
@@ -60,7 +59,7 @@ def dispatch(op: str, weight: Scheme, activation: Scheme | None, is_static: bool
     options = {} if gate is None else {"gate": gate}
     if op == "gated_matmul":
         h = rng.choice([*DYNAMIC, *STATIC, *STATIC, *STATIC])
-        options = {"gate": rng.choice(GATES[1:]), "out_activation": h}
+        options = {"gate": rng.choice(list(forms.GATES.values())), "out_activation": h}
         options |= {"out_activation_scale": jnp.ones(h.scale_shape((m, n)))} if h in STATIC else {}
 
     def call(x, w, scale, bias, *rows):

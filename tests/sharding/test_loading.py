@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from meshes import mesh_of
+from synthetic import make_amax_better
 
 import fp8x
 from fp8x.checkpoint import Reader
@@ -77,8 +78,9 @@ def test_requantizing_on_a_mesh_equals_sharding(name, requantize, axes):
 @pytest.mark.sample
 @pytest.mark.parametrize("axes", [{"tensor": 2}, {"expert": 3, "tensor": 2}], ids=str)
 @pytest.mark.parametrize("block", [(128, 128), (48, 48), (1, None), (None, None)], ids=str)
-def test_blocks_that_a_power_of_two_keeps_on_a_mesh(tmp_path, block, axes):
-    """Some are exact, and others are not for 32 small values, which lie on one device."""
+def test_the_better_scale_of_each_block_on_a_mesh(tmp_path, block, axes):
+    """Some are exact by a power of two; others are not for 32 small values, which lie on one device, and of these some
+    are better by amax / 448."""
     path = shutil.copytree(GOLDENS / "fp8" / "mxfp8", tmp_path / "mx")
     reader = Reader(path)
     changed = tuple(f"{name}_proj.weight_scale_inv" for name in ("k", "up", "down"))
@@ -86,6 +88,7 @@ def test_blocks_that_a_power_of_two_keeps_on_a_mesh(tmp_path, block, axes):
         with (path / "model.safetensors").open("r+b") as file:
             file.seek(reader.stored(name).start + reader.stored(name).nbytes - 1)
             file.write(bytes([90]))
+    make_amax_better(path, "q_proj", "v_proj", "o_proj", "0.mlp.down_proj", "experts.1.gate_proj")
     recipe = Recipe(Scheme("e4m3", block=block), per_row(), "dynamic")
     found = fp8x.choose_recipes(path, recipe)
     amax = [
@@ -148,3 +151,14 @@ def test_nonfinite_weights_are_named(tmp_path):
     (tmp_path / "config.json").write_text((GOLDENS / "mixtral" / "config.json").read_text())
     with pytest.raises(CheckpointError, match=rf"{name} in .*: holds 1 NaN or Inf"):
         fp8x.load(tmp_path, "mxfp8_bf16", mesh_of(expert=2))
+
+
+@pytest.mark.parametrize("mesh", [None, {"expert": 2}])
+def test_values_beyond_the_model_s_type_are_named(tmp_path, mesh):
+    stored = Reader(GOLDENS / "gpt_oss_mxfp4").stored("model.layers.0.mlp.experts.3.up_proj.weight_scale")
+    shutil.copytree(GOLDENS / "gpt_oss_mxfp4", tmp_path / "model")
+    with (tmp_path / "model" / "model.safetensors").open("r+b") as file:
+        file.seek(stored.start + 2 * 7)  # up's fourth row: gate and up alternate, with two scales each
+        file.write(bytes([200]))
+    with pytest.raises(CheckpointError, match=r"experts\.3\.up_proj\.weight in .*: \d+ values or more are beyond"):
+        fp8x.load(tmp_path / "model", "f16", mesh and mesh_of(**mesh))

@@ -1,0 +1,92 @@
+"""Loading gpt-oss's MXFP4 beside a checkpoint in FP8 blocks of as many bytes in memory: seconds, and peak memory.
+
+    python benchmarks/load_mxfp4.py [--json load.json]
+
+Makes both (1.2 GB in 4 bits, 2.3 GB in 8), loads them in turn, each in a process of its own with a warm page cache, and
+prints medians. What is loaded is the same size, so the ratio of seconds is that of the rates.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+RUN = r"""
+import json, re, sys, time
+from pathlib import Path
+import jax, jax.numpy as jnp
+from flax import nnx
+import fp8x
+
+def status(key):
+    return 1024 * int(re.search(key + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+path = Path(sys.argv[1])
+for file in path.iterdir():  # into the page cache
+    with file.open("rb", buffering=0) as f:
+        while f.read(1 << 24):
+            pass
+jnp.zeros(8).block_until_ready()
+fp8x.load(sys.argv[2])  # what is compiled for either
+before = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+start = time.perf_counter()
+model = fp8x.load(path)
+size = sum(array.nbytes for array in jax.block_until_ready(jax.tree.leaves(nnx.state(model))))
+print(json.dumps({"seconds": time.perf_counter() - start, "bytes": size, "peak": status("VmHWM") - before}))
+"""
+
+
+def make(folder: Path) -> dict[str, tuple[Path, int]]:
+    """The two checkpoints, and their bytes on disk."""
+    from synthetic import write_gpt_oss, write_mixtral
+
+    import fp8x
+
+    packed = write_gpt_oss(folder / "gpt-oss", 2880, 2880, layers=3, experts=32, heads=64)
+    write_mixtral(folder / "bf16", 2816, 2816, layers=3, experts=33, heads=44)
+    fp8x.convert(folder / "bf16", folder / "blocks", "fp8_e4m3fn_bf16_block_scale", "fp8")
+    blocks = sum(file.stat().st_size for file in (folder / "blocks").glob("*.safetensors"))
+    return {"MXFP4": (folder / "gpt-oss", packed), "FP8 blocks": (folder / "blocks", blocks)}
+
+
+def load(path: Path) -> dict[str, float]:
+    small = ROOT / "tests" / "goldens" / "gpt_oss_mxfp4"
+    result = subprocess.run([sys.executable, "-c", RUN, path, small], capture_output=True, text=True, check=True)
+    return json.loads(result.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        made = make(Path(folder))
+        runs = {name: [] for name in made}
+        for _ in range(options.rounds):
+            for name, (path, _) in made.items():
+                runs[name].append(load(path))
+    found = {}
+    for name, (_, stored) in made.items():
+        seconds, peak = (statistics.median(run[key] for run in runs[name]) for key in ("seconds", "peak"))
+        size = runs[name][0]["bytes"]
+        found[name] = {"seconds": seconds, "bytes_on_disk": stored, "bytes": size, "peak": peak, "runs": runs[name]}
+        print(
+            f"{name:10}  {stored / 1e9:.2f} GB on disk, {size / 1e9:.2f} GB in memory: {seconds:.2f} s, "
+            f"{size / seconds / 1e9:.2f} GB/s of what is loaded, peak {peak / size:.3f} of it"
+        )
+    rates = [found[name]["bytes"] / found[name]["seconds"] for name in made]
+    print(f"the rate of MXFP4 is {rates[0] / rates[1]:.2f} of that of FP8 blocks")
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
