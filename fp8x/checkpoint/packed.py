@@ -122,7 +122,7 @@ _BLOCKS = re.compile(r".*\.experts\.(gate_up_proj|down_proj)_blocks")
 
 def _scale_of(name: str, tensor: "Stored", tensors: Mapping[str, "Stored"]) -> str | None:
     """The scales of a tensor in MXFP4; None for any other tensor."""
-    if _BLOCKS.fullmatch(name) and tensor.dtype == "U8":
+    if _BLOCKS.fullmatch(name) and tensor.dtype in ("U8", "I8"):
         return f"{name.removesuffix('_blocks')}_scales"
     if name.endswith(".weight_packed"):
         scale = f"{name.removesuffix('_packed')}_scale"

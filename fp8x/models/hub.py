@@ -23,7 +23,7 @@ from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import flat, linear_names, param_names, rule_names, unquantized_names
 from fp8x.models.loading import Loader, get
-from fp8x.models.matrices import check_counts, with_dtype
+from fp8x.models.matrices import check_counts, wide_enough, with_dtype
 from fp8x.models.mesh_loading import MeshLoader
 from fp8x.models.modules import save_module
 from fp8x.models.saving import fused_names, parts_of, stored_bytes, tensors_of
@@ -101,6 +101,7 @@ def load(
             "dequantize it, give the unquantized checkpoint, or requantize in the place of recipe"
         )
     check_counts(reader, config)
+    config = wide_enough(reader, config)
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     options = (reader, model, format, allow_nonfinite, progress)
     loader = Loader(*options) if mesh is None else MeshLoader(*options, mesh)

@@ -15,7 +15,7 @@ from fp8x.checkpoint.origin import ORIGIN, Origin, origin_of
 from fp8x.checkpoint.plan import Target, matrix_shape
 from fp8x.checkpoint.reader import INDEX, LEGACY
 from fp8x.errors import Fp8xError
-from fp8x.models.matrices import dtype_of, with_dtype
+from fp8x.models.matrices import dtype_of, names_dtype, parameter_types, with_dtype
 from fp8x.recipe import Recipe
 
 EXPERT_DTYPE = "expert_dtype"  # of DeepSeek-V4, beside the quantization_config or in it
@@ -36,7 +36,9 @@ def config_of(
     is_in_4_bits = config.get(EXPERT_DTYPE) == "fp4" and any(reader.stored(name).is_packed for name in reader)
     if is_in_4_bits:
         del config[EXPERT_DTYPE]
-    if dtype_of(config) != out_dtype:
+    # Without a word a reader takes the type of what lies there.
+    is_mixed = format is None and not names_dtype(config) and bool(parameter_types(reader) - {out_dtype})
+    if dtype_of(config) != out_dtype or (is_mixed and source_format is not None):
         config = with_dtype(config, out_dtype)
     unread = {} if source_format is None else dict(source["quantization_config"].unread())
     if format is not None:

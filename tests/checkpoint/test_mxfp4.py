@@ -57,9 +57,10 @@ def write(path: Path, tensors: dict[str, np.ndarray], quantization: dict | None,
     return path
 
 
-def test_all_bytes_by_all_scales_of_gpt_oss(tmp_path):
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+def test_all_bytes_by_all_scales_of_gpt_oss(tmp_path, dtype):
     tensors = {
-        f"{BLOCK}.down_proj_blocks": ALL_BYTES.reshape(1, 255, 16, 16),
+        f"{BLOCK}.down_proj_blocks": ALL_BYTES.reshape(1, 255, 16, 16).view(dtype),
         f"{BLOCK}.down_proj_scales": ALL_SCALES[None],
     }
     reader = Reader(write(tmp_path / "in", tensors, {"quant_method": "mxfp4"}, model_type="gpt_oss"))
@@ -372,6 +373,11 @@ BARE = {"quant_method": "mxfp4"}
             {f"{BLOCK}.down_proj_blocks": np.zeros((3, 64, 3, 8), np.uint8)},
             GPT_OSS,
             r"down_proj_blocks in .*: shape is \[3, 64, 3, 8\], expected \[E, N, K/32, 16\], two codes a byte",
+        ),
+        (
+            {f"{BLOCK}.down_proj_blocks": np.zeros((3, 64, 48), np.uint8)},
+            GPT_OSS,
+            r"down_proj_blocks in .*: shape is \[3, 64, 48\], expected \[E, N, K/32, 16\], two codes a byte",
         ),
         (
             {
