@@ -80,7 +80,9 @@ class CompressedTensors(Format):
 
     def from_config(self, config: Mapping[str, Any], prefixes: Iterable[str], out_dtype: np.dtype) -> Recipes:
         fields = Fields(config, "quantization_config")
-        common = fields.one_of("format", FLOAT, NAIVE, MXFP8, MXFP4, MIXED)
+        common = None
+        if fields.get("format", None) is not None or not _name_formats(fields):
+            common = fields.one_of("format", FLOAT, NAIVE, MXFP8, MXFP4, MIXED)
         fields.one_of("quantization_status", "compressed", default="compressed")
         for name in ("sparsity_config", "transform_config"):
             # Both change what the stored weights mean, but for zeros that are stored like all else.
@@ -154,6 +156,12 @@ class PackedCompressedTensors(CompressedTensors):
 def _is_dense(sparsity: Any) -> bool:
     """Whether a `sparsity_config` describes zeros alone (`config/dense.py` of the library)."""
     return isinstance(sparsity, dict) and sparsity.get("format") == "dense" and "targets" not in sparsity
+
+
+def _name_formats(fields: Fields) -> bool:
+    """Whether every group names a format of its own."""
+    groups = fields.peek("config_groups")
+    return isinstance(groups, Mapping) and all(isinstance(g, Mapping) and g.get("format") for g in groups.values())
 
 
 def _group(groups: Fields, name: str) -> Fields:

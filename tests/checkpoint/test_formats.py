@@ -90,6 +90,17 @@ def test_every_code_has_a_format():
         assert choose_format([recipe]).objection([recipe]) is None
 
 
+def test_a_format_that_groups_alone_name():
+    config = COMPRESSED.to_config({"a": fp8x.RECIPES["mxfp8_bf16"], "b": fp8x.RECIPES["e4m3_bf16"]}, BFLOAT16)
+    expected = COMPRESSED.from_config(config, ["a", "b"], BFLOAT16)
+    assert [recipe.weight.is_mx for recipe in expected.values()] == [True, False]
+    del config["format"]
+    assert COMPRESSED.from_config(config, ["a", "b"], BFLOAT16) == expected
+    del config["config_groups"]["group_0"]["format"]
+    with pytest.raises(CheckpointError, match="quantization_config has no format"):
+        COMPRESSED.from_config(config, ["a", "b"], BFLOAT16)
+
+
 def test_what_others_read():
     """The fields that vLLM and transformers look at, for the recipes that they know."""
     recipes = {"a.0.b": fp8x.RECIPES["e4m3_e4m3_bf16_dynamic"], "lm_head": None, "a.0.gate": None, "a.1.gate": None}
