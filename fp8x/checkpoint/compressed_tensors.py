@@ -4,7 +4,8 @@
 beside e2m1, two codes a byte: `weight_packed`), and "mixed-precision" for several in one model.
 
 Fields and shapes follow compressed-tensors 0.20: `quantization/quant_args.py`, `quant_scheme.py` (presets FP8,
-FP8_DYNAMIC, FP8_BLOCK, MXFP8, MXFP8A16, MXFP4, MXFP4A16), `lifecycle/initialize.py` and `compressors/mxfp4/base.py`.
+FP8_DYNAMIC, FP8_BLOCK, MXFP8, MXFP8A16, MXFP4, MXFP4A16, MXFP4XFP8), `lifecycle/initialize.py` and
+`compressors/mxfp4/base.py`.
 `kv_cache_scheme` declares a KV cache in FP8, also where nothing else is quantized.
 """
 
@@ -79,7 +80,9 @@ class CompressedTensors(Format):
 
     def from_config(self, config: Mapping[str, Any], prefixes: Iterable[str], out_dtype: np.dtype) -> Recipes:
         fields = Fields(config, "quantization_config")
-        common = fields.one_of("format", FLOAT, NAIVE, MXFP8, MXFP4, MIXED)
+        common = None
+        if fields.get("format", None) is not None or not _name_formats(fields):
+            common = fields.one_of("format", FLOAT, NAIVE, MXFP8, MXFP4, MIXED)
         fields.one_of("quantization_status", "compressed", default="compressed")
         for name in ("sparsity_config", "transform_config"):
             # Both change what the stored weights mean, but for zeros that are stored like all else.
@@ -155,6 +158,12 @@ def _is_dense(sparsity: Any) -> bool:
     return isinstance(sparsity, dict) and sparsity.get("format") == "dense" and "targets" not in sparsity
 
 
+def _name_formats(fields: Fields) -> bool:
+    """Whether every group names a format of its own."""
+    groups = fields.peek("config_groups")
+    return isinstance(groups, Mapping) and all(isinstance(g, Mapping) and g.get("format") for g in groups.values())
+
+
 def _group(groups: Fields, name: str) -> Fields:
     """A config group; a list of targets alone stands under the name of a preset."""
     targets = groups.value[name]
@@ -178,14 +187,20 @@ def _recipe(group: Fields, out_dtype: np.dtype, is_mx: bool) -> Recipe:
 
 
 def _scheme(args: Fields, row_strategy: str, is_mx: bool) -> Scheme:
-    """What QuantizationArgs say. `row_strategy`: what a scale a row is called, "channel" or "token"."""
+    """What QuantizationArgs say.
+
+    Arguments:
+        row_strategy: what a scale a row is called, "channel" (of weights) or "token".
+        is_mx: whether scales are e8m0 where the arguments do not name their type: of activations those in blocks of 32.
+    """
     bits = args.one_of("num_bits", 8, 4)
     args.one_of("type", "float")
     args.one_of("symmetric", True, default=True)
     if bits == 4:
         return _mxfp4(args, is_weight=row_strategy == "channel")
-    is_mx = args.one_of("scale_dtype", None, *UINT8, default=None) in UINT8 or is_mx
     size = args.get("group_size", None)
+    is_mx = is_mx and (row_strategy == "channel" or size == 32)
+    is_mx = args.one_of("scale_dtype", None, *UINT8, default=None) in UINT8 or is_mx
     implied = "tensor" if size is None else row_strategy if size == -1 else "group"
     if args.get("strategy", None) is None:
         strategy = implied
@@ -271,4 +286,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "MXFP8A16": _preset(Recipe(mx())),
     "MXFP4": dict.fromkeys(("weights", "input_activations"), _packed(_weight_args(Recipe(mx())))),
     "MXFP4A16": {"weights": _packed(_weight_args(Recipe(mx()))), "input_activations": None},
+    "MXFP4XFP8": {
+        "weights": _packed(_weight_args(Recipe(mx()))),
+        "input_activations": _args(Scheme("e4m3", block=(1, 128)), "token", dynamic=True),
+    },
 }

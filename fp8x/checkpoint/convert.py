@@ -1,4 +1,5 @@
-"""Checkpoint to checkpoint: no model is built, and memory holds some rows of a few matrices, whatever their size.
+"""Checkpoint to checkpoint: no model is built, and memory holds some rows of a few matrices, whatever their size; a
+whole expert a thread where experts become one tensor in 16 bits, in which they lie transposed (`experts.py`).
 
 Each matrix is read into a buffer, quantized there some rows at a time, in a core's cache, and written to its place at
 once, by one thread a core: nobody waits for a reader or a writer.
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from fp8x.array import ScaledArray
 from fp8x.checkpoint import rows
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_source
 from fp8x.checkpoint.experts import ExpertJob
@@ -24,7 +24,14 @@ from fp8x.checkpoint.finite import check_overflow, is_finite, nonfinite_error
 from fp8x.checkpoint.format import Layout
 from fp8x.checkpoint.header import UNQUANTIZED, nbytes
 from fp8x.checkpoint.packed import pack
-from fp8x.checkpoint.parts import StoredMatrix, not_e2m1, quantized_matrix, refuse_nonfinite, warn_of_flushed
+from fp8x.checkpoint.parts import (
+    StoredMatrix,
+    check_codes,
+    not_e2m1,
+    quantized_matrix,
+    refuse_nonfinite,
+    warn_of_flushed,
+)
 from fp8x.checkpoint.plan import Plan, Spec, Target
 from fp8x.checkpoint.reader import CONFIG, DTYPE_NAMES, Reader
 from fp8x.checkpoint.resumable import ResumableWriter
@@ -131,19 +138,23 @@ def run(
 
 
 def _jobs(plan: Plan) -> Iterator["_Copy | _Matrix | ExpertJob"]:
-    """In the order in which the source's bytes lie."""
+    """In the order in which the source's bytes lie; experts that go into one tensor in its order, so that few of its
+    blocks are begun at a time (the source may have the tenth before the second).
+    """
     reader = plan.reader
     matrices = {f"{prefix}.weight": prefix for prefix, target in plan.targets.items() if not target.is_copied}
     copied = {f"{prefix}.weight" for prefix, target in plan.targets.items() if target.is_copied} - plan.parts_of_whole
     names = [*matrices, *copied, *plan.copied]
-    fused = {f"{expert[0]}.weight": (each, index) for each in plan.fused for index, expert in enumerate(each.experts)}
-    parts = {f"{prefix}.weight" for prefix in plan.fused_parts} - fused.keys()
+    parts = {f"{prefix}.weight": each for each in plan.fused for prefix in each.prefixes}
+    begun: set[str] = set()
     for name in sorted(names, key=lambda name: (str(reader.stored(name).file), reader.stored(name).start)):
-        if name in fused:
-            yield ExpertJob(plan, *fused[name])
-        elif name in matrices and name not in parts:
+        if name in parts:
+            fused = parts[name]
+            yield from (ExpertJob(plan, fused, i) for i in range(len(fused.experts)) if fused.name not in begun)
+            begun.add(fused.name)
+        elif name in matrices:
             yield _Matrix(plan, matrices[name])
-        elif name not in matrices:
+        else:
             yield _Copy(plan, name)
 
 
@@ -265,7 +276,8 @@ class _Matrix:
         if scheme is None:
             for part, values in source.parts(work):
                 scratch = work.scratch(values.shape, f"uint{8 * self.plan.out_dtype.itemsize}")
-                self._check_codes(work, values)
+                if not self.plan.allow_nonfinite:
+                    check_codes(source, values, work)
                 found = rows.dequantized(values, scratch, dtype=self.plan.out_dtype)
                 if not self.plan.allow_nonfinite:
                     file = self.reader.stored(self.name).file
@@ -276,7 +288,8 @@ class _Matrix:
             if self.plan.format.packs:
                 return self._pack(work, source)
             for part, values in source.parts(work):
-                self._check_codes(work, values)
+                if not self.plan.allow_nonfinite:
+                    check_codes(source, values, work)
                 self._write(work, part, values.data)
         elif scheme.block[0] is None:
             self._convert_whole(work, source, scheme)
@@ -333,11 +346,6 @@ class _Matrix:
         tensor = self.reader.stored(self.name)
         count = sum(int(rows.count_nonfinite(values)) for _, values in source.parts(work))
         raise nonfinite_error(self.name, tensor.file, count, math.prod(tensor.shape))
-
-    def _check_codes(self, work: "_Work", values: ScaledArray) -> None:
-        """Refuses NaN and Inf among codes from which no amax is computed, in which they would show."""
-        if not self.plan.allow_nonfinite and not is_finite(values.data, DTYPE_NAMES[values.data.dtype]):
-            refuse_nonfinite(self.reader, self.name, work)
 
     def _input_scale(self, stored: np.ndarray | None) -> np.ndarray:
         activation = self.target.recipe.activation

@@ -37,8 +37,10 @@ def is_ordinary(q: ScaledArray) -> bool:
 
 def may_flush(scale: np.ndarray, scheme: Scheme) -> bool:
     """Whether codes may stand for values below float32's normal range, by their scales alone."""
-    smallest = _values_of_codes(scheme)[1]
-    return bool((_scales(scale, scheme) * smallest < MIN_SCALE).any())
+    scale, smallest = np.asarray(scale), _values_of_codes(scheme)[1]
+    # Neither minimum is NaN where another scale is there.
+    least = scale.view(np.uint8).min(initial=255) if scheme.is_mx else np.fmin.reduce(scale, axis=None, initial=np.inf)
+    return bool(_scales(least, scheme) * smallest < MIN_SCALE)
 
 
 def count_flushed(q: ScaledArray) -> int:
@@ -62,7 +64,7 @@ def _values_of_codes(scheme: Scheme) -> Float[np.ndarray, "256"]:
     return np.arange(256, dtype=np.uint8).view(scheme.dtype).astype(np.float64)
 
 
-def _scales(scale: np.ndarray, scheme: Scheme) -> Float[np.ndarray, "r c"]:
+def _scales(scale: np.ndarray, scheme: Scheme) -> Float[np.ndarray, "..."]:
     if not scheme.is_mx:
         return np.asarray(scale).astype(np.float64)
     byte = np.asarray(scale).view(np.uint8)

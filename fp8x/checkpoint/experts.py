@@ -12,7 +12,14 @@ from fp8x.checkpoint.finite import check_overflow, is_finite
 from fp8x.checkpoint.fusing import FusedExperts, biases
 from fp8x.checkpoint.header import nbytes
 from fp8x.checkpoint.packed import pack
-from fp8x.checkpoint.parts import StoredMatrix, not_e2m1, quantized_matrix, refuse_nonfinite, warn_of_flushed
+from fp8x.checkpoint.parts import (
+    StoredMatrix,
+    check_codes,
+    not_e2m1,
+    quantized_matrix,
+    refuse_nonfinite,
+    warn_of_flushed,
+)
 from fp8x.checkpoint.plan import Plan, Spec
 from fp8x.checkpoint.reader import DTYPE_NAMES, Reader
 
@@ -109,15 +116,16 @@ class ExpertJob:
                 raise not_e2m1(source, count)
 
     def _write_values(self, work: "_Work", sources: list[StoredMatrix]) -> None:
-        """In 16 or 32 bits: transposed, a column for each row."""
+        """In 16 or 32 bits: transposed, a column for each row. So rows end up all over the expert, which is written
+        when it is whole."""
         dtype, (_, k, lines) = self.plan.out_dtype, self.specs[self.fused.name][1]
         bits = np.dtype(f"uint{8 * dtype.itemsize}")
         whole = work.buffer(math.prod((k, lines, dtype.itemsize)), "expert").view(bits).reshape(k, lines)
         for index, source in enumerate(sources):
             warn_of_flushed(source, work)
             for part, values in source.parts(work):
-                if not self.plan.allow_nonfinite and not is_finite(values.data, DTYPE_NAMES[values.data.dtype]):
-                    refuse_nonfinite(self.reader, source.name, work)
+                if not self.plan.allow_nonfinite:
+                    check_codes(source, values, work)
                 found = rows.dequantized(values, work.scratch(values.shape, bits.name), dtype=dtype)
                 stop = min(part.stop, source.shape[0])
                 array = np.from_dlpack(found)[: stop - part.start]

@@ -55,6 +55,7 @@ _SUFFIXES = {
     "_bias": ".bias",
 }
 _GPT_OSS = ("_blocks", "_scales")
+_SHARED = tuple(suffix for suffix in _SUFFIXES if suffix.endswith(("_scale", "_scale_inv")))  # one may be everyone's
 _FUSED = re.compile(rf"(.*\.experts)\.(gate_up_proj|down_proj)({'|'.join(_SUFFIXES)})")
 _LINEAR = re.compile(r"(.*)\.(input_linear|output_linear)\.weight()")
 _PARTS = {
@@ -110,6 +111,11 @@ def unfused(tensors: Mapping[str, "Stored"], model_type: str | None) -> Unfused:
         if match and not reason:
             is_gpt_oss = _is_gpt_oss(match[1], tensors, model_type)
             is_transposed = match[3] == "" and (is_gpt_oss or _is_transposed(match, tensors))
+            if is_transposed and tensor.is_packed:
+                raise CheckpointError(
+                    f"{name} in {tensor.file}: experts in 4 bits that lie as [E, K, N]; fp8x reads those of [E, N, K] "
+                    "alone"
+                )
             lines = _Lines(is_transposed, is_gpt_oss or match[3] in _GPT_OSS)
             pieces = list(_split(name, tensor, match, lines, is_mixtral))
             found.parts[name] = [piece for piece, _ in pieces]
@@ -136,12 +142,14 @@ def _why_whole(
     """Why a fused tensor is not taken apart; None if it is."""
     block, fused, suffix = match.groups()
     is_gpt_oss = _is_gpt_oss(block, tensors, model_type)
+    if not suffix and len(tensor.shape) != 3:
+        return f"experts in one tensor of {len(tensor.shape)} dims"
     if is_gpt_oss and (suffix or _partner(match, tensors) is None):
         return None
     has_bias = any(f"{block}.{name}_bias" in tensors for name in (fused, _PARTNERS[fused]))
     if has_bias and not is_gpt_oss:
         return "experts in one tensor, with biases; gate and up may alternate row by row"
-    if suffix or len(tensor.shape) != 3:
+    if suffix:
         return None
     partner = _partner(match, tensors)
     if partner is None:
@@ -198,12 +206,11 @@ def _split(
     if lines.is_transposed:
         rest = rest[::-1]
     rows = rest[0] if rest else 1
-    # One row of scales, or one scale, is everyone's.
-    is_shared = suffix != "" and rows == 1
+    is_shared = suffix in _SHARED and rows == 1
     if not is_shared and rows % len(parts):
         raise CheckpointError(
             f"{name} in {tensor.file}: {rows} rows do not divide into gate and up"
-            + ("; a block of scales straddles both, and fp8x has no such matrix" if suffix else "")
+            + ("; a block of scales straddles both, and fp8x has no such matrix" if suffix in _SHARED else "")
         )
     pieces = 1 if is_shared else len(parts)
     shape = (rows // pieces, *rest[1:]) if rest else ()

@@ -7,6 +7,7 @@
 and so for `down_proj`; gate and up alternate, line by line. transformers and vLLM read no others of gpt-oss.
 """
 
+import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
@@ -48,17 +49,17 @@ def fused_experts(
     Raises:
         CheckpointError: matrices in 4 bits that are none of gpt-oss's experts.
     """
+    found = _complete(reader, dequantized) if model_type(reader.config) == "gpt_oss" else []
     if format is not None and format.name == "mxfp4":
         prefixes = list(quantized)
-        found = _complete(reader, prefixes)
+        found += _complete(reader, prefixes)
         others = set(prefixes) - {prefix for fused in found for prefix in fused.prefixes}
         if others:
             raise CheckpointError(
                 f"format: {format.name!r} holds the experts of gpt-oss alone, gate, up and down of all in a layer; "
                 f"{some(sorted(others))} not; use 'mxfp4-pack-quantized'"
             )
-        return found
-    return _complete(reader, dequantized) if model_type(reader.config) == "gpt_oss" else []
+    return found
 
 
 def _complete(reader: Reader, prefixes: Iterable[str]) -> list[FusedExperts]:
@@ -67,9 +68,12 @@ def _complete(reader: Reader, prefixes: Iterable[str]) -> list[FusedExperts]:
     for prefix in prefixes:
         if match := _EXPERT.fullmatch(prefix):
             blocks.setdefault(match[1], {})[int(match[2]), match[3]] = prefix
+    matches = (_EXPERT.fullmatch(name.removesuffix(".weight")) for name in reader if blocks)
+    there = {(match[1], int(match[2])) for match in matches if match}
+    counts = collections.Counter(block for block, _ in there)  # with those that stay as they are
     found = []
     for block, matrices in blocks.items():
-        count = len({expert for expert, _ in matrices})
+        count = counts[block]
         for fused, parts in _PARTS.items():
             experts = tuple(tuple(matrices.get((e, part), "") for part in parts) for e in range(count))
             names = [f"{prefix}.weight" for expert in experts for prefix in expert]
@@ -79,8 +83,18 @@ def _complete(reader: Reader, prefixes: Iterable[str]) -> list[FusedExperts]:
 
 
 def biases(reader: Reader, fused: FusedExperts) -> Mapping[str, tuple[str, ...]]:
-    """The experts' biases that go together, by the name of their tensor; none where one is missing."""
+    """The experts' biases that go together, by the name of their tensor.
+
+    Raises:
+        CheckpointError: some are missing, or unlike the others.
+    """
     names = tuple(f"{prefix}.bias" for prefix in fused.prefixes)
-    stored = [reader.stored(name) for name in names if name in reader]
-    is_complete = len(stored) == len(names) and len({(each.dtype, each.shape) for each in stored}) == 1
-    return {f"{fused.name}_bias": names} if is_complete else {}
+    missing = [name for name in names if name not in reader]
+    if len(missing) == len(names):
+        return {}
+    if missing:
+        raise CheckpointError(f"{some(missing)} missing from {reader.path}, which has biases of other experts")
+    first = reader.stored(names[0])
+    for name in names:
+        reader.check(name, shapes=[first.shape], dtypes=[first.dtype])
+    return {f"{fused.name}_bias": names}

@@ -230,7 +230,7 @@ def _quantized_row(
 
 def _plain_row(name: str, reader: Reader, original: _Reference | None, threads: Threads) -> TensorRow:
     tensor = reader.stored(name)
-    row = TensorRow(name, tensor.dtype.lower(), tensor.shape, tensor.nbytes)
+    row = TensorRow(name, tensor.dtype.lower(), tensor.shape, tensor.nbytes_on_disk, is_packed=tensor.is_packed)
     if tensor.dtype not in FLOATS:
         return row
     if original is not None and original.recipe(name) is not None:

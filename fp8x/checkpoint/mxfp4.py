@@ -1,7 +1,8 @@
 """`quant_method: "mxfp4"`: gpt-oss as OpenAI publishes it, with experts in MXFP4.
 
     field                  means
-    modules_to_not_convert names that stay in 16 bits, or null
+    modules_to_not_convert names that stay in 16 bits, or null; written with the modules of experts that do
+    dequantize             whether transformers does so while loading; what is stored is the same
 
 Activations are in 16 bits. Tensors hold all experts of a layer, gate and up alternating (`fused.py`): read as MXFP8,
 and written back where every code is one of e2m1's (`fusing.py`).
@@ -9,6 +10,7 @@ and written back where every code is one of e2m1's (`fusing.py`).
 Sources: transformers `quantizers/quantizer_mxfp4.py`, `integrations/mxfp4.py`.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,11 +22,15 @@ from fp8x.checkpoint.format import Format, Layout, Recipes, TensorSpec, mx_scale
 from fp8x.checkpoint.fp8 import kept_modules
 from fp8x.checkpoint.names import listed
 from fp8x.checkpoint.reader import Reader
+from fp8x.errors import CheckpointError, some
 from fp8x.recipe import Recipe
 from fp8x.scheme import Scheme, mx
 
 # As in the published models.
 KEPT = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
+
+
+_EXPERT = re.compile(r"(.*\.experts)\.\d+\..*")
 
 
 class Mxfp4(Format):
@@ -45,12 +51,13 @@ class Mxfp4(Format):
     def to_config(self, recipes: Recipes, out_dtype: np.dtype) -> dict[str, Any]:
         (recipe,) = {recipe for recipe in recipes.values() if recipe is not None}
         fields = extras(recipe, Recipe(mx(), out_dtype=out_dtype))
-        written = {"modules_to_not_convert": list(KEPT), "quant_method": self.quant_method}
+        kept = [*KEPT, *_kept_experts(recipes)]
+        written = {"modules_to_not_convert": kept, "quant_method": self.quant_method}
         return written | ({KEY: fields} if fields else {})
 
     def from_config(self, config: Mapping[str, Any], prefixes: Iterable[str], out_dtype: np.dtype) -> Recipes:
         fields = Fields(config, "quantization_config")
-        fields.one_of("dequantize", False, None, default=None)
+        fields.one_of("dequantize", True, False, None, default=None)
         is_kept, recipe = listed(kept_modules(fields)), _recipe(fields, out_dtype)
         return {prefix: None if is_kept(prefix) else recipe for prefix in prefixes}
 
@@ -77,6 +84,26 @@ class Mxfp4(Format):
         weight = TensorSpec((".weight_blocks",), ((shape[0], shape[1] // 2),), ("U8",))
         scale = TensorSpec((".weight_scales",), (recipe.weight.scale_shape(shape),), ("U8",))
         return Layout(weight, scale)
+
+
+def _kept_experts(recipes: Recipes) -> list[str]:
+    """The modules of experts that are in 16 bits.
+
+    Raises:
+        CheckpointError: some of a module's are, and some are not: readers know all or none.
+    """
+    blocks: dict[str, dict[str, Recipe | None]] = {}
+    for prefix, recipe in recipes.items():
+        if match := _EXPERT.fullmatch(prefix):
+            blocks.setdefault(match[1], {})[prefix] = recipe
+    for found in blocks.values():
+        lacking = [prefix for prefix, recipe in found.items() if recipe is None]
+        if 0 < len(lacking) < len(found):
+            raise CheckpointError(
+                f"format: 'mxfp4' holds gate, up and down of all experts in a layer, or none; {some(lacking)} in 16 "
+                "bits; use 'mxfp4-pack-quantized'"
+            )
+    return [block for block, found in blocks.items() if not any(found.values())]
 
 
 def _recipe(fields: Fields, out_dtype: np.dtype) -> Recipe:

@@ -69,7 +69,9 @@ def _read(file: Path) -> Origin:
     if not isinstance(config, Mapping):
         raise CheckpointError(f"{file}: quantization_config is {config!r:.100}, expected an object")
     weight_map = {} if index is None else index.get("weight_map") if isinstance(index, Mapping) else None
-    if not isinstance(weight_map, Mapping) or not all(map(_is_file_name, weight_map.values())):
+    # Beside a file of that name nobody reads an index.
+    files = list(weight_map.values()) if isinstance(weight_map, Mapping) else [SINGLE]
+    if not all(map(_is_file_name, files)) or SINGLE in files:
         raise CheckpointError(f"{file}: index has no weight_map of tensor name -> file name")
     return Origin(config, index)
 

@@ -19,6 +19,7 @@ and appears as X_blocks `[E, N, K]`, and X.weight `[N, K]`, in F8_E4M3. Experts 
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -68,9 +69,14 @@ _PACKING = _packing()
 
 def pack(codes: np.ndarray) -> tuple[UInt8[np.ndarray, "n k/2"], int]:
     """e4m3 `[N, K]` as e2m1, two codes a byte, and how many of the numbers e2m1 has not."""
-    found = np.take(_PACKING, np.ascontiguousarray(codes).view(np.uint16), mode="clip")
-    missing = int((found >> 8).sum()) if found.max(initial=0) > 255 else 0
-    return found.astype(np.uint8), missing
+    pairs = np.ascontiguousarray(codes).view(np.uint16)
+    out, index, missing = np.empty(pairs.shape, np.uint8), pairs.reshape(-1), 0
+    flat, found = out.reshape(-1), np.empty(min(PIECE, index.size), np.uint16)
+    for part in (slice(start, start + PIECE) for start in range(0, index.size, PIECE)):
+        piece = np.take(_PACKING, index[part], out=found[: index[part].size], mode="clip")
+        flat[part] = piece
+        missing += int((piece >> 8).sum()) if piece.max() > 255 else 0
+    return out, missing
 
 
 def packed(codes: np.ndarray, name: str) -> UInt8[np.ndarray, "n k/2"]:
@@ -111,17 +117,19 @@ def unpacked(tensors: Mapping[str, "Stored"]) -> dict[str, "Stored"]:
 
 
 _BARE = re.compile(r"(.*\.)(weight|gate_up_proj|down_proj)")
+_BLOCKS = re.compile(r".*\.experts\.(gate_up_proj|down_proj)_blocks")
 
 
 def _scale_of(name: str, tensor: "Stored", tensors: Mapping[str, "Stored"]) -> str | None:
     """The scales of a tensor in MXFP4; None for any other tensor."""
-    if name.endswith("_blocks") and tensor.dtype == "U8" and len(tensor.shape) == 4:
+    if _BLOCKS.fullmatch(name) and tensor.dtype in ("U8", "I8"):
         return f"{name.removesuffix('_blocks')}_scales"
     if name.endswith(".weight_packed"):
         scale = f"{name.removesuffix('_packed')}_scale"
-        is_mx = tensor.dtype == "U8" and scale in tensors and tensors[scale].dtype in E8M0
+        # Beside scales of other types it is another kind: NVFP4 has those in e4m3.
+        is_mx = tensor.dtype == "U8" and (scale not in tensors or tensors[scale].dtype in E8M0)
         return scale if is_mx else None
-    if tensor.dtype not in ("U8", "I8", "F4") or (match := _BARE.fullmatch(name)) is None:
+    if tensor.dtype not in ("U8", "I8", "F4") or not tensor.shape or (match := _BARE.fullmatch(name)) is None:
         return None
     of_module = (f"{match[1]}scale",) if match[2] == "weight" else ()
     for scale in (f"{name}_scale_inv", f"{name}_scale", *of_module):
@@ -138,16 +146,17 @@ def _width(tensor: "Stored") -> int:
 
 
 def _as_e4m3(name: str, tensor: "Stored", scale: str, tensors: Mapping[str, "Stored"]) -> "Stored":
-    where, shape = f"{name} in {tensor.file}", (*tensor.shape[:-1], _width(tensor))
-    if name.endswith("_blocks"):
-        if shape[-1] != BLOCK:
-            raise CheckpointError(
-                f"{where}: shape is {list(tensor.shape)}, expected [E, N, K/32, 16], two codes a byte"
-            )
+    where, is_gpt_oss = f"{name} in {tensor.file}", name.endswith("_blocks")
+    if is_gpt_oss and (len(tensor.shape) != 4 or tensor.shape[-1] != BLOCK // 2):
+        raise CheckpointError(f"{where}: shape is {list(tensor.shape)}, expected [E, N, K/32, 16], two codes a byte")
+    if len(tensor.shape) < 2:
+        raise CheckpointError(f"{where}: shape is {list(tensor.shape)}, expected [N, K/2], two codes a byte")
+    shape = (*tensor.shape[:-1], _width(tensor))
+    if is_gpt_oss:
         shape = (*shape[:-2], shape[-2] * BLOCK)
     if scale not in tensors:
         raise CheckpointError(f"{where}: its scales {scale} are missing")
-    if shape[-1] % BLOCK or len(shape) < 2:
+    if shape[-1] % BLOCK:
         raise CheckpointError(
             f"{where}: shape is {list(tensor.shape)}, so K is {shape[-1]}; MXFP4 has blocks of {BLOCK}, which must "
             "divide K"
@@ -158,5 +167,5 @@ def _as_e4m3(name: str, tensor: "Stored", scale: str, tensors: Mapping[str, "Sto
             f"{scale} in {found.file}: is {found.dtype} {list(found.shape)}, expected {' or '.join(E8M0)} "
             f"{list(expected)} beside {name} {list(tensor.shape)}"
         )
-    lines = int(np.prod(shape[:-1]))
+    lines = math.prod(shape[:-1])
     return dataclasses.replace(tensor, dtype="F8_E4M3", shape=shape, view=View(lines, is_packed=True))

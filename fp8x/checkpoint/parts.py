@@ -9,11 +9,11 @@ import numpy as np
 
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import exact, rows
-from fp8x.checkpoint.finite import count_nonfinite, nonfinite_error
+from fp8x.checkpoint.finite import count_nonfinite, is_finite, nonfinite_error
 from fp8x.checkpoint.fnuz import Translation
 from fp8x.checkpoint.format import Format
 from fp8x.checkpoint.packed import e2m1_error
-from fp8x.checkpoint.reader import DTYPES, Reader
+from fp8x.checkpoint.reader import DTYPE_NAMES, DTYPES, Reader
 from fp8x.checkpoint.threads import Threads
 from fp8x.errors import CheckpointError
 from fp8x.recipe import Recipe
@@ -96,6 +96,14 @@ def refuse_nonfinite(reader: Reader, name: str, threads: Threads) -> None:
         reader.read_into(name, start, buffer)
         count += count_nonfinite(buffer, tensor.dtype)
     raise nonfinite_error(name, tensor.file, count, math.prod(tensor.shape))
+
+
+def check_codes(matrix: StoredMatrix, values: ScaledArray, threads: Threads) -> None:
+    """Refuses NaN and Inf among some of its codes, where no amax is computed in which they would show."""
+    dtype = DTYPE_NAMES[values.data.dtype]
+    # e2m1 has neither.
+    if not matrix.reader.stored(matrix.name).is_packed and not is_finite(values.data, dtype):
+        refuse_nonfinite(matrix.reader, matrix.name, threads)
 
 
 def warn_of_flushed(matrix: StoredMatrix, threads: Threads) -> None:

@@ -174,7 +174,7 @@ class Reader:
                 if tensor.file not in self._files:
                     self._files[tensor.file] = _File(tensor.file)
                 file = self._files[tensor.file]
-            if tensor.view is None:
+            if tensor.view is None or not buffer.size:
                 _read_bytes(file, tensor, name, tensor.start + start, buffer)
             elif tensor.view.is_transposed:
                 _read_columns(file, tensor, name, start, buffer)
@@ -205,8 +205,8 @@ class _File:
     def __init__(self, path: Path):
         self.descriptor = os.open(path, os.O_RDONLY)
 
-    def __del__(self):
-        os.close(self.descriptor)
+    def __del__(self, close=os.close):  # bound here: at the interpreter's end modules are emptied first
+        close(self.descriptor)
 
 
 class Slices:
@@ -268,7 +268,7 @@ def _read_columns(file: _File, tensor: Stored, name: str, start: int, buffer: np
     rows = buffer.reshape(-1).view(f"u{size}").reshape(-1, k)
     first = view.first + start // (k * size) * view.step
     band = np.empty((k, (len(rows) - 1) * view.step + 1), rows.dtype)
-    for row in range(k if len(rows) else 0):
+    for row in range(k):
         _read_bytes(file, tensor, name, tensor.start + (row * view.lines + first) * size, band[row])
     rows[:] = band[:, :: view.step].T
 

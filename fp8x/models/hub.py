@@ -22,8 +22,8 @@ from fp8x.errors import CheckpointError
 from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import flat, linear_names, param_names, rule_names, unquantized_names
-from fp8x.models.loading import Loader, check_counts, get
-from fp8x.models.matrices import with_dtype
+from fp8x.models.loading import Loader, get
+from fp8x.models.matrices import check_counts, wide_enough, with_dtype
 from fp8x.models.mesh_loading import MeshLoader
 from fp8x.models.modules import save_module
 from fp8x.models.saving import fused_names, parts_of, stored_bytes, tensors_of
@@ -101,6 +101,7 @@ def load(
             "dequantize it, give the unquantized checkpoint, or requantize in the place of recipe"
         )
     check_counts(reader, config)
+    config = wide_enough(reader, config)
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     options = (reader, model, format, allow_nonfinite, progress)
     loader = Loader(*options) if mesh is None else MeshLoader(*options, mesh)
@@ -162,7 +163,8 @@ def save(
         format: of a `Decoder`: "compressed-tensors", "fp8" or "modelopt"; by default the first that can hold the model.
             "mxfp4" (the experts of gpt-oss) and "mxfp4-pack-quantized" where all codes of MX blocks are e2m1's. None
             for a model that is not quantized.
-        max_shard_bytes: several files with an index, where one would be larger.
+        max_shard_bytes: several files with an index, where one would be larger. What is packed or transposed for a
+            file (gpt-oss's experts in 4 or 16 bits) is in memory until that is written.
         beside: further JSON files, by name: they come with the weights or not at all.
         progress: called after every tensor with the bytes written and the bytes in all.
 

@@ -24,7 +24,6 @@ from fp8x.checkpoint.reader import aligned
 from fp8x.checkpoint.requantize import Requantize, choose
 from fp8x.checkpoint.threads import Threads
 from fp8x.errors import CheckpointError, ShapeError, some
-from fp8x.models.config import DecoderConfig
 from fp8x.models.decoder import Decoder
 from fp8x.models.hf_names import Names, flat, linear_names, param_names, skipped
 from fp8x.nn.grouped import GroupedLinear, weight_scheme
@@ -301,21 +300,6 @@ class Loader:
         dtype = DTYPE_NAMES[array.dtype]
         if not self.allow_nonfinite and not is_finite(array, dtype):
             raise nonfinite_error(name, self.reader.stored(name).file, count_nonfinite(array, dtype), array.size)
-
-
-def check_counts(reader: Reader, config: DecoderConfig) -> None:
-    """Refuses more layers and experts than a checkpoint has tensors: to describe them would take forever.
-
-    Raises:
-        CheckpointError: with both counts.
-    """
-    count = sum(1 for _ in reader)
-    matrices = config.num_experts * (config.num_hidden_layers - len(config.dense_layers))
-    if config.num_hidden_layers + matrices > count:
-        raise CheckpointError(
-            f"{reader.path}: config.json has {config.num_hidden_layers} layers and {config.num_experts} experts, which "
-            f"{count} tensors can't be"
-        )
 
 
 # In float32: from there convert goes to other 8 bits, too.

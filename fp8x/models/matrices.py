@@ -1,5 +1,6 @@
 """Which matrices a checkpoint has, of which modules they are, and how they are stored. Imports no JAX."""
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ import numpy as np
 
 from fp8x.checkpoint import Format, Reader
 from fp8x.checkpoint.format import stored_recipes
-from fp8x.checkpoint.header import FLOAT8, UNQUANTIZED
+from fp8x.checkpoint.header import DTYPES, FLOAT8, UNQUANTIZED
 from fp8x.checkpoint.kept import LOOKUPS
 from fp8x.checkpoint.unread import INPUT_SCALES, WEIGHT_SCALES
 from fp8x.errors import CheckpointError, ConfigError, some
@@ -31,7 +32,10 @@ def modules_of(reader: Reader) -> dict[str, list[str]]:
         return by_name
     try:
         config = DecoderConfig.from_hf(reader.config)
-    except ConfigError as error:
+        check_counts(reader, config)
+    except (CheckpointError, ConfigError) as error:
+        if isinstance(error, CheckpointError) and any(name.startswith("model.layers.") for name in reader):
+            raise
         warnings.warn(
             f"{reader.path}: fp8x.load could not build this model ({error}); its matrices go by their own names",
             stacklevel=4,
@@ -51,6 +55,30 @@ def modules_of(reader: Reader) -> dict[str, list[str]]:
     if missing:
         raise CheckpointError(f"{reader.path}: {some(missing)} missing, which config.json calls for")
     return modules | {prefix: names for prefix, names in by_name.items() if skipped(config, prefix)}
+
+
+def check_counts(reader: Reader, config: DecoderConfig) -> None:
+    """Refuses more layers and experts than a checkpoint has tensors: to describe them would take forever.
+
+    Raises:
+        CheckpointError: with both counts.
+    """
+    count = sum(1 for _ in reader)
+    matrices = config.num_experts * (config.num_hidden_layers - len(config.dense_layers))
+    if config.num_hidden_layers + matrices > count:
+        raise CheckpointError(
+            f"{reader.path}: config.json has {config.num_hidden_layers} layers and {config.num_experts} experts, which "
+            f"{count} tensors can't be"
+        )
+
+
+def wide_enough(reader: Reader, config: DecoderConfig) -> DecoderConfig:
+    """The config in a type that holds every parameter as stored, where config.json names none."""
+    found = set() if names_dtype(config.hf) else parameter_types(reader)
+    if config.dtype == "float32" or found <= {np.dtype(config.dtype)}:
+        return config
+    dtype = found.pop() if len(found) == 1 else np.dtype(np.float32)
+    return dataclasses.replace(config, dtype=str(dtype), hf=with_dtype(config.hf, dtype))
 
 
 def _matrices(reader: Reader) -> list[str]:
@@ -85,6 +113,17 @@ def stored_by_prefix(
     if source_format is None:
         return dict.fromkeys(prefixes)
     return stored_recipes(source_format, reader, prefixes, dtype_of(reader.config))
+
+
+def names_dtype(config: Mapping[str, Any]) -> bool:
+    """Whether a config says in which type the model computes."""
+    return bool(config.get("dtype") or config.get("torch_dtype"))
+
+
+def parameter_types(reader: Reader) -> set[np.dtype]:
+    """The types in 16 and 32 bits of all tensors but scales."""
+    dtypes = {reader.stored(name).dtype for name in reader if "scale" not in name.rpartition(".")[2]}
+    return {DTYPES[dtype] for dtype in dtypes.intersection(UNQUANTIZED)}
 
 
 def with_dtype(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:

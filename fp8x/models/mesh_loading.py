@@ -88,7 +88,8 @@ class MeshLoader(Loader):
         if stored is None:
             read = _stacked(names, lambda prefix: self._part_of(f"{prefix}.weight", shape[-2:]))
         else:
-            read = self._cast(path, self._dequantized(names, stored, shape))
+            values = self._dequantized(stored, shape)
+            read = _stacked(names, lambda prefix: self._cast(f"{prefix}.weight", values(prefix)))
         if recipe is not None:
             layer = _abstract(recipe, shape)
             layer.bias = nnx.data(module.bias)
@@ -133,13 +134,14 @@ class MeshLoader(Loader):
     ) -> tuple[ScaledArray, np.ndarray | None]:
         """A weight from the 8 bits that are stored to others, and its static activation scale."""
         shape, dims = layer.weight.shape, split.dims(layer.weight.ndim)
-        placed = place(self._dequantized(names, stored, shape), shape, np.dtype(np.float32), dims, self.mesh)
+        read = _stacked(names, self._dequantized(stored, shape))
+        placed = place(read, shape, np.dtype(np.float32), dims, self.mesh)
         weight = quantize_placed(placed, layer.weight_scheme, shape, dims, self.mesh, source=stored.weight)
         scales = (self._scales(prefix, stored, shape[-2:]).input_scale for _, prefix in flat(names))
         return weight, _input_scale(layer, stored, scales)
 
-    def _dequantized(self, names: Names, stored: Recipe, shape: tuple[int, ...]) -> Read:
-        """Reads of a layer's matrices in 8 bits, in float32."""
+    def _dequantized(self, stored: Recipe, shape: tuple[int, ...]) -> Callable[[str], Read]:
+        """Reads of a matrix of a layer in 8 bits, by its prefix: in float32."""
 
         @functools.cache
         def view(prefix: str) -> _Dequantized:
@@ -147,16 +149,15 @@ class MeshLoader(Loader):
             codes = self._view(prefix, stored, scales, shape[-2:])
             return _Dequantized(f"{prefix}.weight", codes, scales.scale, stored.weight)
 
-        return _stacked(names, lambda prefix: self._checked(f"{prefix}.weight", view(prefix)))
+        return lambda prefix: self._checked(f"{prefix}.weight", view(prefix))
 
-    def _cast(self, path: str, read: Read) -> Read:
-        """Reads of a layer in the model's type."""
-        (_, first), *_ = flat(self.names[path])
+    def _cast(self, name: str, read: Read) -> Read:
+        """Reads of a matrix in the model's type."""
 
         def cast(index: tuple[slice, ...]) -> np.ndarray:
             with np.errstate(over="ignore"):
                 part = read(index).astype(self.dtype)
-            self._check_overflow(f"{first}.weight", part)
+            self._check_overflow(name, part)
             return part
 
         return cast

@@ -85,7 +85,7 @@ def plan(
     dropped |= unread_parts_of(reader, source_format, targets)
     config, left_fields = config_of(reader, source_format, chosen, recipes, out_dtype, kept_kv)
     beside = {} if chosen is None else chosen.beside(config["quantization_config"])
-    origin = origin_for(reader, chosen, targets)
+    origin = origin_for(reader, chosen, targets, kept_kv)
     if origin is not None and chosen.packs:
         config["quantization_config"] = dict(origin.quantization_config)
     elif origin is not None:
@@ -266,7 +266,8 @@ def _check(found: Plan, recipe: Recipe | str | None, is_changed: bool) -> None:
     """Warns of a recipe that quantizes nothing.
 
     Raises:
-        CheckpointError: something in 8 bits would be copied into a checkpoint that says nothing of it.
+        CheckpointError: something in 8 bits would be copied into a checkpoint that says nothing of it; something in 4
+            bits that config.json says nothing of.
         ShapeError: a matrix that its recipe does not fit.
     """
     found.check_shapes()
@@ -274,6 +275,8 @@ def _check(found: Plan, recipe: Recipe | str | None, is_changed: bool) -> None:
     if found.format is None and isinstance(recipe, Recipe | str) and recipe not in OUT_DTYPES:
         why = "; ".join(dict.fromkeys(row.reason for row in found.groups if row.reason)) or "it holds no matrix"
         warnings.warn(f"{found.path}: nothing in it becomes 8 bits ({why}); rules override defaults", stacklevel=3)
+    copied = [*found.copied, *(f"{prefix}.weight" for prefix, target in found.targets.items() if target.is_copied)]
+    _check_packed(found, copied)
     if found.source_format is found.format and not is_changed:
         return
     for name in (f"{prefix}.weight" for prefix in found.targets) if found.source_format is None else ():
@@ -283,8 +286,7 @@ def _check(found: Plan, recipe: Recipe | str | None, is_changed: bool) -> None:
                 f"{name} in {tensor.file}: is {tensor.dtype}, but config.json has no quantization_config, which says "
                 "how it is scaled; is it lost?"
             )
-    matrices = [f"{prefix}.weight" for prefix, target in found.targets.items() if target.is_copied]
-    for name in (*found.copied, *matrices):
+    for name in copied:
         tensor = found.reader.stored(name)
         if tensor.dtype in FLOAT8 and len(tensor.shape) > 1:
             why = found.reader.whole.get(name, "it is no matrix of a linear layer that config.json calls quantized")
@@ -293,6 +295,16 @@ def _check(found: Plan, recipe: Recipe | str | None, is_changed: bool) -> None:
                 f"{name} in {tensor.file}: is in 8 bits, and fp8x does not know its scales ({why}); {alike} it is "
                 "copied as it is"
             )
+
+
+def _check_packed(found: Plan, copied: Iterable[str]) -> None:
+    """Raises for what is in 4 bits and no matrix of the plan: copied, it would be in 8, without its scales."""
+    for name in copied:
+        tensor = found.reader.stored(name)
+        if tensor.is_packed:
+            why = found.reader.whole.get(name, "it is no matrix of a linear layer that config.json calls quantized")
+            why = why if found.source_format else "config.json has no quantization_config; is it lost?"
+            raise CheckpointError(f"{name} in {tensor.file}: is in MXFP4, and fp8x does not know its scales ({why})")
 
 
 def _static_scales(

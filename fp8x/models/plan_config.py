@@ -15,9 +15,10 @@ from fp8x.checkpoint.origin import ORIGIN, Origin, origin_of
 from fp8x.checkpoint.plan import Target, matrix_shape
 from fp8x.checkpoint.reader import INDEX, LEGACY
 from fp8x.errors import Fp8xError
-from fp8x.models.matrices import dtype_of, with_dtype
+from fp8x.models.matrices import dtype_of, names_dtype, parameter_types, with_dtype
 from fp8x.recipe import Recipe
 
+EXPERT_DTYPE = "expert_dtype"  # of DeepSeek-V4, beside the quantization_config or in it
 KV_FIELDS = ("kv_cache_scheme", "kv_cache_quant_algo")  # mean nothing where the scales do not come along
 
 
@@ -32,7 +33,12 @@ def config_of(
     """The destination's config.json, and the fields of the source's that it lacks, with the reason."""
     source = reader.config
     config = {key: value for key, value in source.items() if key != "quantization_config"}
-    if dtype_of(config) != out_dtype:
+    is_in_4_bits = config.get(EXPERT_DTYPE) == "fp4" and any(reader.stored(name).is_packed for name in reader)
+    if is_in_4_bits:
+        del config[EXPERT_DTYPE]
+    # Without a word a reader takes the type of what lies there.
+    is_mixed = format is None and not names_dtype(config) and bool(parameter_types(reader) - {out_dtype})
+    if dtype_of(config) != out_dtype or (is_mixed and source_format is not None):
         config = with_dtype(config, out_dtype)
     unread = {} if source_format is None else dict(source["quantization_config"].unread())
     if format is not None:
@@ -47,33 +53,52 @@ def config_of(
         config["quantization_config"] = written
     reason = "the result is not quantized" if format is None else f"fp8x does not know it, to write it as {format.name}"
     paths = [*(f"quantization_config.{path}" for path in unread), *_undescribed(reader)]
-    return config, dict.fromkeys(paths, reason) | {
+    left = {EXPERT_DTYPE: "experts are not in 4 bits any more, and vLLM would take them so"} if is_in_4_bits else {}
+    return config, left | dict.fromkeys(paths, reason) | {
         f"__metadata__.{key}": "files are headed anew" for key in reader.metadata
     }
 
 
-def origin_for(reader: Reader, format: Format | None, targets: Mapping[str, Target]) -> Origin | None:
-    """What a source in 4 bits was like, where the destination has the same values.
+def origin_for(
+    reader: Reader, format: Format | None, targets: Mapping[str, Target], kv_cache: KVScales | None
+) -> Origin | None:
+    """What a source in 4 bits was like, where the destination has the same values, in MX blocks.
 
-    For a destination in 4 bits only where it is in the words of that format, and says the same of every matrix.
+    For a destination in 4 bits only where it is in the words of that format, and says the same of every matrix and of
+    the KV cache.
     """
     in_8_bits = [target for target in targets.values() if target.stored is not None]
     if format is None or not in_8_bits or not all(target.is_kept for target in targets.values()):
         return None
+    if not all(target.recipe.weight.is_mx for target in in_8_bits):
+        return None
     origin = origin_of(reader)
     if origin is None or not format.packs:
         return origin
+    return origin if _says_the_same(origin, reader, format, targets, kv_cache) else None
+
+
+def _says_the_same(
+    origin: Origin, reader: Reader, format: Format, targets: Mapping[str, Target], kv_cache: KVScales | None
+) -> bool:
+    """Whether an origin's words are of a format in 4 bits, and describe what is to be written."""
+    stated = origin.quantization_config
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they have been given, of the source
         try:
-            if format_of({"quantization_config": origin.quantization_config}).quant_method != format.quant_method:
-                return None
-            said = format.from_config(origin.quantization_config, targets, dtype_of(reader.config))
+            if format_of({"quantization_config": stated}).quant_method != format.quant_method:
+                return False
+            # compressed-tensors names the way of packing, or "mixed-precision".
+            if stated.get("format", format.name) != format.name:
+                return False
+            said = format.from_config(stated, targets, dtype_of(reader.config))
+            if format.kv_scheme(stated) != (kv_cache and kv_cache.scheme):
+                return False
         except Fp8xError:
-            return None
+            return False
     # gpt-oss's config need not name what is in 16 bits.
     asked = {p: t.recipe for p, t in targets.items() if t.recipe is not None or format.name != "mxfp4"}
-    return origin if all(said[prefix] == recipe for prefix, recipe in asked.items()) else None
+    return all(said[prefix] == recipe for prefix, recipe in asked.items())
 
 
 def _undescribed(reader: Reader) -> list[str]:

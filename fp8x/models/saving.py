@@ -87,9 +87,9 @@ def _alternating(stack: np.ndarray, names: Names) -> np.ndarray:
 
 def _blocks(layer: QuantizedLayer, names: Names, fused: str) -> Tensors:
     """The experts of gpt-oss in MXFP4: two codes a byte, and the scales of 32."""
-    codes = _alternating(np.asarray(layer.weight[...]), names)
-    scales = _alternating(np.asarray(layer.weight_scale[...]), names)
-    blocks = packed(codes.reshape(-1, codes.shape[-1]), fused)
+    codes, scales = np.asarray(layer.weight[...]), _alternating(np.asarray(layer.weight_scale[...]), names)
+    # Packed first: half as much is copied where lines alternate.
+    blocks = _alternating(packed(codes, fused), names)
     yield f"{fused}_blocks", blocks.reshape(*scales.shape, BLOCK // 2)
     yield f"{fused}_scales", scales.view(np.uint8)
 

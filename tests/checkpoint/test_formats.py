@@ -59,6 +59,15 @@ HOLDS = {  # OUT: any output type
 }
 
 
+@pytest.mark.parametrize("activation", [GROUP, per_row(), mx()], ids=str)
+@pytest.mark.parametrize("format", ["compressed-tensors", "mxfp4-pack-quantized"])
+def test_mx_weights_have_activations_of_any_kind(format, activation):
+    """The library's preset MXFP4XFP8 has a float32 scale for 128 of them."""
+    recipes = {"a": Recipe(mx(), activation, "dynamic")}
+    config = json.loads(json.dumps(choose_format(recipes.values(), format).to_config(recipes, BFLOAT16)))
+    assert COMPRESSED.from_config(config, recipes, BFLOAT16) == recipes and "fp8x" not in config
+
+
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 def test_every_recipe_survives_in_the_formats_that_hold_it(format, name):
@@ -79,6 +88,17 @@ def test_every_recipe_survives_in_the_formats_that_hold_it(format, name):
 def test_every_code_has_a_format():
     for recipe in fp8x.RECIPES.values():
         assert choose_format([recipe]).objection([recipe]) is None
+
+
+def test_a_format_that_groups_alone_name():
+    config = COMPRESSED.to_config({"a": fp8x.RECIPES["mxfp8_bf16"], "b": fp8x.RECIPES["e4m3_bf16"]}, BFLOAT16)
+    expected = COMPRESSED.from_config(config, ["a", "b"], BFLOAT16)
+    assert [recipe.weight.is_mx for recipe in expected.values()] == [True, False]
+    del config["format"]
+    assert COMPRESSED.from_config(config, ["a", "b"], BFLOAT16) == expected
+    del config["config_groups"]["group_0"]["format"]
+    with pytest.raises(CheckpointError, match="quantization_config has no format"):
+        COMPRESSED.from_config(config, ["a", "b"], BFLOAT16)
 
 
 def test_what_others_read():
@@ -228,6 +248,8 @@ def test_configs_as_others_write_them():
     }
     for preset, code in presets.items():
         assert read(compressed(config_groups={preset: ["Linear"]})) == fp8x.RECIPES[code]
+    packed = compressed(config_groups={"MXFP4XFP8": ["Linear"]}, format="mxfp4-pack-quantized")
+    assert read(packed) == Recipe(mx(), GROUP, "dynamic")
     assert read(compressed(inputs=TOKEN, kv_cache_scheme=TOKEN, ignore=["lm_head"])).activation == per_row()
     assert read(compressed(ignore=["re:.*q_proj"])) is None and read(compressed(ignore=None)) is not None
     fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}

@@ -124,7 +124,7 @@ def test_a_quantized_reference_counts_as_what_it_stands_for(tiny_checkpoint, tmp
 
 def test_a_reference_that_does_not_fit(tiny_checkpoint, quantized, tmp_path):
     other = write(tmp_path / "other", {"a.weight": weights(2, 2)})
-    with pytest.raises(CheckpointError, match=r"k_proj.weight: missing from .*other|w1.weight: missing from"):
+    with pytest.raises(CheckpointError, match=r"\.weight: missing from .*other"):
         inspect(quantized, reference=other)
     with pytest.raises(CheckpointError, match="leave the recipe out"):
         inspect(quantized, recipe="e4m3_bf16")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import ml_dtypes
@@ -12,6 +13,9 @@ from hypothesis import strategies as st
 
 import fp8x
 from fp8x.checkpoint import Reader, Writer
+from fp8x.checkpoint import reader as reader_module
+from fp8x.checkpoint.convert import _jobs
+from fp8x.checkpoint.experts import ExpertJob
 from fp8x.checkpoint.header import DTYPES, read_header
 from fp8x.checkpoint.inspect import inspect, merge_experts
 from fp8x.checkpoint.packed import pack, unpack
@@ -53,9 +57,10 @@ def write(path: Path, tensors: dict[str, np.ndarray], quantization: dict | None,
     return path
 
 
-def test_all_bytes_by_all_scales_of_gpt_oss(tmp_path):
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+def test_all_bytes_by_all_scales_of_gpt_oss(tmp_path, dtype):
     tensors = {
-        f"{BLOCK}.down_proj_blocks": ALL_BYTES.reshape(1, 255, 16, 16),
+        f"{BLOCK}.down_proj_blocks": ALL_BYTES.reshape(1, 255, 16, 16).view(dtype),
         f"{BLOCK}.down_proj_scales": ALL_SCALES[None],
     }
     reader = Reader(write(tmp_path / "in", tensors, {"quant_method": "mxfp4"}, model_type="gpt_oss"))
@@ -89,6 +94,16 @@ def test_packed_codes_are_those_that_were_unpacked():
     assert packed.tobytes() == ALL_BYTES.tobytes() and missing == 0
     _, missing = pack(np.arange(256, dtype=np.uint8)[None])
     assert missing == 240
+
+
+def test_packing_takes_little_memory():
+    """Of a layer of experts, which `fp8x.save` packs as one."""
+    codes = np.full((4096, 4096), 0x38, np.uint8)
+    tracemalloc.start()
+    packed, _ = pack(codes)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert packed.nbytes <= peak < packed.nbytes + 2**21 and (packed == 0x22).all()
 
 
 def gpt_oss(seed: int = 0, experts: int = 3, hidden: int = 64, width: int = 96) -> dict[str, np.ndarray]:
@@ -154,7 +169,12 @@ def contents(path: Path) -> dict[str, object]:
 
 
 CONFIG = {"model_type": "gpt_oss", "hidden_size": 64, "vocab_size": 32, "dtype": "bfloat16"}
-WORDS = {"plain": {"modules_to_not_convert": KEPT}, "null": {"modules_to_not_convert": None}, "none": {}}
+WORDS = {
+    "plain": {"modules_to_not_convert": KEPT},
+    "null": {"modules_to_not_convert": None},
+    "none": {},
+    "dequantize": {"modules_to_not_convert": KEPT, "dequantize": True},
+}
 
 
 @pytest.mark.filterwarnings("ignore:.*could not build this model:UserWarning")
@@ -220,6 +240,23 @@ def test_gpt_oss_in_16_bits(tmp_path):
     assert found.tobytes() == values(blocks.reshape(96, 32), scales).tobytes()
 
 
+@pytest.mark.filterwarnings("ignore:.*could not build this model:UserWarning")
+def test_experts_are_written_in_the_order_of_their_tensor(tmp_path):
+    """Others sort names: the tenth expert comes before the second. Blocks that wait for an expert take memory."""
+    tensors = gpt_oss(experts=12, hidden=32, width=32)
+    fp8x.convert(write(tmp_path / "in", tensors, GPT_OSS, model_type="gpt_oss"), tmp_path / "mxfp8")
+    reader = Reader(tmp_path / "mxfp8")
+    arrays = {name: read(reader, name) for name in sorted(reader)}
+    source = write(tmp_path / "sorted", arrays, dict(reader.config["quantization_config"]), model_type="gpt_oss")
+    plan = fp8x.plan(source, format="mxfp4")
+    jobs = [(job.fused.name, job.index) for job in _jobs(plan) if isinstance(job, ExpertJob)]
+    assert jobs == [(f"{BLOCK}.{name}", e) for name in ("down_proj", "gate_up_proj") for e in range(12)]
+    fp8x.convert(plan, tmp_path / "back")
+    assert {name: array.tobytes() for name, array in tensors.items()} == {
+        name: content for name, (_, _, content) in contents(tmp_path / "back")["model.safetensors"].items()
+    }
+
+
 COMPRESSED = {
     "quant_method": "compressed-tensors",
     "format": "mxfp4-pack-quantized",
@@ -266,6 +303,7 @@ def test_any_rows_and_columns(tmp_path_factory, data):
     part = ("gate_proj", "up_proj")[first]
     rows, columns = (slice(*sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n))))) for n in (96, 64))
     name = f"{OTHER}.{e}.{part}.weight"
+    assert reader.slices(name, shapes=[(96, 64)], dtypes=["F32"])[rows.start : rows.start, :].shape == (0, 64)
     found = reader.slices(name, shapes=[(96, 64)], dtypes=["F32"])[rows, columns]
     assert found.tobytes() == plain[e, :, first::2].T[rows, columns].tobytes()
     name = f"{BLOCK}.{e}.{part}.weight"
@@ -273,6 +311,44 @@ def test_any_rows_and_columns(tmp_path_factory, data):
     packed = tensors[f"{BLOCK}.gate_up_proj_blocks"][e, first::2].reshape(96, 32)
     whole = values(packed, np.full((96, 2), 127)).astype(np.float32)
     assert found.astype(np.float32).tobytes() == whole[rows, columns].tobytes()
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_rows_of_any_shape(tmp_path_factory, data):
+    """However few bytes are read at once, of every form that is in 4 bits, and of bytes that others lie between."""
+    path, integers = tmp_path_factory.mktemp("any"), lambda first, last: data.draw(st.integers(first, last))
+    experts, n, k, rng = integers(1, 3), 2 * integers(1, 9), integers(1, 3), np.random.default_rng(integers(0, 99))
+    codes, plain = rng.integers(0, 256, (experts, n, 16 * k), np.uint8), rng.standard_normal((experts, 32 * k, n))
+    scales = rng.integers(100, 140, (experts, n, k), np.uint8)
+    tensors = {f"{BLOCK}.gate_up_proj_blocks": codes.reshape(experts, n, k, 16), f"{BLOCK}.gate_up_proj_scales": scales}
+    tensors |= {f"{OTHER}.gate_up_proj": plain, f"{OTHER}.gate_up_proj_bias": plain[:, 0]}
+    tensors |= {"a.weight_packed": codes[0], "a.weight_scale": scales[0]}
+    tensors |= {"b.weight": codes[0].view(np.int8), "b.scale": scales[0].view(E8M0)}
+    expected = {"a.weight": values(codes[0], np.full((n, k), 127)), "b.weight": values(codes[0], np.full((n, k), 127))}
+    for e in range(experts):
+        for first, part in enumerate(("gate_proj", "up_proj")):
+            expected[f"{BLOCK}.{e}.{part}.weight"] = values(codes[e, first::2], np.full((n // 2, k), 127))
+            expected[f"{BLOCK}.{e}.{part}.weight_scale"] = scales[e, first::2]
+            expected[f"{OTHER}.{e}.{part}.weight"] = plain[e, :, first::2].T
+            expected[f"{OTHER}.{e}.{part}.bias"] = plain[e, 0, first::2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader_module, "BAND", integers(1, 300))
+        patch.setattr(reader_module, "PIECE", integers(1, 300))
+        reader = Reader(write(path / "in", tensors, None, model_type="gpt_oss"))
+        assert set(expected) <= set(reader)
+        for name, array in expected.items():
+            stored = reader.stored(name)
+            slices = reader.slices(name, shapes=[array.shape], dtypes=[stored.dtype])
+            index = tuple(slice(*sorted((integers(0, n), integers(0, n)))) for n in array.shape)
+            assert np.array_equal(slices[index].astype(np.float64), array[index].astype(np.float64))
+            # As a conversion reads it: some rows at a time, into a buffer.
+            step, content = stored.step(integers(1, 200)), []
+            for start in range(0, stored.nbytes, step):
+                content.append(np.empty(min(step, stored.nbytes - start), np.uint8))
+                reader.read_into(name, start, content[-1])
+            whole = np.concatenate(content).view(DTYPES[stored.dtype]).reshape(stored.shape)
+            assert np.array_equal(whole.astype(np.float64), array.astype(np.float64))
 
 
 GPT_OSS = {"quant_method": "mxfp4"}
@@ -297,6 +373,11 @@ BARE = {"quant_method": "mxfp4"}
             {f"{BLOCK}.down_proj_blocks": np.zeros((3, 64, 3, 8), np.uint8)},
             GPT_OSS,
             r"down_proj_blocks in .*: shape is \[3, 64, 3, 8\], expected \[E, N, K/32, 16\], two codes a byte",
+        ),
+        (
+            {f"{BLOCK}.down_proj_blocks": np.zeros((3, 64, 48), np.uint8)},
+            GPT_OSS,
+            r"down_proj_blocks in .*: shape is \[3, 64, 48\], expected \[E, N, K/32, 16\], two codes a byte",
         ),
         (
             {
@@ -335,12 +416,158 @@ BARE = {"quant_method": "mxfp4"}
             BARE,
             r"a.scale in .*: is F8_E8M0 \[4, 2\], expected U8 or F8_E8M0 \[4, 1\] beside a.weight \[4, 16\]",
         ),
+        (
+            {"a.weight_packed": np.zeros((4, 16), np.uint8)},
+            COMPRESSED,
+            r"a.weight_packed in .*: its scales a.weight_scale are missing",
+        ),
+        (
+            {"a.weight_packed": np.zeros(16, np.uint8), "a.weight_scale": np.zeros(1, np.uint8)},
+            COMPRESSED,
+            r"a.weight_packed in .*: shape is \[16\], expected \[N, K/2\], two codes a byte",
+        ),
+        (
+            {f"{BLOCK}.down_proj_blocks": np.zeros((3, 64, 16), np.uint8)},
+            GPT_OSS,
+            r"down_proj_blocks in .*: shape is \[3, 64, 16\], expected \[E, N, K/32, 16\], two codes a byte",
+        ),
+        (
+            {
+                f"{BLOCK}.gate_up_proj_blocks": np.zeros((3, 1, 2, 16), np.uint8),
+                f"{BLOCK}.gate_up_proj_scales": np.zeros((3, 1, 2), np.uint8),
+            },
+            GPT_OSS,
+            "1 rows do not divide into gate and up$",
+        ),
+        (
+            {f"{BLOCK}.gate_up_proj_bias": np.zeros((3, 1), np.float32)},
+            GPT_OSS,
+            "gate_up_proj_bias in .*: 1 rows do not divide into gate and up$",
+        ),
+        (
+            {
+                f"{OTHER}.gate_up_proj": np.zeros((3, 64, 16), np.int8),
+                f"{OTHER}.gate_up_proj_scale_inv": np.zeros((3, 64, 1), np.uint8).view(E8M0),
+            },
+            GPT_OSS,
+            r"1.mlp.experts.gate_up_proj in .*: experts in 4 bits that lie as \[E, K, N\]",
+        ),
     ],
 )  # fmt: skip
 def test_what_does_not_fit(tmp_path, change, quantization, error):
     tensors = {name: array for name, array in (gpt_oss() | change).items() if array is not None}
     with pytest.raises(CheckpointError, match=error):
         Reader(write(tmp_path / "in", tensors, quantization, model_type="gpt_oss"))
+
+
+PACKED = {"weight": np.zeros((4, 16), np.int8), "scale": np.zeros((4, 1), np.uint8).view(E8M0)}
+
+
+@pytest.mark.filterwarnings("ignore:.*could not build this model:UserWarning")
+@pytest.mark.parametrize(
+    "tensors, quantization, error",
+    [
+        (gpt_oss(), None, r"gate_up_proj_blocks in .*: is in MXFP4, .*config.json has no quantization_config"),
+        ({f"a.{name}": x for name, x in PACKED.items()}, None, "a.weight in .*: is in MXFP4, .*no quantization_config"),
+        (
+            {f"embed_tokens.{name}": x for name, x in PACKED.items()},
+            GPT_OSS,
+            r"embed_tokens.weight in .*: is in MXFP4, .*its scales \(it is no matrix of a linear layer",
+        ),
+        (
+            {f"conv.{name}": x[:, None] for name, x in PACKED.items()},
+            GPT_OSS,
+            r"conv.weight in .*: is in MXFP4, .*its scales \(it is no matrix of a linear layer",
+        ),
+        (
+            {f"{BLOCK}.down_proj{name}": x[None] for name, x in zip(("", "_scale_inv"), PACKED.values())}
+            | {f"{BLOCK}.down_proj_bias": np.zeros((1, 4), np.float32)},
+            {"quant_method": "fp8", "activation_scheme": "dynamic"},
+            r"down_proj in .*: is in MXFP4, .*its scales \(experts in one tensor, with biases",
+        ),
+    ],
+)
+@pytest.mark.parametrize("recipe", [None, "bf16"])
+def test_what_no_config_describes_is_not_copied(tmp_path, tensors, quantization, error, recipe):
+    """It appears in 8 bits: as such it would be something else to others."""
+    source = write(tmp_path / "in", tensors, quantization, model_type="any")
+    with pytest.raises(CheckpointError, match=error):
+        fp8x.plan(source, recipe)
+    assert inspect(source).bytes == sum(array.nbytes for array in tensors.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*could not build this model:UserWarning")
+def test_others_by_such_names_are_copied(tmp_path):
+    tensors = {
+        "a.weight": np.ones((4, 32), np.float32),
+        "b_blocks": np.ones((2, 4, 2, 16), np.uint8),
+        f"{BLOCK}.down_proj": np.arange(6, dtype=np.float32).reshape(2, 3),
+        f"{OTHER}.down_proj": np.arange(2, dtype=np.float32),
+    }
+    fp8x.convert(write(tmp_path / "in", tensors, None, model_type="gpt_oss"), tmp_path / "out")
+    found = {name: content for name, (_, _, content) in contents(tmp_path / "out")["model.safetensors"].items()}
+    assert found == {name: array.tobytes() for name, array in tensors.items()}
+
+
+@pytest.mark.filterwarnings("ignore:.*could not build this model:UserWarning")
+@pytest.mark.parametrize(
+    "recipe, format", [(None, None), ("bf16", None), (None, "mxfp4"), (None, "mxfp4-pack-quantized")]
+)
+@pytest.mark.parametrize("shape", [(0, 4, 2), (2, 0, 2), (2, 4, 0)])
+def test_nothing_in_4_bits(tmp_path, shape, recipe, format):
+    tensors = gpt_oss() | {
+        f"{OTHER}.gate_up_proj_blocks": np.zeros((*shape, 16), np.uint8),
+        f"{OTHER}.gate_up_proj_scales": np.zeros(shape, np.uint8),
+    }
+    fp8x.convert(write(tmp_path / "in", tensors, GPT_OSS, model_type="gpt_oss"), tmp_path / "out", recipe, format)
+    reader, (_, n, k) = Reader(tmp_path / "out"), shape
+    for e in range(shape[0]):
+        for part in ("gate_proj", "up_proj"):
+            assert read(reader, f"{OTHER}.{e}.{part}.weight").shape == (n // 2, 32 * k)
+
+
+@pytest.mark.filterwarnings("ignore:.*could not build this model:UserWarning")
+def test_some_experts_in_16_bits(tmp_path):
+    """A tensor of all experts holds all, or none: what is left of them goes one by one."""
+    source = write(tmp_path / "in", gpt_oss(), GPT_OSS, model_type="gpt_oss")
+    rules = {r".*experts\.[01]\..*": None}
+    fp8x.convert(source, tmp_path / "out", "mxfp8_bf16", rules=rules)
+    experts = [name for name in contents(tmp_path / "out")["model.safetensors"] if ".experts." in name]
+    assert all(name.startswith(tuple(f"{BLOCK}.{e}." for e in range(3))) for name in experts)
+    assert len(experts) == 3 * 3 * 2 + 3
+    for each in (rules, {r".*down_proj": None}):
+        with pytest.raises(CheckpointError, match=r"'mxfp4' holds gate, up and down of all .*0\.\w+_proj.* in 16"):
+            fp8x.convert(source, tmp_path / "no", "mxfp8_bf16", "mxfp4", rules=each)
+
+
+@pytest.mark.filterwarnings("ignore:.*could not build this model:UserWarning")
+def test_a_layer_s_experts_in_16_bits(tmp_path):
+    """They are one tensor beside those in 4 bits, and config.json names them."""
+    tensors = gpt_oss()
+    experts = [name for name in tensors if name.startswith(BLOCK)]
+    tensors |= {name.replace(BLOCK, OTHER): tensors[name] for name in experts}
+    source = write(tmp_path / "in", tensors, GPT_OSS, model_type="gpt_oss")
+    fp8x.convert(source, tmp_path / "out", "mxfp8_bf16", "mxfp4", rules={r"model\.layers\.1\.mlp\.experts\..*": None})
+    found = contents(tmp_path / "out")
+    assert found["config.json"]["quantization_config"]["modules_to_not_convert"] == [*KEPT, OTHER]
+    kinds = {name: kind for name, (kind, _, _) in found["model.safetensors"].items() if name.startswith(OTHER)}
+    assert kinds == {
+        f"{OTHER}.{name}{part}": "BF16" for name in ("gate_up_proj", "down_proj") for part in ("", "_bias")
+    }
+    assert all(found["model.safetensors"][name][2] == tensors[name].tobytes() for name in experts)
+    fp8x.convert(tmp_path / "out", tmp_path / "back")
+    assert contents(tmp_path / "back")["model.safetensors"][f"{OTHER}.gate_up_proj"][0] == "BF16"
+
+
+@pytest.mark.filterwarnings("ignore:.*could not build this model:UserWarning")
+@pytest.mark.parametrize("recipe, format", [("bf16", None), (None, "mxfp4")])
+def test_a_bias_that_is_missing(tmp_path, recipe, format):
+    fp8x.convert(write(tmp_path / "in", gpt_oss(), GPT_OSS, model_type="gpt_oss"), tmp_path / "mxfp8")
+    reader, lost = Reader(tmp_path / "mxfp8"), f"{BLOCK}.1.up_proj.bias"
+    rest = {name: read(reader, name) for name in reader if name != lost}
+    source = write(tmp_path / "lost", rest, dict(reader.config["quantization_config"]), model_type="gpt_oss")
+    with pytest.raises(CheckpointError, match=rf"{lost} is missing from .*lost, which has biases of other experts"):
+        fp8x.plan(source, recipe, format)
 
 
 @pytest.mark.filterwarnings("ignore:.*could not build this model:UserWarning")
@@ -408,6 +635,8 @@ def test_an_origin_that_says_something_else(tmp_path):
         ("{", "is not JSON"),
         ('{"quantization_config": 3}', "quantization_config is 3, expected an object"),
         ('{"quantization_config": {}, "index": {"weight_map": {"a": "../a"}}}', "has no weight_map"),
+        # Where it is, nobody looks for others.
+        ('{"quantization_config": {}, "index": {"weight_map": {"a": "model.safetensors"}}}', "has no weight_map"),
     ):
         file.write_text(content)
         with pytest.warns(UserWarning, match=f"{warning}.*; it is not used"):
@@ -420,6 +649,47 @@ def test_an_origin_that_says_something_else(tmp_path):
     assert [each.name for each in sorted((tmp_path / "back").iterdir())] == ["config.json", "model.safetensors"]
     # What is quantized anew is like the origin no more.
     assert "fp8x_origin.json" in fp8x.plan(tmp_path / "mxfp8", "bf16").companions.left
+
+
+KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "mxfp8-quantized"},
+        {"format": "mixed-precision"},
+        {"ignore": ["lm_head", "model.layers.0.up_proj"]},
+        {"kv_cache_scheme": None},
+        {"quant_method": "mxfp4"},
+    ],
+)
+def test_an_origin_whose_words_are_true_no_more(tmp_path, change):
+    """Then the destination is described anew."""
+    rng = np.random.default_rng(1)
+    tensors: dict[str, np.ndarray] = {f"model.layers.0.self_attn.{x}_scale": np.ones(1, np.float32) for x in "kv"}
+    tensors["model.layers.0.up_proj.weight_packed"] = rng.integers(0, 256, (96, 32), np.uint8)
+    tensors["model.layers.0.up_proj.weight_scale"] = rng.integers(0, 255, (96, 2), np.uint8)
+    stated = COMPRESSED | {"kv_cache_scheme": KV_CACHE}
+    source = directory(tmp_path / "in", tensors, {"model_type": "any", "quantization_config": stated})
+    fp8x.convert(source, tmp_path / "mxfp8")
+    file = tmp_path / "mxfp8" / "fp8x_origin.json"
+    said = json.loads(file.read_text())
+    assert fp8x.plan(tmp_path / "mxfp8", format="mxfp4-pack-quantized").config["quantization_config"] == stated
+    file.write_text(json.dumps(said | {"quantization_config": stated | change}))
+    fp8x.convert(tmp_path / "mxfp8", tmp_path / "back", format="mxfp4-pack-quantized")
+    written = json.loads((tmp_path / "back" / "config.json").read_text())["quantization_config"]
+    assert written["format"] == "mxfp4-pack-quantized" and "experts" not in written["config_groups"]
+    assert written["kv_cache_scheme"]["num_bits"] == 8 and "model.layers.0.up_proj" not in written["ignore"]
+    assert contents(tmp_path / "back")["model.safetensors"] == contents(source)["model.safetensors"]
+
+
+def test_an_origin_beside_other_blocks_stays_behind(tmp_path):
+    source = write(tmp_path / "in", {"a.up_proj.weight": np.ones((128, 128), np.float32)}, None)
+    fp8x.convert(source, tmp_path / "fp8", "fp8_e4m3fn_bf16_block_scale")
+    (tmp_path / "fp8" / "fp8x_origin.json").write_text(json.dumps({"quantization_config": COMPRESSED, "index": None}))
+    plan = fp8x.plan(tmp_path / "fp8", format="fp8")
+    assert "fp8x_origin.json" in plan.companions.left and "fp8x_origin.json" not in plan.beside
 
 
 def test_experts_of_another_kind_in_one_tensor(tmp_path):
@@ -462,3 +732,31 @@ def test_what_inspect_says(tmp_path):
     row = rows[f"{BLOCK}.*.up_proj.weight"]
     assert (row.stored_as, row.shape, row.bytes) == ("mxfp4", (3, 96, 64), 3 * 96 * (32 + 2))
     assert inspect(source).bytes == sum(array.nbytes for array in gpt_oss().values())
+
+
+def test_deepseek_v4_says_no_more_that_experts_are_in_4_bits(tmp_path):
+    packed, scale = ALL_BYTES[:64].view(np.int8), ALL_SCALES[100:164].view(E8M0)
+    quantization = {
+        "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "scale_fmt": "ue8m0",
+    }  # fmt: skip
+    tensors = {
+        "layers.0.ffn.experts.0.w1.weight": packed,
+        "layers.0.ffn.experts.0.w1.scale": scale,
+        "layers.0.attn.wkv.weight": np.ones((128, 256), ml_dtypes.float8_e4m3fn),
+        "layers.0.attn.wkv.scale": np.full((1, 2), 120, np.uint8).view(E8M0),
+        "layers.0.attn.attn_sink": np.ones(4, np.float32),
+    }
+    source = write(tmp_path / "in", tensors, quantization, model_type="deepseek_v4", expert_dtype="fp4")
+    plan = fp8x.plan(source)
+    assert plan.left_fields == {"expert_dtype": "experts are not in 4 bits any more, and vLLM would take them so"}
+    fp8x.convert(plan, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "expert_dtype" not in config and config["quantization_config"]["format"] == "mixed-precision"
+    reader = Reader(tmp_path / "out")
+    found = of_reader(reader, "layers.0.ffn.experts.0.w1")
+    assert found.tobytes() == values(ALL_BYTES[:64], ALL_SCALES[100:164]).tobytes()
+    assert read(reader, "layers.0.attn.wkv.weight_scale").tolist() == [[2.0**-7, 2.0**-7]]
+    # And all of it in blocks, in DeepSeek's own format.
+    fp8x.convert(source, tmp_path / "blocks", "fp8_e4m3fn_bf16_block_scale", "fp8")
+    exactness = inspect(tmp_path / "blocks", reference=source).exactness
+    assert exactness.values == 64 * 512 + 128 * 256 and exactness.blocks == 4 + 2

@@ -177,6 +177,14 @@ def test_a_file_that_is_truncated_in_use_is_an_error_and_no_signal(tiny_checkpoi
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_a_reader_that_outlives_all_else_ends_without_a_word(single):
+    """As one that a traceback holds while the interpreter ends, and empties modules."""
+    code = "import codecs, sys; from fp8x.checkpoint import Reader; r = codecs.kept = Reader(sys.argv[1]); "
+    code += "s = r.stored('F32'); r.read('F32', shapes=[s.shape], dtypes=[s.dtype])"
+    run = subprocess.run([sys.executable, "-c", code, str(single)], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 def test_unexpected_tensor(single):
     reader = Reader(single)
     with pytest.raises(

@@ -342,6 +342,36 @@ class TestGptOss:
             texts = generate(model, ids, max_new_tokens=16)
             np.testing.assert_array_equal(texts, np.concatenate([ids, golden.tensors["generated"]], axis=1))
 
+    @pytest.mark.parametrize(
+        ("dtypes", "expected"),
+        [
+            ({"BF16"}, "bfloat16"),
+            ({"F16"}, "float16"),
+            ({"F32"}, "float32"),
+            ({"BF16", "F32"}, "float32"),
+        ],
+        ids=str,
+    )
+    def test_without_a_word_no_parameter_is_rounded(self, dtypes, expected, tmp_path):
+        """config.json names no type, as the published ones; parameters may be in another than theirs."""
+        golden = read_golden("gpt_oss_mxfp4")
+        hf = {name: value for name, value in golden.hf.items() if name != "torch_dtype"}
+        types = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
+        with Writer(tmp_path / "in") as writer:
+            for name, array in load_file(golden.path / "model.safetensors").items():
+                floats = types[max(dtypes) if name.endswith("bias") else min(dtypes)]
+                writer.add(name, array if array.dtype == np.uint8 else array.astype(floats))
+            writer.add_json("config.json", hf)
+        model = fp8x.load(tmp_path / "in")
+        assert model.config.dtype == expected
+        fp8x.save(model, tmp_path / "saved", "mxfp4")
+        assert_same(fp8x.load(tmp_path / "saved"), model)
+        assert json.loads((tmp_path / "saved" / "config.json").read_text()).get("dtype", "bfloat16") == expected
+        fp8x.convert(tmp_path / "in", tmp_path / "mxfp8")
+        assert_same(fp8x.load(tmp_path / "mxfp8"), model)
+        fp8x.convert(tmp_path / "in", tmp_path / "bf16", "bf16")
+        assert_same(fp8x.load(tmp_path / "bf16"), fp8x.load(tmp_path / "in", "bf16"))
+
     @pytest.mark.sample
     @pytest.mark.parametrize(
         ("recipe", "format"),

@@ -151,3 +151,14 @@ def test_nonfinite_weights_are_named(tmp_path):
     (tmp_path / "config.json").write_text((GOLDENS / "mixtral" / "config.json").read_text())
     with pytest.raises(CheckpointError, match=rf"{name} in .*: holds 1 NaN or Inf"):
         fp8x.load(tmp_path, "mxfp8_bf16", mesh_of(expert=2))
+
+
+@pytest.mark.parametrize("mesh", [None, {"expert": 2}])
+def test_values_beyond_the_model_s_type_are_named(tmp_path, mesh):
+    stored = Reader(GOLDENS / "gpt_oss_mxfp4").stored("model.layers.0.mlp.experts.3.up_proj.weight_scale")
+    shutil.copytree(GOLDENS / "gpt_oss_mxfp4", tmp_path / "model")
+    with (tmp_path / "model" / "model.safetensors").open("r+b") as file:
+        file.seek(stored.start + 2 * 7)  # up's fourth row: gate and up alternate, with two scales each
+        file.write(bytes([200]))
+    with pytest.raises(CheckpointError, match=r"experts\.3\.up_proj\.weight in .*: \d+ values or more are beyond"):
+        fp8x.load(tmp_path / "model", "f16", mesh and mesh_of(**mesh))
