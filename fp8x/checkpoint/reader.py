@@ -1,11 +1,12 @@
 """`Reader`: the tensors of a Hugging Face directory, checked before anyone computes with them."""
 
 import contextlib
+import dataclasses
 import itertools
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -169,19 +170,35 @@ class Reader:
             CheckpointError: no such tensor, or a file that has changed since its header was read.
         """
         tensor = self.stored(name)
-        with _explained(tensor.file):
-            with self._lock:
-                if tensor.file not in self._files:
-                    self._files[tensor.file] = _File(tensor.file)
-                file = self._files[tensor.file]
+        with self._opened(tensor.file) as file:
             if tensor.view is None or not buffer.size:
                 _read_bytes(file, tensor, name, tensor.start + start, buffer)
             elif tensor.view.is_transposed:
                 _read_columns(file, tensor, name, start, buffer)
             else:
-                _read_rows(file, tensor, name, start, buffer)
+                _read_rows(file, [tensor], name, start, [buffer])
+
+    def read_together(self, names: Sequence[str], buffers: Sequence[np.ndarray]) -> None:
+        """`read_into` of whole tensors; those whose rows lie in turn, as gpt-oss's gate and up do, are read at once."""
+        tensors = [self.stored(name) for name in names]
+        if len(names) > 1 and _lie_in_turn(tensors) and buffers[0].size:
+            with self._opened(tensors[0].file) as file:
+                _read_rows(file, tensors, names[0], 0, buffers)
+            return
+        for name, buffer in zip(names, buffers, strict=True):
+            self.read_into(name, 0, buffer)
+
+    @contextlib.contextmanager
+    def _opened(self, path: Path) -> Iterator["_File"]:
+        """A file, in which what is read inside the block is what lay there when its header was read."""
+        with _explained(path):
+            with self._lock:
+                if path not in self._files:
+                    self._files[path] = _File(path)
+                file = self._files[path]
+            yield file
             # Afterwards: what was written before or meanwhile shows, a file in its place is none of ours.
-            self._check_unchanged(tensor.file, os.fstat(file.descriptor))
+            self._check_unchanged(path, os.fstat(file.descriptor))
 
     def close(self) -> None:
         """Closes the files; what is read after that opens them again."""
@@ -273,22 +290,30 @@ def _read_columns(file: _File, tensor: Stored, name: str, start: int, buffer: np
     rows[:] = band[:, :: view.step].T
 
 
-def _read_rows(file: _File, tensor: Stored, name: str, start: int, buffer: np.ndarray) -> None:
-    """Whole rows of a matrix that lie among others, or in 4 bits; some at a time."""
-    view, row = tensor.view, tensor.row_bytes
-    rows = buffer.reshape(-1).view(np.uint8).reshape(-1, row)
-    line = row // 2 if view.is_packed else row
-    at_once = max(BAND // max(line * view.step, 1), 1)
-    band = np.empty((min(at_once, len(rows)) * view.step, line), np.uint8)
-    for done in range(0, len(rows), at_once):
-        part = rows[done : done + at_once]
-        lines = band[: (len(part) - 1) * view.step + 1]
-        first = view.first + (start // row + done) * view.step
-        _read_bytes(file, tensor, name, tensor.start + first * line, lines)
-        if view.is_packed:
-            unpack(lines[:: view.step], part)
-        else:
-            part[:] = lines[:: view.step]
+def _lie_in_turn(tensors: Sequence[Stored]) -> bool:
+    """Whether they are of one shape, and rows of the same bytes."""
+    where = {(t.file, t.start, t.stop, t.shape, t.view and dataclasses.replace(t.view, first=0)) for t in tensors}
+    return len(where) == 1 and tensors[0].view is not None and not tensors[0].view.is_transposed
+
+
+def _read_rows(file: _File, tensors: Sequence[Stored], name: str, start: int, buffers: Sequence[np.ndarray]) -> None:
+    """Whole rows of a matrix that lie among others, or in 4 bits; some at a time. Or of several that lie in turn."""
+    tensor, view, row = tensors[0], tensors[0].view, tensors[0].row_bytes
+    wholes = [buffer.reshape(-1).view(np.uint8).reshape(-1, row) for buffer in buffers]
+    line, count = row // 2 if view.is_packed else row, len(wholes[0])
+    first, last = (choose(each.view.first for each in tensors) for choose in (min, max))
+    at_once = min(max(BAND // max(line * view.step, 1), 1), count)
+    band = np.empty((at_once * view.step + last - first, line), np.uint8)
+    for done in range(0, count, at_once):
+        size = min(at_once, count - done)
+        lines = band[: (size - 1) * view.step + 1 + last - first]
+        _read_bytes(file, tensor, name, tensor.start + (first + (start // row + done) * view.step) * line, lines)
+        for each, whole in zip(tensors, wholes, strict=True):
+            part, mine = whole[done : done + size], lines[each.view.first - first :: view.step][:size]
+            if view.is_packed:
+                unpack(mine, part)
+            else:
+                part[:] = mine
 
 
 def read_json(file: Path) -> dict[str, Any]:

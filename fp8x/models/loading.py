@@ -18,7 +18,7 @@ from fp8x.checkpoint import Format, Reader
 from fp8x.checkpoint.exact import count_flushed, warn_of_flushed
 from fp8x.checkpoint.finite import check_overflow, count_nonfinite, is_finite, nonfinite_error
 from fp8x.checkpoint.format import MatrixScales, stored_recipes, weight_spec
-from fp8x.checkpoint.header import DTYPE_NAMES, UNQUANTIZED
+from fp8x.checkpoint.header import DTYPE_NAMES, DTYPES, UNQUANTIZED
 from fp8x.checkpoint.kv_cache import QUERIES, read_kv_scales
 from fp8x.checkpoint.reader import aligned
 from fp8x.checkpoint.requantize import Requantize, choose
@@ -168,7 +168,7 @@ class Loader:
             if isinstance(names, str):
                 variable.set_value(self._array(names, variable.shape, variable.dtype))
             else:
-                variable.set_value(self._stack(names, variable.shape, self._array))
+                variable.set_value(self._stack(names, variable.shape, self._read_into))
         for path, names in self.names.items():
             recipe, shape = recipes[path], self.shapes[path]
             if recipe is not None:
@@ -188,18 +188,12 @@ class Loader:
             return GroupedLinear.from_arrays(weight, recipe, bias=bias)
         data, scale = aligned(shape, scheme.dtype), aligned(scheme.scale_shape(shape), scheme.scale_dtype)
         stored = self.stored[path]
-
-        def fill(index: tuple[int, ...], prefix: str) -> np.ndarray | None:
-            given = self._fill(prefix, stored, recipe, data[index], scale[index])
-            if stored is not None:
-                self._finish(*self._tensors(prefix, stored, shape[-2:]))
-            return given
-
-        jobs = [functools.partial(fill, *each) for each in flat(names)]
-        # What is quantized now is computed on all cores already; what is only read is not.
-        is_read = stored is not None and stored.weight == recipe.weight
-        given = Threads(None, 0, 0).run(jobs) if is_read and len(jobs) > 1 else [job() for job in jobs]
-        given = [each for each in given if each is not None]
+        if stored is not None and stored.weight == recipe.weight:
+            given = self._copy_all(names, stored, data, scale)
+        else:
+            given = [self._fill(prefix, stored, recipe, data[index], scale[index]) for index, prefix in flat(names)]
+        keeps_scale = recipe == stored or recipe.needs_calibration
+        given = [each for each in given if each is not None and keeps_scale]
         # One scale quantizes what all experts read. Where they differ the largest clips none, as in vLLM.
         input_scale = functools.reduce(np.maximum, given) if given else None
         weight = ScaledArray(jax.device_put(data), jax.device_put(scale), scheme)
@@ -207,10 +201,43 @@ class Loader:
         kind = Linear if isinstance(names, str) else GroupedLinear
         return kind.from_arrays(weight, recipe, bias=bias, input_scale=input_scale)
 
+    def _copy_all(self, names: Names, stored: Recipe, data: np.ndarray, scale: np.ndarray) -> list[np.ndarray | None]:
+        """`_copy` of a layer's matrices, by expert on all cores: what quantizes computes on these by itself."""
+        if isinstance(names, str):
+            return self._copy(stored, {names: (data, scale)})
+        jobs = [
+            functools.partial(
+                self._copy, stored, {prefix: (data[e][index], scale[e][index]) for index, prefix in flat(expert)}
+            )
+            for e, expert in enumerate(names)
+        ]
+        return [each for several in Threads(None, 0, 0).run(jobs) for each in several]
+
+    def _copy(self, stored: Recipe, places: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray | None]:
+        """Puts matrices in 8 bits into their places, as stored: data and scale by prefix. Gives their static activation
+        scales."""
+        shape = next(iter(places.values()))[0].shape
+        found = {prefix: self._scales(prefix, stored, shape) for prefix in places}
+        for prefix, (_, scale) in places.items():
+            scale[...] = found[prefix].scale
+        names = [f"{prefix}.weight" for prefix in places]
+        if all(each.translation is None for each in found.values()):
+            for name in names:
+                self.reader.check_there(name)
+            self.reader.read_together(names, [data for data, _ in places.values()])
+        else:
+            for prefix, (data, _) in places.items():
+                data[...] = found[prefix].codes(prefix, stored, shape, self.reader)
+        for name, prefix, (data, _) in zip(names, places, places.values()):
+            if not self.reader.stored(name).is_packed:  # e2m1 has neither NaN nor Inf
+                self._check_finite(name, data)
+            self._finish(*self._tensors(prefix, stored, shape))
+        return [each.input_scale for each in found.values()]
+
     def _fill(
         self, prefix: str, stored: Recipe | None, recipe: Recipe, data: np.ndarray, scale: np.ndarray
     ) -> np.ndarray | None:
-        """Puts one matrix in 8 bits into its place, as stored or quantized now; gives its static activation scale."""
+        """Quantizes one matrix into its place; gives its static activation scale."""
         name = f"{prefix}.weight"
         if stored is None:
             # Non-finite values are settled: `_array` has looked.
@@ -219,22 +246,13 @@ class Loader:
             data[...], scale[...] = weight.data, weight.scale
             return None
         found = self._scales(prefix, stored, data.shape)
-        if stored.weight != recipe.weight:
-            codes = found.codes(prefix, stored, data.shape, self.reader)
-            source = ScaledArray(codes, found.scale, stored.weight)
-            warn_of_flushed(name, count_flushed(source), source.data.size)
-            self._check_finite(name, np.asarray(dequantized(source)))
-            weight = requantized(source, scheme=recipe.weight)
-            data[...], scale[...] = weight.data, weight.scale
-        elif found.translation is not None:
-            data[...], scale[...] = found.codes(prefix, stored, data.shape, self.reader), found.scale
-            self._check_finite(name, data)
-        else:
-            scale[...] = found.scale
-            self.reader.check_there(name)
-            self.reader.read_into(name, 0, data)
-            self._check_finite(name, data)
-        return found.input_scale if recipe == stored or recipe.needs_calibration else None
+        source = ScaledArray(found.codes(prefix, stored, data.shape, self.reader), found.scale, stored.weight)
+        warn_of_flushed(name, count_flushed(source), source.data.size)
+        self._check_finite(name, np.asarray(dequantized(source)))
+        weight = requantized(source, scheme=recipe.weight)
+        data[...], scale[...] = weight.data, weight.scale
+        self._finish(*self._tensors(prefix, stored, data.shape))
+        return found.input_scale
 
     def _scales(self, prefix: str, stored: Recipe, shape: tuple[int, ...]) -> MatrixScales:
         """What is stored beside the codes of one matrix in 8 bits."""
@@ -247,14 +265,32 @@ class Loader:
 
     def _matrices(self, names: Names, stored: Recipe | None, shape: tuple[int, ...]) -> Array:
         """The experts' matrices in one array."""
-        return self._stack(names, shape, lambda prefix, shape: self._matrix(prefix, stored, shape))
 
-    def _stack(self, names: Names, shape: tuple[int, ...], read: Callable[[str, tuple[int, ...]], Array]) -> Array:
-        """What every expert has, in one array, from `read(name, shape)` of each."""
+        def fill(prefix: str, out: np.ndarray) -> None:
+            if stored is None:
+                self._read_into(f"{prefix}.weight", out)
+            else:
+                out[...] = self._matrix(prefix, stored, out.shape)
+
+        return self._stack(names, shape, fill)
+
+    def _stack(self, names: Names, shape: tuple[int, ...], fill: Callable[[str, np.ndarray], None]) -> Array:
+        """What every expert has, in one array, by `fill(name, its part)` of each."""
         stack = aligned(shape, self.dtype)
         for index, name in flat(names):
-            stack[index] = read(name, shape[len(index) :])
+            fill(name, stack[index])
         return jax.device_put(stack)
+
+    def _read_into(self, name: str, out: np.ndarray) -> None:
+        """An unquantized tensor to its place: read there, or cast from another type by XLA."""
+        stored = self.reader.check(name, shapes=[out.shape], dtypes=UNQUANTIZED)
+        if DTYPES[stored.dtype] != out.dtype:
+            out[...] = self._array(name, out.shape, out.dtype)
+            return
+        self.reader.check_there(name)
+        self.reader.read_into(name, 0, out)
+        self._check_finite(name, out)
+        self._finish(name)
 
     def _matrix(self, prefix: str, stored: Recipe | None, shape: tuple[int, ...]) -> Array:
         """One matrix in the model's type."""
@@ -274,7 +310,7 @@ class Loader:
         """An unquantized tensor, in the model's type unless another is given."""
         stored = self.reader.read(name, shapes=[shape], dtypes=UNQUANTIZED)
         self._check_finite(name, stored)
-        array = jnp.array(stored)
+        array = jax.device_put(stored)  # on CPU the same memory
         self._finish(name)
         return array.astype(dtype or self.dtype)
 

@@ -760,3 +760,23 @@ def test_deepseek_v4_says_no_more_that_experts_are_in_4_bits(tmp_path):
     fp8x.convert(source, tmp_path / "blocks", "fp8_e4m3fn_bf16_block_scale", "fp8")
     exactness = inspect(tmp_path / "blocks", reference=source).exactness
     assert exactness.values == 64 * 512 + 128 * 256 and exactness.blocks == 4 + 2
+
+
+@pytest.mark.parametrize("band", [1, 100, 1 << 19])
+def test_gate_and_up_read_at_once(tmp_path, monkeypatch, band):
+    """And what does not lie in turn one after the other."""
+    monkeypatch.setattr("fp8x.checkpoint.reader.BAND", band)
+    tensors = gpt_oss()
+    reader = Reader(write(tmp_path / "in", tensors, GPT_OSS, model_type="gpt_oss"))
+    for names in (
+        [f"{BLOCK}.2.gate_proj.weight", f"{BLOCK}.2.up_proj.weight"],
+        [f"{BLOCK}.2.up_proj.weight", f"{BLOCK}.2.gate_proj.weight"],
+        [f"{BLOCK}.1.up_proj.bias", f"{BLOCK}.1.gate_proj.bias"],
+        [f"{BLOCK}.0.up_proj.weight", f"{BLOCK}.1.up_proj.weight"],
+        [f"{BLOCK}.0.down_proj.weight", "model.layers.0.mlp.router.weight"],
+        [f"{BLOCK}.0.down_proj.weight"],
+    ):
+        expected = [read(reader, name) for name in names]
+        found = [np.empty_like(each) for each in expected]
+        reader.read_together(names, found)
+        assert [each.tobytes() for each in found] == [each.tobytes() for each in expected]
