@@ -1,7 +1,6 @@
 """`Reader`: the tensors of a Hugging Face directory, checked before anyone computes with them."""
 
 import contextlib
-import dataclasses
 import itertools
 import math
 import os
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fp8x.checkpoint import views
 from fp8x.checkpoint.downloads import HEAD, check_download, unfinished
 from fp8x.checkpoint.flattened import is_flattened, undescribed, unflattened
 from fp8x.checkpoint.fused import unfused
@@ -21,7 +21,7 @@ from fp8x.checkpoint.header import DTYPES as DTYPES
 from fp8x.checkpoint.header import Stored as Stored
 from fp8x.checkpoint.header import parse_object, read_header
 from fp8x.checkpoint.noted import Noted
-from fp8x.checkpoint.packed import unpack, unpacked
+from fp8x.checkpoint.packed import unpacked
 from fp8x.checkpoint.source import source_directory
 from fp8x.errors import CheckpointError
 
@@ -32,16 +32,13 @@ LEGACY = "hf_quant_config.json"
 QUANTIZATION, OLDER = "quantization_config", "compression_config"  # in config.json
 DESCRIPTION = "fp8x.json"  # in the place of config.json, where the model is no Hugging Face one
 
-PIECE = 1 << 23  # bytes of one call to the system, between which Ctrl-C is heard
-BAND = 1 << 19  # bytes of rows that lie among others: they go through a buffer that stays in cache
-
 
 class Reader:
     """A Hugging Face directory: `config.json`, and `model.safetensors` or several files with an index.
 
     Only headers are read when one is built; a tensor's bytes are read when they are used. Experts that are fused on
     disk appear one by one (`fused.py`), and what they are of is known by its own name, too, but not listed. torchao's
-    tensors appear under the names of all others (`flattened.py`).
+    tensors appear under the names of all others (`flattened.py`), and what is in MXFP4 as MXFP8 (`packed.py`).
 
     Arguments:
         config: the JSON file beside the tensors; where it is `fp8x.json`, tensors appear as they are named on disk.
@@ -60,7 +57,7 @@ class Reader:
 
     def __init__(self, path: str | Path, *, config: str = CONFIG):
         self._tensors: dict[str, Stored] = {}
-        self._files: dict[Path, _File] = {}
+        self._files: dict[Path, views.OpenFile] = {}
         self._lock = threading.Lock()
         self._identities: dict[Path, tuple[int, ...]] = {}
         with _explained(Path(path)):
@@ -172,29 +169,29 @@ class Reader:
         tensor = self.stored(name)
         with self._opened(tensor.file) as file:
             if tensor.view is None or not buffer.size:
-                _read_bytes(file, tensor, name, tensor.start + start, buffer)
+                views.read_bytes(file, tensor, name, tensor.start + start, buffer)
             elif tensor.view.is_transposed:
-                _read_columns(file, tensor, name, start, buffer)
+                views.read_columns(file, tensor, name, start, buffer)
             else:
-                _read_rows(file, [tensor], name, start, [buffer])
+                views.read_rows(file, [tensor], name, start, [buffer])
 
     def read_together(self, names: Sequence[str], buffers: Sequence[np.ndarray]) -> None:
         """`read_into` of whole tensors; those whose rows lie in turn, as gpt-oss's gate and up do, are read at once."""
         tensors = [self.stored(name) for name in names]
-        if len(names) > 1 and _lie_in_turn(tensors) and buffers[0].size:
+        if len(names) > 1 and views.lie_in_turn(tensors) and buffers[0].size:
             with self._opened(tensors[0].file) as file:
-                _read_rows(file, tensors, names[0], 0, buffers)
+                views.read_rows(file, tensors, names[0], 0, buffers)
             return
         for name, buffer in zip(names, buffers, strict=True):
             self.read_into(name, 0, buffer)
 
     @contextlib.contextmanager
-    def _opened(self, path: Path) -> Iterator["_File"]:
+    def _opened(self, path: Path) -> Iterator["views.OpenFile"]:
         """A file, in which what is read inside the block is what lay there when its header was read."""
         with _explained(path):
             with self._lock:
                 if path not in self._files:
-                    self._files[path] = _File(path)
+                    self._files[path] = views.OpenFile(path)
                 file = self._files[path]
             yield file
             # Afterwards: what was written before or meanwhile shows, a file in its place is none of ours.
@@ -214,16 +211,6 @@ class Reader:
     def _check_unchanged(self, file: Path, status: os.stat_result) -> None:
         if _identity(status) != self._identities[file]:
             raise CheckpointError(f"{file}: has changed since the checkpoint was opened; open it again")
-
-
-class _File:
-    """An open file, closed with the last reference: no thread reads from a descriptor that is another's by now."""
-
-    def __init__(self, path: Path):
-        self.descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self, close=os.close):  # bound here: at the interpreter's end modules are emptied first
-        close(self.descriptor)
 
 
 class Slices:
@@ -251,7 +238,7 @@ class Slices:
         width, shape = math.prod(self.shape[1:]) * self.dtype.itemsize, (len(rows), *map(len, rest))
         if shape[1:] == self.shape[1:]:
             return self._filled(aligned(shape, self.dtype), rows.start * width)
-        out, step = aligned(shape, self.dtype), max(PIECE // max(width, 1), 1)
+        out, step = aligned(shape, self.dtype), max(views.PIECE // max(width, 1), 1)
         part = aligned((min(step, len(rows)), *self.shape[1:]), self.dtype)
         for start in range(0, len(rows), step):
             piece = self._filled(part[: len(rows) - start], (rows.start + start) * width)
@@ -269,51 +256,6 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     room = np.empty(size + align, np.uint8)
     start = -room.ctypes.data % align
     return room[start : start + size].view(dtype).reshape(shape)
-
-
-def _read_bytes(file: _File, tensor: Stored, name: str, offset: int, buffer: np.ndarray) -> None:
-    view = memoryview(buffer.reshape(-1).view(np.uint8))
-    while view:
-        if not (count := os.preadv(file.descriptor, [view[:PIECE]], offset)):
-            raise CheckpointError(f"{tensor.file}: ends before {name} does; it has changed since it was opened")
-        view, offset = view[count:], offset + count
-
-
-def _read_columns(file: _File, tensor: Stored, name: str, start: int, buffer: np.ndarray) -> None:
-    """Whole rows of a matrix `[N, K]` that lies transposed: a piece of each of K rows of the file."""
-    size, k, view = DTYPES[tensor.dtype].itemsize, tensor.shape[1], tensor.view
-    rows = buffer.reshape(-1).view(f"u{size}").reshape(-1, k)
-    first = view.first + start // (k * size) * view.step
-    band = np.empty((k, (len(rows) - 1) * view.step + 1), rows.dtype)
-    for row in range(k):
-        _read_bytes(file, tensor, name, tensor.start + (row * view.lines + first) * size, band[row])
-    rows[:] = band[:, :: view.step].T
-
-
-def _lie_in_turn(tensors: Sequence[Stored]) -> bool:
-    """Whether they are of one shape, and rows of the same bytes."""
-    where = {(t.file, t.start, t.stop, t.shape, t.view and dataclasses.replace(t.view, first=0)) for t in tensors}
-    return len(where) == 1 and tensors[0].view is not None and not tensors[0].view.is_transposed
-
-
-def _read_rows(file: _File, tensors: Sequence[Stored], name: str, start: int, buffers: Sequence[np.ndarray]) -> None:
-    """Whole rows of a matrix that lie among others, or in 4 bits; some at a time. Or of several that lie in turn."""
-    tensor, view, row = tensors[0], tensors[0].view, tensors[0].row_bytes
-    wholes = [buffer.reshape(-1).view(np.uint8).reshape(-1, row) for buffer in buffers]
-    line, count = row // 2 if view.is_packed else row, len(wholes[0])
-    first, last = (choose(each.view.first for each in tensors) for choose in (min, max))
-    at_once = min(max(BAND // max(line * view.step, 1), 1), count)
-    band = np.empty((at_once * view.step + last - first, line), np.uint8)
-    for done in range(0, count, at_once):
-        size = min(at_once, count - done)
-        lines = band[: (size - 1) * view.step + 1 + last - first]
-        _read_bytes(file, tensor, name, tensor.start + (first + (start // row + done) * view.step) * line, lines)
-        for each, whole in zip(tensors, wholes, strict=True):
-            part, mine = whole[done : done + size], lines[each.view.first - first :: view.step][:size]
-            if view.is_packed:
-                unpack(mine, part)
-            else:
-                part[:] = mine
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 import fp8x
 from fp8x.checkpoint import Reader, Writer
-from fp8x.checkpoint import reader as reader_module
 from fp8x.checkpoint.convert import _jobs
 from fp8x.checkpoint.experts import ExpertJob
 from fp8x.checkpoint.header import DTYPES, read_header
@@ -333,8 +332,8 @@ def test_any_rows_of_any_shape(tmp_path_factory, data):
             expected[f"{OTHER}.{e}.{part}.weight"] = plain[e, :, first::2].T
             expected[f"{OTHER}.{e}.{part}.bias"] = plain[e, 0, first::2]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reader_module, "BAND", integers(1, 300))
-        patch.setattr(reader_module, "PIECE", integers(1, 300))
+        patch.setattr("fp8x.checkpoint.views.BAND", integers(1, 300))
+        patch.setattr("fp8x.checkpoint.views.PIECE", integers(1, 300))
         reader = Reader(write(path / "in", tensors, None, model_type="gpt_oss"))
         assert set(expected) <= set(reader)
         for name, array in expected.items():
@@ -765,7 +764,7 @@ def test_deepseek_v4_says_no_more_that_experts_are_in_4_bits(tmp_path):
 @pytest.mark.parametrize("band", [1, 100, 1 << 19])
 def test_gate_and_up_read_at_once(tmp_path, monkeypatch, band):
     """And what does not lie in turn one after the other."""
-    monkeypatch.setattr("fp8x.checkpoint.reader.BAND", band)
+    monkeypatch.setattr("fp8x.checkpoint.views.BAND", band)
     tensors = gpt_oss()
     reader = Reader(write(tmp_path / "in", tensors, GPT_OSS, model_type="gpt_oss"))
     for names in (

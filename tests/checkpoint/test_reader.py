@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-import fp8x
 from fp8x.checkpoint import Reader
 from fp8x.checkpoint.reader import DTYPES, INDEX, SINGLE
 from fp8x.errors import CheckpointError
@@ -79,7 +78,7 @@ SLICES = [
 
 @pytest.mark.parametrize("piece", [1, 12, 10**6])
 def test_slices_are_those_of_the_array(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(fp8x.checkpoint.reader, "PIECE", piece)
+    monkeypatch.setattr("fp8x.checkpoint.views.PIECE", piece)
     tensors = {"m": tensor(shape=(7, 3)), "s": tensor(shape=()), "v": tensor(shape=(7,)), "c": tensor(shape=(7, 3, 2))}
     save_file(tensors, tmp_path / SINGLE)
     (tmp_path / "config.json").write_text("{}")
