@@ -1,7 +1,6 @@
 """`ExpertJob`: what a conversion does for one expert whose matrices go into a tensor of all experts (`fusing.py`)."""
 
 import dataclasses
-import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -9,7 +8,7 @@ import numpy as np
 
 from fp8x.checkpoint import rows
 from fp8x.checkpoint.finite import check_overflow, is_finite
-from fp8x.checkpoint.fusing import FusedExperts, biases
+from fp8x.checkpoint.fusing import FusedExperts
 from fp8x.checkpoint.header import nbytes
 from fp8x.checkpoint.packed import pack
 from fp8x.checkpoint.parts import (
@@ -51,10 +50,10 @@ class ExpertJob:
     def names(self) -> list[str]:
         return [f"{prefix}.weight" for prefix in self.prefixes]
 
-    @functools.cached_property
+    @property
     def specs(self) -> dict[str, Spec]:
         """The tensors of all experts."""
-        return self.plan.fused_specs(self.fused)
+        return self.plan.fused_specs[self.fused.name]
 
     @property
     def bytes(self) -> int:
@@ -69,9 +68,9 @@ class ExpertJob:
 
     def run(self, work: "_Work") -> None:
         sources = [self._source(prefix) for prefix in self.prefixes]
-        for name, members in biases(self.reader, self.fused).items():
+        if members := self.plan.fused_biases.get(self.fused.bias):
             first = self.index * len(self.prefixes)
-            self._write_biases(work, name, members[first : first + len(self.prefixes)])
+            self._write_biases(work, members[first : first + len(self.prefixes)])
         if self.plan.targets[self.prefixes[0]].recipe is None:
             self._write_values(work, sources)
         else:
@@ -79,22 +78,23 @@ class ExpertJob:
 
     def _source(self, prefix: str) -> StoredMatrix:
         plan, stored = self.plan, self.plan.targets[prefix].stored
-        return quantized_matrix(plan.source_format, prefix, stored, self.reader, allow_nonfinite=plan.allow_nonfinite)[
-            0
-        ]
+        matrix, _ = quantized_matrix(
+            plan.source_format, prefix, stored, self.reader, allow_nonfinite=plan.allow_nonfinite
+        )
+        return matrix
 
     def _write(self, work: "_Work", name: str, offset: int, values: np.ndarray) -> None:
         """Writes a part of what this expert has in a tensor."""
         dtype, shape = self.specs[name]
         work.writer.write(name, self.index * nbytes(dtype, shape[1:]) + offset, values)
 
-    def _write_biases(self, work: "_Work", name: str, members: tuple[str, ...]) -> None:
+    def _write_biases(self, work: "_Work", members: tuple[str, ...]) -> None:
         stored = [self.reader.stored(member) for member in members]
         read = [self.reader.read(m, shapes=[s.shape], dtypes=[s.dtype]) for m, s in zip(members, stored)]
         for member, array in zip(members, read):
             if not self.plan.allow_nonfinite and not is_finite(array, DTYPE_NAMES[array.dtype]):
                 refuse_nonfinite(self.reader, member, work)
-        self._write(work, name, 0, np.stack(read, axis=-1))
+        self._write(work, self.fused.bias, 0, np.stack(read, axis=-1))
 
     def _write_codes(self, work: "_Work", sources: list[StoredMatrix]) -> None:
         """In 4 bits: rows as they lie, gate's and up's in turn."""

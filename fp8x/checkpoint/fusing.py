@@ -10,7 +10,7 @@ and so for `down_proj`; gate and up alternate, line by line. transformers and vL
 import collections
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from fp8x.checkpoint.format import Format
 from fp8x.checkpoint.reader import Reader, model_type
@@ -31,6 +31,11 @@ class FusedExperts:
 
     name: str
     experts: tuple[tuple[str, ...], ...]
+
+    @property
+    def bias(self) -> str:
+        """What the tensor of their biases is called."""
+        return f"{self.name}_bias"
 
     @property
     def prefixes(self) -> list[str]:
@@ -82,8 +87,8 @@ def _complete(reader: Reader, prefixes: Iterable[str]) -> list[FusedExperts]:
     return found
 
 
-def biases(reader: Reader, fused: FusedExperts) -> Mapping[str, tuple[str, ...]]:
-    """The experts' biases that go together, by the name of their tensor.
+def biases(reader: Reader, fused: FusedExperts) -> tuple[str, ...]:
+    """The experts' biases that go together; none where they have none.
 
     Raises:
         CheckpointError: some are missing, or unlike the others.
@@ -91,10 +96,10 @@ def biases(reader: Reader, fused: FusedExperts) -> Mapping[str, tuple[str, ...]]
     names = tuple(f"{prefix}.bias" for prefix in fused.prefixes)
     missing = [name for name in names if name not in reader]
     if len(missing) == len(names):
-        return {}
+        return ()
     if missing:
         raise CheckpointError(f"{some(missing)} missing from {reader.path}, which has biases of other experts")
     first = reader.stored(names[0])
     for name in names:
         reader.check(name, shapes=[first.shape], dtypes=[first.dtype])
-    return {f"{fused.name}_bias": names}
+    return names

@@ -156,7 +156,8 @@ class Plan:
     @functools.cached_property
     def fused_biases(self) -> dict[str, tuple[str, ...]]:
         """The biases that go into one tensor, by its name."""
-        return {name: parts for fused in self.fused for name, parts in biases(self.reader, fused).items()}
+        found = {fused.bias: biases(self.reader, fused) for fused in self.fused}
+        return {name: members for name, members in found.items() if members}
 
     @functools.cached_property
     def fused_parts(self) -> frozenset[str]:
@@ -164,20 +165,10 @@ class Plan:
         matrices = {prefix for fused in self.fused for prefix in fused.prefixes}
         return frozenset(matrices.union(*self.fused_biases.values()))
 
-    def fused_specs(self, fused: FusedExperts) -> dict[str, Spec]:
-        """The tensors of these in the destination."""
-        (n, k), count, parts = self._shape(fused.prefixes[0]), len(fused.experts), len(fused.experts[0])
-        lines = parts * n
-        if self.targets[fused.prefixes[0]].recipe is None:
-            specs = {fused.name: (DTYPE_NAMES[self.out_dtype], (count, k, lines))}
-        else:
-            specs = {
-                f"{fused.name}_blocks": ("U8", (count, lines, k // BLOCK, BLOCK // 2)),
-                f"{fused.name}_scales": ("U8", (count, lines, k // BLOCK)),
-            }
-        for name, members in biases(self.reader, fused).items():
-            specs[name] = (self.reader.stored(members[0]).dtype, (count, lines))
-        return specs
+    @functools.cached_property
+    def fused_specs(self) -> dict[str, dict[str, Spec]]:
+        """The tensors of all that goes into one tensor in the destination, by `FusedExperts.name`."""
+        return {fused.name: self._fused_specs(fused) for fused in self.fused}
 
     def specs(self, prefix: str) -> dict[str, Spec]:
         """The tensors of a matrix in the destination; where it goes into another, what it is there."""
@@ -273,7 +264,7 @@ class Plan:
             for prefix in self.targets
             if f"{prefix}.weight" not in self.parts_of_whole and prefix not in self.fused_parts
             for name in self.specs(prefix)
-        } | {name: f"the experts' matrices in {fused.name}" for fused in self.fused for name in self.fused_specs(fused)}
+        } | {name: f"the experts' matrices in {fused}" for fused, specs in self.fused_specs.items() for name in specs}
         for name, source in (
             *((name, "a scale of the KV cache") for name in self.added),
             *((name, f"the tensor of that name in {self.reader.stored(name).file}") for name in self.copied),
@@ -285,6 +276,20 @@ class Plan:
     @functools.cached_property
     def parts_of_whole(self) -> frozenset[str]:
         return frozenset(part for name in self.whole for part in self.reader.fused[name])
+
+    def _fused_specs(self, fused: FusedExperts) -> dict[str, Spec]:
+        (n, k), count, parts = self._shape(fused.prefixes[0]), len(fused.experts), len(fused.experts[0])
+        lines = parts * n
+        if self.targets[fused.prefixes[0]].recipe is None:
+            specs = {fused.name: (DTYPE_NAMES[self.out_dtype], (count, k, lines))}
+        else:
+            specs = {
+                f"{fused.name}_blocks": ("U8", (count, lines, k // BLOCK, BLOCK // 2)),
+                f"{fused.name}_scales": ("U8", (count, lines, k // BLOCK)),
+            }
+        if members := self.fused_biases.get(fused.bias):
+            specs[fused.bias] = (self.reader.stored(members[0]).dtype, (count, lines))
+        return specs
 
     def _shape(self, prefix: str) -> tuple[int, int]:
         return self.reader.stored(f"{prefix}.weight").shape
