@@ -20,13 +20,14 @@ import numpy as np
 from fp8x.checkpoint import rows
 from fp8x.checkpoint.destination import DEFAULT_SHARD_BYTES, check_source
 from fp8x.checkpoint.experts import ExpertJob
-from fp8x.checkpoint.finite import check_overflow, is_finite, nonfinite_error
+from fp8x.checkpoint.finite import is_finite, nonfinite_error
 from fp8x.checkpoint.format import Layout
 from fp8x.checkpoint.header import UNQUANTIZED, nbytes
 from fp8x.checkpoint.packed import pack
 from fp8x.checkpoint.parts import (
     StoredMatrix,
     check_codes,
+    dequantized,
     not_e2m1,
     quantized_matrix,
     refuse_nonfinite,
@@ -275,13 +276,8 @@ class _Matrix:
             warn_of_flushed(source, work)
         if scheme is None:
             for part, values in source.parts(work):
-                scratch = work.scratch(values.shape, f"uint{8 * self.plan.out_dtype.itemsize}")
-                if not self.plan.allow_nonfinite:
-                    check_codes(source, values, work)
-                found = rows.dequantized(values, scratch, dtype=self.plan.out_dtype)
-                if not self.plan.allow_nonfinite:
-                    file = self.reader.stored(self.name).file
-                    check_overflow(self.name, file, np.from_dlpack(found), DTYPE_NAMES[self.plan.out_dtype])
+                dtype, allow_nonfinite = self.plan.out_dtype, self.plan.allow_nonfinite
+                found = dequantized(source, values, work, dtype, allow_nonfinite=allow_nonfinite)
                 self._write_result(work, part, found)
         elif self.target.is_kept:
             self._write_scale(work, 0, source.scale)

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fp8x.checkpoint import rows
-from fp8x.checkpoint.finite import check_overflow, is_finite
+from fp8x.checkpoint.finite import is_finite
 from fp8x.checkpoint.fusing import FusedExperts
 from fp8x.checkpoint.header import nbytes
 from fp8x.checkpoint.packed import pack
 from fp8x.checkpoint.parts import (
     StoredMatrix,
-    check_codes,
+    dequantized,
     not_e2m1,
     quantized_matrix,
     refuse_nonfinite,
@@ -124,13 +123,9 @@ class ExpertJob:
         for index, source in enumerate(sources):
             warn_of_flushed(source, work)
             for part, values in source.parts(work):
-                if not self.plan.allow_nonfinite:
-                    check_codes(source, values, work)
-                found = rows.dequantized(values, work.scratch(values.shape, bits.name), dtype=dtype)
+                found = dequantized(source, values, work, dtype, allow_nonfinite=self.plan.allow_nonfinite)
                 stop = min(part.stop, source.shape[0])
                 array = np.from_dlpack(found)[: stop - part.start]
-                if not self.plan.allow_nonfinite:
-                    check_overflow(source.name, self.reader.stored(source.name).file, array, DTYPE_NAMES[dtype])
                 whole[:, index :: len(sources)][:, part.start : stop] = array.T
                 work.keep_scratch(found)
                 work.advance(len(array) * self.bytes // (len(sources) * source.shape[0]))

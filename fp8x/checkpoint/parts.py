@@ -9,7 +9,7 @@ import numpy as np
 
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import exact, rows
-from fp8x.checkpoint.finite import count_nonfinite, is_finite, nonfinite_error
+from fp8x.checkpoint.finite import check_overflow, count_nonfinite, is_finite, nonfinite_error
 from fp8x.checkpoint.fnuz import Translation
 from fp8x.checkpoint.format import Format
 from fp8x.checkpoint.packed import e2m1_error
@@ -104,6 +104,23 @@ def check_codes(matrix: StoredMatrix, values: ScaledArray, threads: Threads) -> 
     # e2m1 has neither.
     if not matrix.reader.stored(matrix.name).is_packed and not is_finite(values.data, dtype):
         refuse_nonfinite(matrix.reader, matrix.name, threads)
+
+
+def dequantized(
+    matrix: StoredMatrix, values: ScaledArray, threads: Threads, dtype: np.dtype, *, allow_nonfinite: bool
+) -> jax.Array:
+    """The bits of some of its rows in 16 or 32 bits, in the thread's scratch memory, which the caller gives back.
+
+    Raises:
+        CheckpointError: without `allow_nonfinite`, codes that are NaN or Inf, or values that become so in this dtype.
+    """
+    if not allow_nonfinite:
+        check_codes(matrix, values, threads)
+    found = rows.dequantized(values, threads.scratch(values.shape, f"uint{8 * dtype.itemsize}"), dtype=dtype)
+    if not allow_nonfinite:
+        file = matrix.reader.stored(matrix.name).file
+        check_overflow(matrix.name, file, np.from_dlpack(found), DTYPE_NAMES[dtype])
+    return found
 
 
 def warn_of_flushed(matrix: StoredMatrix, threads: Threads) -> None:
