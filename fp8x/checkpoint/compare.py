@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 
 from fp8x.array import ScaledArray
 from fp8x.checkpoint import exact, rows
+from fp8x.checkpoint.block_reduce import reduce_blocks
 from fp8x.checkpoint.threads import Threads
 from fp8x.scheme import Scheme
 
@@ -51,10 +52,10 @@ class Comparison:
                 self.noise += _energy(np.subtract(values, truth, out=buffer), truth)
         self.signal, self.differing = self.signal + signal, self.differing + count
         if self._is_whole:
-            self._differs = self._differs | _in_blocks(np.logical_or, differs, self._block)
+            self._differs = self._differs | reduce_blocks(np.logical_or, differs, self._block)
             self._signals = self._signals + self._block_signals(truth)
         elif self._scheme is not None and count:
-            found = _in_blocks(np.logical_or, differs, self._block)
+            found = reduce_blocks(np.logical_or, differs, self._block)
             self._inexact += int(found.sum())
             self._inexact_signal += signal if found.all() else float(self._block_signals(truth)[found].sum())
 
@@ -83,7 +84,7 @@ class Comparison:
 
     def _block_signals(self, truth: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "r c"]:
         squares = np.square(truth, dtype=np.float64)
-        return _in_blocks(np.add, np.where(np.isfinite(squares), squares, 0), self._block)
+        return reduce_blocks(np.add, np.where(np.isfinite(squares), squares, 0), self._block)
 
 
 def _numbers(values: Values, truth: Values, threads: Threads) -> tuple[np.ndarray, np.ndarray]:
@@ -120,9 +121,3 @@ def _energy(values: Float[np.ndarray, "n k"], truth: Float[np.ndarray, "n k"]) -
         if MIN_ENERGY <= energy < math.inf:
             return energy
     return float(np.square(values[np.isfinite(truth)], dtype=np.float64).sum())
-
-
-def _in_blocks(ufunc: np.ufunc, values: np.ndarray, block: tuple[int, int]) -> np.ndarray:
-    (n, k), (rows, columns) = values.shape, block
-    by_rows = ufunc.reduceat(values, np.arange(0, n, rows), axis=0)
-    return ufunc.reduceat(by_rows, np.arange(0, k, columns), axis=1)

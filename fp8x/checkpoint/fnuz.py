@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Bool
 
+from fp8x.checkpoint.block_reduce import reduce_blocks
 from fp8x.checkpoint.header import DTYPES
 from fp8x.checkpoint.reader import Slices
 from fp8x.scheme import MIN_SCALE, Scheme
@@ -79,7 +80,7 @@ def translation(codes: Slices, scale: np.ndarray, scheme: Scheme, name: str) -> 
     result = Translation(~_can_be_halved(scale), scheme.block_of((n, k)))
     parts = list(_row_blocks(result.block[0], n, k)) if n * k else []
     for first, rows in parts:
-        found = _any_in_blocks((codes[rows, :].view(np.uint8) & 0x7F) == 0x7F, result.block)
+        found = reduce_blocks(np.logical_or, (codes[rows, :].view(np.uint8) & 0x7F) == 0x7F, result.block)
         result.by_value[first : first + len(found)] |= found
     for first, rows in parts if result.by_value.any() else ():
         part = codes[rows, :].view(np.uint8)
@@ -111,9 +112,3 @@ def _row_blocks(block_rows: int, n: int, k: int) -> Iterator[tuple[int, slice]]:
     step = max(1, CHUNK_BYTES // max(k, 1))
     step = step // block_rows * block_rows or (step if block_rows >= n else block_rows)
     return ((start // block_rows, slice(start, min(start + step, n))) for start in range(0, n, step))
-
-
-def _any_in_blocks(flags: Bool[np.ndarray, "n k"], block: tuple[int, int]) -> Bool[np.ndarray, "r c"]:
-    (n, k), (rows, columns) = flags.shape, block
-    by_rows = np.logical_or.reduceat(flags, np.arange(0, n, rows), axis=0)
-    return np.logical_or.reduceat(by_rows, np.arange(0, k, columns), axis=1)
