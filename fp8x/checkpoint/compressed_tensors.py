@@ -11,7 +11,6 @@ FP8_DYNAMIC, FP8_BLOCK, MXFP8, MXFP8A16, MXFP4, MXFP4A16, MXFP4XFP8), `lifecycle
 
 import dataclasses
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -22,6 +21,7 @@ from fp8x.checkpoint.extras import KEY, apply_extras, extras
 from fp8x.checkpoint.fields import Fields
 from fp8x.checkpoint.format import SCALE_DTYPES, Format, Layout, Recipes, TensorSpec, weight_spec
 from fp8x.checkpoint.names import first_target, patterns
+from fp8x.checkpoint.packed import warn_of_activations
 from fp8x.recipe import Recipe
 from fp8x.scheme import KV_HEAD, KV_SCHEMES, KV_TENSOR, Scheme, mx, per_row, per_tensor
 
@@ -225,10 +225,7 @@ def _mxfp4(args: Fields, is_weight: bool) -> Scheme:
     args.one_of("group_size", 32)
     args.one_of("scale_dtype", None, *UINT8, default=None)
     if not is_weight:
-        warnings.warn(
-            f"{args.file}: {args.where}: activations in 4 bits there; fp8x quantizes them in MXFP8, which loses less",
-            stacklevel=6,
-        )
+        warn_of_activations(f"{args.file}: {args.where}")
     return mx()
 
 

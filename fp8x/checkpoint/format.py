@@ -134,6 +134,12 @@ class Format(abc.ABC):
         """The recipe of every prefix of a checkpoint: what its config says. Errors as there."""
         return self.from_config(reader.config["quantization_config"], prefixes, out_dtype)
 
+    @staticmethod
+    def packed_prefixes(reader: Reader, prefixes: Iterable[str]) -> list[str]:
+        """The prefixes whose matrices are in MXFP4 on disk, which their tensors say (`packed.py`)."""
+        weights = {prefix: f"{prefix}.weight" for prefix in prefixes}
+        return [prefix for prefix, name in weights.items() if name in reader and reader.stored(name).is_packed]
+
     @abc.abstractmethod
     def kv_fields(self, scheme: Scheme) -> dict[str, Any] | None:
         """The fields of a `quantization_config` that declare a KV cache stored so; None if there are none."""

@@ -85,17 +85,13 @@ class Fp8(Format):
         return {prefix: None if is_kept(prefix) else recipe for prefix in prefixes}
 
     def recipes(self, reader: Reader, prefixes: Iterable[str], out_dtype: np.dtype) -> Recipes:
-        found, fields = dict(super().recipes(reader, prefixes, out_dtype)), self._fields(reader)
+        found = dict(super().recipes(reader, prefixes, out_dtype))
+        fields = Fields(reader.config["quantization_config"], "quantization_config")
         fields.one_of("expert_dtype", None, "fp8", "fp4", default=None)
-        for prefix in found:
-            if (name := f"{prefix}.weight") in reader and reader.stored(name).is_packed:
-                fields.one_of("activation_scheme", "dynamic")
-                found[prefix] = Recipe(mx(), mx(), "dynamic", out_dtype)
-        return found
-
-    @staticmethod
-    def _fields(reader: Reader) -> Fields:
-        return Fields(reader.config["quantization_config"], "quantization_config")
+        packed = self.packed_prefixes(reader, found)
+        if packed:
+            fields.one_of("activation_scheme", "dynamic")
+        return found | dict.fromkeys(packed, Recipe(mx(), mx(), "dynamic", out_dtype))
 
     def kv_fields(self, scheme: Scheme) -> dict[str, Any] | None:
         return {"kv_cache_scheme": "static"} if scheme == KV_SCHEMES["tensor"] else None
@@ -108,9 +104,9 @@ class Fp8(Format):
     def layout(self, recipe: Recipe, shape: tuple[int, int]) -> Layout:
         weight = recipe.weight
         dtypes = (*SCALES, "U8") if weight.scale_rule == "pow2" else SCALES
-        # ….weight_scale_inv and ….activation_scale are transformers' own names for single scales.
         if weight.is_mx:
             return Layout(weight_spec(recipe, shape), mx_scale(recipe, shape))
+        # ….weight_scale_inv and ….activation_scale are transformers' own names for single scales.
         if weight.block == (None, None):
             scale = TensorSpec((".weight_scale", ".weight_scale_inv"), ONE, dtypes)
             inputs = TensorSpec((".input_scale", ".activation_scale"), ONE, SCALES)

@@ -29,7 +29,6 @@ from fp8x.scheme import Scheme, mx
 # As in the published models.
 KEPT = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
 
-
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\..*")
 
 
@@ -65,10 +64,7 @@ class Mxfp4(Format):
         """By the tensors, which say it all: `modules_to_not_convert` of others lists what has none in 4 bits anyway."""
         found = dict(super().recipes(reader, prefixes, out_dtype))
         recipe = _recipe(Fields(reader.config["quantization_config"], "quantization_config"), out_dtype)
-        for prefix in found:
-            if (name := f"{prefix}.weight") in reader and reader.stored(name).is_packed:
-                found[prefix] = recipe
-        return found
+        return found | dict.fromkeys(self.packed_prefixes(reader, found), recipe)
 
     def kv_fields(self, scheme: Scheme) -> dict[str, Any] | None:
         return None

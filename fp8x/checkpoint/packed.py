@@ -21,6 +21,7 @@ and appears as X_blocks `[E, N, K]`, and X.weight `[N, K]`, in F8_E4M3. Experts 
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,13 @@ def unpack(packed: UInt8[np.ndarray, "n k/2"], out: UInt8[np.ndarray, "n k"]) ->
     index, out = packed.view(np.uint16), out.view(np.uint32)
     for part in (slice(start, start + PIECE) for start in range(0, index.size, PIECE)):
         np.take(_QUADS, index[part], out=out[part], mode="clip")
+
+
+def warn_of_activations(stated: str) -> None:
+    """Warns of activations in MXFP4, which fp8x has not; `stated` says where it stands."""
+    warnings.warn(
+        f"{stated}: activations in 4 bits there; fp8x quantizes them in MXFP8, which loses less", stacklevel=7
+    )
 
 
 def _packing() -> UInt16[np.ndarray, " 65536"]:

@@ -36,6 +36,7 @@ import numpy as np
 from fp8x.checkpoint.fields import Fields
 from fp8x.checkpoint.format import SCALE_DTYPES, Layout, Recipes, TensorSpec, weight_spec
 from fp8x.checkpoint.names import whole_names
+from fp8x.checkpoint.packed import warn_of_activations
 from fp8x.checkpoint.read_only import ReadOnly
 from fp8x.recipe import Recipe
 from fp8x.scheme import E8M0, KV_SCHEMES, SCALE_RULES, Scheme, mx, per_row, per_tensor
@@ -160,11 +161,7 @@ def _recipe(layer: Fields, has_outputs: bool, out_dtype: np.dtype) -> Recipe | N
     inputs = layer.object("input_tensors")
     activation = _scheme(inputs, 0, 1)  # tokens, with or without a batch before them
     if inputs.peek("dtype") == FP4:
-        warnings.warn(
-            f"{inputs.file}: {inputs.where}: activations in 4 bits there; fp8x quantizes them in MXFP8, which loses "
-            "less",
-            stacklevel=6,
-        )
+        warn_of_activations(f"{inputs.file}: {inputs.where}")
     # Only one scale for everything can be known before the tokens are.
     fits = (True, False, None) if activation.block == (None, None) else (True,)
     if not inputs.one_of("is_dynamic", *fits, default=False):
