@@ -13,7 +13,7 @@ A block of MXFP4 has the 32 elements and the e8m0 scale of one of MXFP8. It is s
     tensors                                             by
     X_blocks   U8 [E, N, K/32, 16]  X_scales      U8 [E, N, K/32]            gpt-oss (experts.gate_up_proj, …)
     X.weight_packed   U8 [N, K/2]   X.weight_scale       U8 [N, K/32]        compressed-tensors
-    X.weight   I8, U8 [N, K/2], F4  X.scale, X.weight_scale(_inv)  F8_E8M0, U8 [N, K/32]   DeepSeek-V4, Quark, ModelOpt
+    X.weight   I8, U8 [N, K/2], F4  X.scale, X.weight_scale(_inv)  F8_E8M0, U8 [N, K/32]   DeepSeek-V4, Quark
 
 and appears as X_blocks `[E, N, K]`, and X.weight `[N, K]`, in F8_E4M3. Experts of the last kind may be in one tensor.
 """

@@ -95,8 +95,8 @@ def quantize(
     the same command goes on with the tensors that are not on disk.
 
     From 8 bits to others, or to another format, the result is read back and compared: which blocks are exact, and the
-    error of the others. Scales from --calibrate are in DST/calibration.json too; if it is
-    killed or fails after it has found them, the same command does not calibrate again.
+    error of the others. Scales from --calibrate are in DST/calibration.json too; if it is killed or fails after it has
+    found them, the same command does not calibrate again.
     """
     from fp8x.calibrate import Sidecar, sidecar
     from fp8x.checkpoint.destination import check_free, check_source, check_writable, real
